@@ -1,0 +1,47 @@
+"""Asyncio-native checkpoints for PyTorch, in `torch.distributed.checkpoint`'s own format."""
+
+from ._milestone import Milestone, Progress
+from .checkpointer import Checkpoint, Checkpointer
+from .errors import (
+    ArgumentError,
+    BusyError,
+    CaptureError,
+    CheckpointError,
+    ClosedError,
+    CorruptError,
+    LoadError,
+    MismatchError,
+    NotACheckpointError,
+    ReadError,
+    SaveCancelled,
+    SaveError,
+    StageError,
+    UnsafeError,
+    WriteError,
+)
+from .storage import LocalStorage, MemoryStorage, Storage
+
+__all__ = [
+    "ArgumentError",
+    "BusyError",
+    "CaptureError",
+    "Checkpoint",
+    "CheckpointError",
+    "Checkpointer",
+    "ClosedError",
+    "CorruptError",
+    "LoadError",
+    "LocalStorage",
+    "MemoryStorage",
+    "Milestone",
+    "MismatchError",
+    "NotACheckpointError",
+    "Progress",
+    "ReadError",
+    "SaveCancelled",
+    "SaveError",
+    "StageError",
+    "Storage",
+    "UnsafeError",
+    "WriteError",
+]

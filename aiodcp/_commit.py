@@ -1,0 +1,157 @@
+"""The commit: `.metadata`, written last, names every file; what nothing names any more is removed after it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from anyio import CancelScope
+
+from ._layout import Layout
+from ._plan import SavePlan
+from .errors import SaveError
+from .metadata import (
+    METADATA_NAME,
+    Field,
+    Metadata,
+    MetadataIndex,
+    StorageInfo,
+    StorageMeta,
+    Template,
+    TensorStorageMetadata,
+    build_metadata,
+    is_leftover,
+)
+from .storage import Storage
+
+_log = logging.getLogger("aiodcp")
+_live: set[str] = set()  # data files that saves of this process are writing; their names are unique everywhere
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """Where a frozen value lies in the data file, in bytes."""
+
+    offset: int
+    nbytes: int
+
+
+class CommitRecord:
+    """`.metadata` for all saves of one plan: only ids, file name and the places of frozen values differ."""
+
+    def __init__(self, plan: SavePlan, layout: Layout) -> None:
+        checkpoint_id, save_id, file = (Field(number, text=True) for number in range(3))
+        places = [Field(3 + number) for number in range(2 * len(plan.frozen))]
+        stored: dict[MetadataIndex, StorageInfo] = {}
+        for (item, _), frame, offset in zip(plan.staged, layout.frames, layout.offsets, strict=True):
+            stored[item.index] = StorageInfo(file.stand_in, offset, frame.item_nbytes)  # type: ignore[arg-type]
+        for number, (item, _) in enumerate(plan.frozen):
+            offset_field, nbytes_field = places[2 * number : 2 * number + 2]
+            stored[item.index] = StorageInfo(
+                file.stand_in,  # type: ignore[arg-type]
+                offset_field.stand_in,  # type: ignore[arg-type]
+                nbytes_field.stand_in,  # type: ignore[arg-type]
+            )
+        opaque = [item.index.fqn for item, _ in plan.frozen if item.tensor_data is not None]
+        meta = StorageMeta(checkpoint_id.stand_in, save_id.stand_in)  # type: ignore[arg-type]
+        metadata = build_metadata(plan.metadata, plan.paths, stored, meta, opaque)
+        _refuse_incomplete(metadata)
+        used = [checkpoint_id, save_id, *([file] if stored else []), *places]
+        self._names_file = bool(stored)
+        self._template = Template(metadata, used)
+
+    def render(self, checkpoint_id: str, save_id: str, file: str, frozen: Sequence[Item]) -> bytes:
+        """Return `.metadata`'s content for one save."""
+        places = [number for item in frozen for number in (item.offset, item.nbytes)]
+        return self._template.render([checkpoint_id, save_id, *([file] if self._names_file else []), *places])
+
+
+def _refuse_incomplete(metadata: Metadata) -> None:
+    """Refuse to commit a checkpoint of which a piece is written by nobody."""
+    for fqn, entry in metadata.state_dict_metadata.items():
+        offsets = [chunk.offsets for chunk in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]
+        for offset in offsets:
+            if MetadataIndex(fqn, offset) not in metadata.storage_data:
+                raise SaveError(f"{fqn}: planned, but nothing writes its piece at {offset}")
+
+
+@contextmanager
+def live(file: str) -> Iterator[None]:
+    """Keep other saves of this process from taking `file` for a leftover while the block runs."""
+    _live.add(file)
+    try:
+        yield
+    finally:
+        _live.discard(file)
+
+
+async def commit(storage: Storage, checkpoint_id: str, record: bytes, file: str) -> None:
+    """Make `record`, whose data is in `file`, the checkpoint.
+
+    Raises:
+        SaveError: the data is gone: another process saves to the same place, and took it for a leftover.
+
+    Cancellation: none; once it has begun it is finished.
+    """
+    with CancelScope(shield=True):
+        await storage.put(checkpoint_id, METADATA_NAME, record)
+        if file not in await storage.names(checkpoint_id):
+            raise SaveError(f"{storage.locate(checkpoint_id, file)} is gone: does another process save there too?")
+
+
+async def may_be_committed(storage: Storage, checkpoint_id: str, save_id: str) -> bool:
+    """After a commit that failed, tell whether it took place nevertheless, as far as can be known.
+
+    A rename may be done and the fsync after it fail: then the new checkpoint is there, and its data must stay.
+
+    Cancellation: none.
+    """
+    with CancelScope(shield=True):
+        try:
+            committed = save_id.encode() in await storage.get(checkpoint_id, METADATA_NAME)
+        except FileNotFoundError:
+            committed = False
+        except OSError:
+            committed = True  # for all that is known: the next save to this place removes what is left over
+    return committed
+
+
+async def find_replaced(storage: Storage, checkpoint_id: str, file: str) -> list[str]:
+    """Return the files of the checkpoint that was replaced and of saves that failed: all data but `file`.
+
+    Cancellation: none.
+    """
+    with CancelScope(shield=True), _told_in_the_log(storage, checkpoint_id):
+        kept = {file, *_live}
+        return [name for name in await storage.names(checkpoint_id) if is_leftover(name) and name not in kept]
+    return []
+
+
+async def remove_files(storage: Storage, checkpoint_id: str, names: Sequence[str]) -> None:
+    """Remove files that no checkpoint names any more.
+
+    Cancellation: none.
+    """
+    with CancelScope(shield=True), _told_in_the_log(storage, checkpoint_id):
+        for name in names:
+            await storage.remove(checkpoint_id, name)
+
+
+async def forget_empty(storage: Storage, checkpoint_id: str) -> None:
+    """After a failed save, forget a place that holds nothing.
+
+    Cancellation: none.
+    """
+    with CancelScope(shield=True), _told_in_the_log(storage, checkpoint_id):
+        await storage.discard(checkpoint_id)
+
+
+@contextmanager
+def _told_in_the_log(storage: Storage, checkpoint_id: str) -> Iterator[None]:
+    """What cannot be cleared away costs space, and fails no save: the next one to the same place tries again."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("%s: old files could not be removed: %s", storage.locate(checkpoint_id), error)

@@ -1,0 +1,367 @@
+"""The load flow: metadata, plan, read ranges, check, copy in. Runs on the engine's loop.
+
+Items that lie close together are read as one span into scratch memory, checked, and copied to their places in one
+go; a large tensor that is contiguous in host memory is read straight into it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import anyio
+import torch
+
+from ._arena import Arena
+from ._capture import Path
+from ._decode import Check, unpack
+from ._engine import Threads, first_error, in_thread
+from ._layout import NOT_COPIED, copyable
+from ._plan import LoadPlan, TensorRead, ValueRead, cut, plan_load
+from ._stage import Checksum, wait_for_marks
+from .errors import ArgumentError, CorruptError, LoadError, NotACheckpointError, ReadError, StageError
+from .metadata import METADATA_NAME, TensorStorageMetadata, gc_held_off, read_metadata
+from .storage import Reader, Storage
+
+SPAN_NBYTES = 16 << 20  # bytes read in one go: as in saving, enough that the turn at the GIL after it does not count
+GAP_NBYTES = 64 << 10  # bytes read for nothing rather than asked for apart: 30 us at 2 GB/s, the price of a request
+DIRECT_NBYTES = 1 << 20  # bytes from which a tensor is read straight into its place
+READS_AT_ONCE = 3  # one is read, one is checked, one waits
+
+
+@dataclass(slots=True, kw_only=True)
+class _Span:
+    """Neighbouring items of one file, read together: bytes `start` to `stop`."""
+
+    file: str
+    start: int
+    stop: int
+    items: list[Any]
+
+
+class Loader:
+    """Reads checkpoints from one storage."""
+
+    def __init__(self, storage: Storage, threads: Threads, *, checksum: Checksum) -> None:
+        self._storage = storage
+        self._threads = threads
+        self._checksum = checksum
+
+    async def load(
+        self,
+        fqns: Sequence[str],
+        values: Sequence[Any],
+        checkpoint_id: str,
+        marks: Sequence[torch.cuda.Event],
+        *,
+        strict: bool,
+        cast: bool,
+        weights_only: bool,
+        check_crc: bool,
+    ) -> dict[int, Any]:
+        """Fill the tensors among `values`, and return the new values of the others by their place.
+
+        Tensors on CUDA devices are written when the device has come as far as `marks`.
+
+        Raises:
+            LoadError: see `Checkpointer.load`.
+        """
+        check = Check(
+            locate=lambda name: self._storage.locate(checkpoint_id, name),
+            crc32=self._checksum if check_crc else None,
+            weights_only=weights_only,
+        )
+        path = self._storage.locate(checkpoint_id, METADATA_NAME)
+
+        def plan() -> LoadPlan:
+            with gc_held_off():  # the metadata is gone again when the block ends: the collector never sees it
+                try:
+                    made = plan_load(
+                        read_metadata(data, path), fqns, values, checkpoint_id=checkpoint_id, strict=strict, cast=cast
+                    )
+                except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                    raise CorruptError(path, "", f"contradicts itself: {error!r}") from error
+            return made
+
+        while True:
+            data = await self._get_metadata(checkpoint_id, path)
+            planned = await in_thread(self._threads.compute, plan)
+            async with AsyncExitStack() as stack:
+                try:
+                    readers = await self._open(stack, checkpoint_id, planned)
+                except CorruptError as error:
+                    if not isinstance(error.__cause__, FileNotFoundError):
+                        raise
+                    if await self._get_metadata(checkpoint_id, path) == data:
+                        raise
+                    continue  # a save has replaced the checkpoint meanwhile: load the new one
+                with _read_errors(self._storage.locate(checkpoint_id)), _memory_errors():
+                    loaded = await self._read_values(planned.values, readers, check)
+                    await in_thread(self._threads.compute, wait_for_marks, marks)
+                    await self._read_tensors(planned.tensors, readers, check)
+                return loaded
+
+    async def grow_optimizers(self, states: Mapping[str, Any], keys: Sequence[str], checkpoint_id: str) -> None:
+        """Put into optimizer states that are still empty a place for everything that the checkpoint has for them.
+
+        Args:
+            states: state dicts by key of the top level; those of `keys` are `torch.optim.Optimizer.state_dict()`s.
+            keys: whose to grow.
+            checkpoint_id: of the checkpoint.
+        """
+        path = self._storage.locate(checkpoint_id, METADATA_NAME)
+        metadata = read_metadata(await self._get_metadata(checkpoint_id, path), path)
+        for fqn, steps in (metadata.planner_data or {}).items():
+            entry = metadata.state_dict_metadata.get(fqn)
+            if entry and len(steps) == 4 and steps[0] in keys and steps[1] == "state" and str(steps[2]).isdecimal():
+                room: torch.Tensor | None = None
+                if isinstance(entry, TensorStorageMetadata):
+                    room = torch.empty(entry.size, dtype=entry.properties.dtype)
+                states[steps[0]]["state"].setdefault(int(steps[2]), {})[steps[3]] = room  # by number of the parameter
+
+    async def _get_metadata(self, checkpoint_id: str, path: str) -> bytes:
+        try:
+            with _read_errors(path):
+                data = await self._storage.get(checkpoint_id, METADATA_NAME)
+        except ReadError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                raise NotACheckpointError(checkpoint_id) from error.__cause__
+            raise
+        return data
+
+    async def _open(self, stack: AsyncExitStack, checkpoint_id: str, plan: LoadPlan) -> dict[str, Reader]:
+        """Open every file, and check that every item lies within its file."""
+        readers: dict[str, Reader] = {}
+        reads: list[ValueRead | TensorRead] = [*plan.values, *plan.tensors]
+        for read in reads:
+            file = read.file
+            if file not in readers:
+                path = self._storage.locate(checkpoint_id, file)
+                try:
+                    with _read_errors(path):
+                        readers[file] = await stack.enter_async_context(self._storage.open(checkpoint_id, file))
+                except ReadError as error:
+                    if isinstance(error.__cause__, FileNotFoundError):
+                        raise CorruptError(path, read.fqn, "the file is missing") from error.__cause__
+                    raise
+            if read.offset + read.nbytes > readers[file].nbytes:
+                problem = f"the file has {readers[file].nbytes} bytes, the value ends at {read.offset + read.nbytes}"
+                raise CorruptError(self._storage.locate(checkpoint_id, file), read.fqn, problem)
+            if isinstance(read, TensorRead) and read.frame and read.frame.item_nbytes != read.nbytes:
+                problem = f"{read.nbytes} bytes are not {read.dtype} of {tuple(read.sizes)}"
+                raise CorruptError(self._storage.locate(checkpoint_id, file), read.fqn, problem)
+        return readers
+
+    async def _read_values(
+        self, reads: Sequence[ValueRead], readers: Mapping[str, Reader], check: Check
+    ) -> dict[int, Any]:
+        loaded: dict[int, Any] = {}
+
+        def decode(span: _Span, memory: memoryview) -> None:
+            for read in span.items:
+                start = read.offset - span.start
+                data = bytes(memory[start : start + read.nbytes])
+                loaded[read.place] = check.value(read.fqn, span.file, data)
+
+        for span in _spans(reads):
+            memory = memoryview(bytearray(span.stop - span.start))
+            await readers[span.file].read_into(span.start, [memory])
+            await in_thread(self._threads.compute, decode, span, memory)
+        return loaded
+
+    async def _read_tensors(self, reads: Sequence[TensorRead], readers: Mapping[str, Reader], check: Check) -> None:
+        with gc_held_off():
+            direct = _without_overlaps([read for read in reads if _reads_direct(read)], reads)
+            apart = set(map(id, direct))
+            spans = _spans([read for read in reads if id(read) not in apart] if apart else reads)
+        scratch = _Scratch()
+        limit = anyio.Semaphore(READS_AT_ONCE)
+
+        async def read_direct(read: TensorRead) -> None:
+            assert read.frame is not None
+            async with limit:
+                head = memoryview(bytearray(len(read.frame.head)))
+                payload = _memory_of(read.into)
+                torch.autograd.graph.increment_version(read.into)
+                await readers[read.file].read_into(read.offset, [head, payload])
+                await in_thread(self._threads.compute, check.framed, read, read.frame.head_crc, head, payload)
+
+        async def read_span(span: _Span) -> None:
+            async with limit, scratch.take(span.stop - span.start) as arena:
+                memory = arena.memory[: span.stop - span.start]
+                await readers[span.file].read_into(span.start, [memory])
+                await in_thread(self._threads.compute, _copy_in, span, arena, check)
+
+        try:
+            async with anyio.create_task_group() as group:
+                for read in direct:
+                    group.start_soon(read_direct, read)
+                for span in spans:
+                    group.start_soon(read_span, span)
+        except BaseExceptionGroup as errors:
+            first = first_error(errors)
+            raise first from first.__cause__
+
+
+class _Scratch:
+    """Memory for spans, used again and again within one load: memory that was touched before is quicker."""
+
+    def __init__(self) -> None:
+        self._free: list[Arena] = []
+
+    @asynccontextmanager
+    async def take(self, nbytes: int) -> AsyncIterator[Arena]:
+        large_enough = [arena for arena in self._free if arena.nbytes >= nbytes]
+        if large_enough:
+            arena = min(large_enough, key=attrgetter("nbytes"))
+            self._free.remove(arena)
+        else:
+            self._free.clear()  # too small: not kept beside the larger one
+            arena = Arena(max(nbytes, SPAN_NBYTES))
+        try:
+            yield arena
+        finally:
+            self._free.append(arena)
+
+
+def _copy_in(span: _Span, arena: Arena, check: Check) -> None:
+    """Check the items of a span that has been read into `arena`, and copy them to their targets."""
+    memory = arena.memory
+    typed: dict[torch.dtype, torch.Tensor] = {}
+    targets: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
+    with gc_held_off():
+        for read in span.items:
+            frame, dtype, into = read.frame, read.dtype, read.into
+            offset = read.offset - span.start
+            if frame is None:
+                tensor = unpack(read, arena, offset, check)
+            else:
+                start = offset + len(frame.head)
+                check.framed(read, frame.head_crc + offset, memory, memory[start : start + frame.nbytes])
+                if dtype not in typed:
+                    typed[dtype] = arena.tensor[: arena.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
+                tensor = typed[dtype].as_strided(frame.shape, frame.strides, start // dtype.itemsize)
+            if read.part is not None:
+                tensor = cut(tensor, read.part)
+            if dtype in NOT_COPIED:
+                tensor, into = copyable(tensor), copyable(into)
+            sources.append(tensor)
+            targets.append(into)
+    with torch.no_grad():
+        torch._foreach_copy_(targets, sources)
+    for device in {target.device for target in targets if target.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()  # before the memory is used again, and before the caller looks
+
+
+def _reads_direct(read: TensorRead) -> bool:
+    return (
+        read.frame is not None
+        and read.frame.nbytes >= DIRECT_NBYTES
+        and (read.part is None or read.part[1] == read.sizes)
+        and read.into.dtype is read.dtype
+        and read.into.is_cpu
+        and read.into.is_contiguous()
+        and not read.into.is_neg()
+        and not read.into.is_conj()
+    )
+
+
+def _is_in_memory(tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and tensor.layout is torch.strided
+
+
+def _without_overlaps(direct: list[TensorRead], reads: Sequence[TensorRead]) -> list[TensorRead]:
+    """Return those whose memory no other read writes: tied tensors are checked elsewhere before they are copied."""
+    if not direct:
+        return []
+    ranges = sorted((read.into.data_ptr(), number) for number, read in enumerate(reads) if _is_in_memory(read.into))
+    tied: set[int] = set()
+    stop, last = 0, -1
+    for start, number in ranges:
+        if start < stop:
+            tied |= {number, last}
+        into = reads[number].into
+        steps = sum((size - 1) * stride for size, stride in zip(into.shape, into.stride(), strict=True))
+        end = start + into.itemsize * (1 + steps)
+        if end > stop:
+            stop, last = end, number
+    apart = {id(reads[number]) for number in tied}
+    return [read for read in direct if id(read) not in apart]
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous host tensor; valid as long as the tensor is."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _spans(reads: Iterable[Any]) -> list[_Span]:
+    """Group reads that lie close together in one file."""
+    spans: list[_Span] = []
+    for read in sorted(reads, key=attrgetter("file", "offset")):
+        start, stop = read.offset, read.offset + read.nbytes
+        if spans:
+            last = spans[-1]
+            if (
+                read.file == last.file
+                and start <= last.stop + GAP_NBYTES
+                and max(stop, last.stop) - last.start <= SPAN_NBYTES
+            ):
+                last.stop = max(stop, last.stop)
+                last.items.append(read)
+                continue
+        spans.append(_Span(file=read.file, start=start, stop=stop, items=[read]))
+    return spans
+
+
+def find_holders(
+    state_dict: Mapping[str, Any], fqns: Sequence[str], paths: Sequence[Path], values: Sequence[Any]
+) -> dict[int, tuple[Any, Any]]:
+    """Return for every value that will be replaced, by its place, the container that holds it and its key there.
+
+    Raises:
+        ArgumentError: names a value in a container that takes no other.
+    """
+    keys: dict[int, dict[str, Any]] = {}  # of mappings whose keys are no strings: paths have them as text, as in DCP
+    holders: dict[int, tuple[Any, Any]] = {}
+    for number, (fqn, path, value) in enumerate(zip(fqns, paths, values, strict=True)):
+        if isinstance(value, torch.Tensor):
+            continue
+        holder: Any = None
+        key: Any = None
+        below: Any = state_dict
+        for step in path:
+            holder, key = below, step
+            if isinstance(holder, Mapping) and step not in holder:
+                if id(holder) not in keys:
+                    keys[id(holder)] = {str(each): each for each in holder}
+                key = keys[id(holder)][str(step)]
+            below = holder[key]
+        if not isinstance(holder, MutableMapping | list):
+            raise ArgumentError("state_dict", f"{fqn} is in a {type(holder).__name__}, which takes no new value")
+        holders[number] = holder, key
+    return holders
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except StageError as error:
+        raise LoadError(f"no memory to read into: {error}") from error
+
+
+@contextmanager
+def _read_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except LoadError:
+        raise
+    except EOFError as error:
+        raise CorruptError(path, "", f"ends too soon: {error}") from error
+    except OSError as error:
+        raise ReadError(path, str(error)) from error

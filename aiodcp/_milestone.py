@@ -1,0 +1,184 @@
+"""What a user can await of a save, and watch: milestones and progress.
+
+Both are set by the engine's thread and read from anywhere: from the caller's event loop, from another one, from no
+loop at all. A waiter that is cancelled stops waiting, and changes nothing for the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Generator
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Phase = Literal["plan", "stage", "write", "commit", "done", "failed", "cancelled"]
+
+
+class Milestone:
+    """A point that a save reaches once, or fails to reach. Await it any number of times, from any event loop.
+
+    Cancellation: cancels the wait, never the save.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._future: Future[None] = Future()
+        self._told = False
+        self._waiters = 0
+
+    def __repr__(self) -> str:
+        if not self._future.done():
+            state = "pending"
+        else:
+            error = self._future.exception()
+            state = "reached" if error is None else f"failed: {error!r}"
+        return f"<Milestone {self._name} {state}>"
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> None:
+        self._waiters += 1
+        try:
+            if not self._future.done():
+                await self._wake_up()
+            self.wait()
+        finally:
+            self._waiters -= 1
+
+    async def _wake_up(self) -> None:
+        """Sleep until the future is done; each waiter has a future of its own, so cancelling one leaves the rest."""
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+
+        def wake() -> None:
+            if not woken.done():
+                woken.set_result(None)
+
+        self._future.add_done_callback(lambda _: _call_soon(loop, wake))
+        await woken
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block this thread until the milestone is reached: for callers without an event loop.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Raises:
+            TimeoutError: it was not reached in time; the save goes on.
+            SaveError: the save failed.
+        """
+        try:
+            error = self._future.exception(timeout)
+        except TimeoutError:
+            raise TimeoutError(f"{self._name} was not reached within {timeout} s") from None
+        if error is not None:
+            self._told = True
+            raise error
+
+    def done(self) -> bool:
+        """Whether the milestone is reached, or will never be."""
+        return self._future.done()
+
+    def reach(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def fail(self, error: Exception, *, told: bool = False) -> None:
+        if not self._future.done():
+            self._future.set_exception(error)
+        self._told = self._told or told
+
+    def failed(self) -> bool:
+        return self._future.done() and self._future.exception() is not None
+
+    def untold(self) -> Exception | None:
+        """Return the failure that nobody has seen yet or is about to see, if there is one."""
+        if self._told or self._waiters or not self._future.done():
+            return None
+        error = self._future.exception()
+        assert error is None or isinstance(error, Exception)
+        return error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a save has come.
+
+    Attributes:
+        phase: what it is doing; staging and writing overlap, and "write" begins when everything is staged.
+        bytes_staged: bytes in host memory: from here on the caller may change them once all are.
+        bytes_written: bytes handed to storage.
+        bytes_total: bytes of the data file; 0 until it is planned.
+        elapsed_s: seconds since the state was captured.
+    """
+
+    phase: Phase
+    bytes_staged: int = 0
+    bytes_written: int = 0
+    bytes_total: int = 0
+    elapsed_s: float = 0.0
+
+
+class ProgressLog:
+    """All that a save has reported, for any number of readers on any loops."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._began = time.perf_counter()
+        self._entries = [Progress(phase="plan")]
+        self._wakers: list[Callable[[], None]] = []
+
+    def restart(self) -> None:
+        """Count `elapsed_s` from now."""
+        self._began = time.perf_counter()
+
+    @property
+    def latest(self) -> Progress:
+        return self._entries[-1]
+
+    def report(
+        self, phase: Phase | None = None, *, staged: int = 0, written: int = 0, total: int | None = None
+    ) -> None:
+        """Add an entry: another phase, further bytes staged or written. Called from any thread."""
+        with self._lock:
+            last = self._entries[-1]
+            entry = replace(
+                last,
+                phase=phase or last.phase,
+                bytes_staged=last.bytes_staged + staged,
+                bytes_written=last.bytes_written + written,
+                bytes_total=last.bytes_total if total is None else total,
+                elapsed_s=time.perf_counter() - self._began,
+            )
+            self._entries.append(entry)
+            wakers, self._wakers = self._wakers, []
+        for wake in wakers:
+            wake()
+
+    async def follow(self) -> AsyncIterator[Progress]:
+        """Yield every entry from the first on, then new ones as they come, until the save has ended."""
+        position = 0
+        loop = asyncio.get_running_loop()
+        while True:
+            news = asyncio.Event()
+            with self._lock:
+                entries = self._entries[position:]
+                if not entries:
+                    self._wakers.append(lambda news=news: _call_soon(loop, news.set))  # type: ignore[misc]
+            for entry in entries:
+                yield entry
+                if entry.phase in ("done", "failed", "cancelled"):
+                    return
+            position += len(entries)
+            if not entries:
+                await news.wait()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # that loop is closed: nobody waits there any more
+        loop.call_soon_threadsafe(function)

@@ -1,0 +1,250 @@
+"""Every error that aiodcp raises.
+
+    CheckpointError
+    ├── ArgumentError (also ValueError)      an argument of ours cannot be used: raised before anything happens
+    ├── ClosedError (also RuntimeError)      the Checkpointer is not open, or belongs to the parent of this fork
+    ├── BusyError                            a save is in flight and the caller chose not to wait
+    ├── SaveError                            a save failed; nothing was committed
+    │   ├── CaptureError                     the state dict cannot be saved as it is: names the fqn
+    │   ├── StageError                       host memory could not be had, or a copy into it failed
+    │   ├── WriteError                       storage refused: names the path, the OSError is its cause
+    │   └── SaveCancelled                    `Checkpoint.cancel()` was called; nothing was committed
+    └── LoadError                            a load failed
+        ├── NotACheckpointError (also FileNotFoundError)  no committed checkpoint there
+        ├── ReadError                        storage refused: names the path, the OSError is its cause
+        ├── CorruptError                     what is stored is not what was saved: names path and fqn
+        ├── UnsafeError                      the checkpoint asks for more than data: names the global
+        └── MismatchError                    checkpoint and state dict do not fit: names every fqn and why
+
+Every error takes its facts as arguments, so that it survives pickling, and keeps them as attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CheckpointError(Exception):
+    """The root of the tree: `except aiodcp.CheckpointError` catches all that this library raises."""
+
+
+class ArgumentError(CheckpointError, ValueError):
+    """An argument cannot be used.
+
+    Attributes:
+        argument: its name.
+        problem: what is wrong with its value.
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(argument, problem)
+        self.argument = argument
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.argument}: {self.problem}"
+
+
+class ClosedError(CheckpointError, RuntimeError):
+    """The Checkpointer was used outside `async with`, or in a forked child of the process that opened it."""
+
+
+class BusyError(CheckpointError):
+    """A save is in flight and `on_busy="raise"` was asked for.
+
+    Attributes:
+        checkpoint_id: where the save in flight is going.
+    """
+
+    def __init__(self, checkpoint_id: str) -> None:
+        super().__init__(checkpoint_id)
+        self.checkpoint_id = checkpoint_id
+
+    def __str__(self) -> str:
+        return f"a save to {self.checkpoint_id!r} is in flight"
+
+
+class SaveError(CheckpointError):
+    """A save failed and committed nothing: what `checkpoint_id` held before, it still holds."""
+
+
+class CaptureError(SaveError):
+    """The state dict cannot be saved as it is.
+
+    Attributes:
+        fqn: the value that cannot, by its dotted name; empty when it is the state dict as a whole.
+        problem: why.
+    """
+
+    def __init__(self, fqn: str, problem: str) -> None:
+        super().__init__(fqn, problem)
+        self.fqn = fqn
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.fqn}: {self.problem}" if self.fqn else self.problem
+
+
+class StageError(SaveError):
+    """Tensors could not be brought into host memory.
+
+    Attributes:
+        nbytes: the bytes that were to be staged.
+        problem: why they were not.
+    """
+
+    def __init__(self, nbytes: int, problem: str) -> None:
+        super().__init__(nbytes, problem)
+        self.nbytes = nbytes
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"staging {self.nbytes} bytes: {self.problem}"
+
+
+class WriteError(SaveError):
+    """Storage refused a write; the `OSError` is the cause.
+
+    Attributes:
+        path: the file or object that could not be written.
+        problem: the system's words.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = path
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"cannot write {self.path}: {self.problem}"
+
+
+class SaveCancelled(SaveError):  # noqa: N818 - the name asyncio gave to this outcome
+    """The save was cancelled by `Checkpoint.cancel()`, and what it had written is removed.
+
+    Attributes:
+        checkpoint_id: where it was going.
+    """
+
+    def __init__(self, checkpoint_id: str) -> None:
+        super().__init__(checkpoint_id)
+        self.checkpoint_id = checkpoint_id
+
+    def __str__(self) -> str:
+        return f"the save to {self.checkpoint_id!r} was cancelled"
+
+
+class LoadError(CheckpointError):
+    """A load failed."""
+
+
+class NotACheckpointError(LoadError, FileNotFoundError):
+    """There is no committed checkpoint at the path: no `.metadata`.
+
+    Attributes:
+        checkpoint_id: where one was looked for.
+    """
+
+    def __init__(self, checkpoint_id: str) -> None:
+        super().__init__(checkpoint_id)
+        self.checkpoint_id = checkpoint_id
+
+    def __str__(self) -> str:
+        return f"no committed checkpoint at {self.checkpoint_id!r}: there is no .metadata"
+
+
+class ReadError(LoadError):
+    """Storage refused a read; the `OSError` is the cause.
+
+    Attributes:
+        path: the file or object that could not be read.
+        problem: the system's words.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = path
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"cannot read {self.path}: {self.problem}"
+
+
+class CorruptError(LoadError):
+    """What is stored is not what was saved.
+
+    Attributes:
+        path: the file that is damaged, missing, or too short.
+        fqn: the value it was to give; empty when the damage is not in one value.
+        problem: what was found.
+    """
+
+    def __init__(self, path: str, fqn: str, problem: str) -> None:
+        super().__init__(path, fqn, problem)
+        self.path = path
+        self.fqn = fqn
+        self.problem = problem
+
+    def __str__(self) -> str:
+        where = f"{self.path} ({self.fqn})" if self.fqn else self.path
+        return f"{where}: {self.problem}"
+
+
+class UnsafeError(LoadError):
+    """The checkpoint asks the reader to run or name something that is not plain data.
+
+    Attributes:
+        path: the file that asks.
+        fqn: the value that asks; empty for `.metadata`.
+        problem: what it asks for.
+    """
+
+    def __init__(self, path: str, fqn: str, problem: str) -> None:
+        super().__init__(path, fqn, problem)
+        self.path = path
+        self.fqn = fqn
+        self.problem = problem
+
+    def __str__(self) -> str:
+        where = f"{self.path} ({self.fqn})" if self.fqn else self.path
+        return f"{where}: {self.problem}"
+
+
+class MismatchError(LoadError):
+    """Checkpoint and state dict do not fit; the state dict is untouched.
+
+    Attributes:
+        checkpoint_id: the checkpoint.
+        missing: fqns that the state dict has and the checkpoint has not, sorted.
+        unexpected: fqns that the checkpoint has and the state dict has not, sorted.
+        problems: one sentence for each value that is in both and does not fit, each beginning with its fqn.
+    """
+
+    SHOWN = 10  # of each kind: a wrong model has thousands, and the first few tell which mistake it was
+
+    def __init__(
+        self,
+        checkpoint_id: str,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        problems: Sequence[str] = (),
+    ) -> None:
+        super().__init__(checkpoint_id, tuple(missing), tuple(unexpected), tuple(problems))
+        self.checkpoint_id = checkpoint_id
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        text = f"the checkpoint at {self.checkpoint_id!r} does not fit the state dict"
+        for title, names in (
+            ("missing in the checkpoint", self.missing),
+            ("not in the state dict", self.unexpected),
+            ("different", self.problems),
+        ):
+            if names:
+                more = [f"and {len(names) - self.SHOWN} more"] if len(names) > self.SHOWN else []
+                text += "\n  ".join([f"\n{title} ({len(names)}):", *names[: self.SHOWN], *more])
+        if self.missing or self.unexpected:
+            text += "\nstrict=False loads what both have"
+        return text

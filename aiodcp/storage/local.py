@@ -1,0 +1,277 @@
+"""Checkpoints as directories of a file system, written past the page cache where that works.
+
+Files are opened by aiofiles and written at given offsets. O_DIRECT is tried once per directory; where the file
+system refuses it (tmpfs, many network file systems) the page cache is used, and that is remembered.
+
+Durability: a file is fsynced before its directory, a directory before anything that names it, and a rename only
+counts once its directory is fsynced. Source: rename(2), fsync(2), and "Files are hard",
+https://danluu.com/file-consistency/.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import aiofiles
+import aiofiles.os
+from aiofiles.os import wrap
+from aiofiles.threadpool.binary import AsyncFileIO
+from anyio import CancelScope
+
+from .base import BLOCK
+
+# Bytes of one system call: under the kernel's limit of 0x7ffff000, and little enough to be done soon when the
+# save is cancelled. Measured on one NVMe disk: 8 MiB is 5 % slower than 64 MiB, more gains nothing.
+CALL_NBYTES = 64 << 20
+IOV_MAX = 1024  # buffers of one preadv: the limit of Linux
+
+
+_temporaries: set[str] = set()  # that `put` is writing now, in this process: nobody's leftovers
+
+
+class LocalStorage:
+    """Keep each checkpoint in a directory: `checkpoint_id` is its path.
+
+    Args:
+        direct: write with O_DIRECT where the file system takes it. It saves the copy into the page cache
+            (measured: 2.7 GB/s with 0.05 s of CPU a GiB, against 1.6 GB/s with 0.3 s or more).
+    """
+
+    def __init__(self, *, direct: bool = True) -> None:
+        self._direct = direct and hasattr(os, "O_DIRECT")
+        self._made: set[str] = set()  # directories
+        self._refused: set[str] = set()  # directories whose file system does not take O_DIRECT
+
+    def __repr__(self) -> str:
+        return f"LocalStorage(direct={self._direct})"
+
+    def resolve(self, checkpoint_id: str) -> str:
+        return os.path.abspath(checkpoint_id)
+
+    def locate(self, checkpoint_id: str, name: str = "") -> str:
+        return os.path.join(checkpoint_id, name) if name else checkpoint_id
+
+    def is_direct(self, checkpoint_id: str) -> bool:
+        """Tell whether the next file of this checkpoint will be tried with O_DIRECT."""
+        return self._direct and checkpoint_id not in self._refused
+
+    @asynccontextmanager
+    async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[_LocalWriter]:
+        path = os.path.join(checkpoint_id, name)
+        with CancelScope(shield=True):  # a thread that makes a file is waited for: else nobody would remove it
+            await self._make(checkpoint_id)
+            file = await aiofiles.open(path, "xb", buffering=0)
+        writer = _LocalWriter(file, self, checkpoint_id)
+        try:
+            with CancelScope(shield=True):
+                await writer.open_direct()
+            yield writer
+            with CancelScope(shield=True):
+                await _fsync(file.fileno())
+                await writer.close()
+                await _fsync_directory(checkpoint_id)
+        except BaseException:
+            with CancelScope(shield=True):
+                await writer.close()
+                await self.remove(checkpoint_id, name)
+            raise
+
+    def refuse_direct(self, checkpoint_id: str) -> None:
+        """Remember that O_DIRECT does not work in this directory."""
+        self._refused.add(checkpoint_id)
+
+    @asynccontextmanager
+    async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[_LocalReader]:
+        with CancelScope(shield=True):
+            file = await aiofiles.open(os.path.join(checkpoint_id, name), "rb", buffering=0)
+        try:
+            yield _LocalReader(file.fileno())
+        finally:
+            with CancelScope(shield=True):
+                await file.close()
+
+    async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
+        path = os.path.join(checkpoint_id, name)
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+        with CancelScope(shield=True), self._in_use(os.path.basename(temporary)):
+            await self._make(checkpoint_id)
+            try:
+                async with aiofiles.open(temporary, "wb") as file:
+                    await file.write(data)
+                    await file.flush()
+                    await _fsync(file.fileno())
+                await aiofiles.os.replace(temporary, path)
+            except BaseException:
+                await _unlink(temporary)
+                raise
+            await _fsync_directory(checkpoint_id)
+
+    async def get(self, checkpoint_id: str, name: str) -> bytes:
+        with CancelScope(shield=True):
+            async with aiofiles.open(os.path.join(checkpoint_id, name), "rb") as file:
+                content = await file.read()
+        return content
+
+    async def names(self, checkpoint_id: str) -> list[str]:
+        try:
+            found = await aiofiles.os.listdir(checkpoint_id)
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in found if name not in _temporaries)
+
+    async def remove(self, checkpoint_id: str, name: str) -> None:
+        with CancelScope(shield=True):
+            await _unlink(os.path.join(checkpoint_id, name))
+
+    async def _make(self, checkpoint_id: str) -> None:
+        if await _make_durable_directory(checkpoint_id):
+            self._made.add(checkpoint_id)
+
+    @contextmanager
+    def _in_use(self, temporary: str) -> Iterator[None]:
+        _temporaries.add(temporary)
+        try:
+            yield
+        finally:
+            _temporaries.discard(temporary)
+
+    async def discard(self, checkpoint_id: str) -> None:
+        if checkpoint_id not in self._made:  # the caller's own
+            return
+        with CancelScope(shield=True):
+            try:
+                await aiofiles.os.rmdir(checkpoint_id)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
+                    raise
+
+
+class _LocalWriter:
+    """One file behind two descriptors: `direct` for whole blocks, the page cache for what does not fit them."""
+
+    def __init__(self, file: AsyncFileIO, storage: LocalStorage, checkpoint_id: str) -> None:
+        self._file = file
+        self._direct: AsyncFileIO | None = None
+        self._storage = storage
+        self._checkpoint_id = checkpoint_id
+
+    async def open_direct(self) -> None:
+        if not self._storage.is_direct(self._checkpoint_id):
+            return
+        try:
+            self._direct = await aiofiles.open(str(self._file.name), "r+b", buffering=0, opener=_direct)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            self._storage.refuse_direct(self._checkpoint_id)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        data = data.cast("B")
+        with CancelScope(shield=True):
+            if self._direct is not None and _is_blocks(offset, data):
+                try:
+                    await _write_all(self._direct.fileno(), data, offset)
+                    return
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    self._storage.refuse_direct(self._checkpoint_id)
+            await _write_all(self._file.fileno(), data, offset)
+
+    async def close(self) -> None:
+        if self._direct is not None:
+            await self._direct.close()
+        await self._file.close()
+
+
+class _LocalReader:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.nbytes = os.fstat(fd).st_size
+
+    async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        with CancelScope(shield=True):
+            await _read_all(self._fd, [buffer.cast("B") for buffer in buffers], offset)
+
+
+def _direct(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+
+
+def _is_blocks(offset: int, data: memoryview) -> bool:
+    """Whether O_DIRECT takes this: offset, length and address in whole blocks. Source: open(2)."""
+    if offset % BLOCK or data.nbytes % BLOCK or not data.nbytes or data.readonly:
+        return False
+    return ctypes.addressof(ctypes.c_char.from_buffer(data)) % BLOCK == 0
+
+
+@wrap
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    written = 0
+    while written < data.nbytes:  # a short write is legal
+        written += os.pwrite(fd, data[written : written + CALL_NBYTES], offset + written)
+
+
+@wrap
+def _read_all(fd: int, buffers: list[memoryview], offset: int) -> None:
+    pending = [buffer for buffer in reversed(buffers) if buffer.nbytes]
+    while pending:
+        batch, room = [], CALL_NBYTES
+        for buffer in pending[: -IOV_MAX - 1 : -1]:
+            batch.append(buffer[:room])
+            room -= batch[-1].nbytes
+            if not room:
+                break
+        count = os.preadv(fd, batch, offset)
+        if not count:
+            raise EOFError(f"the file ends at {offset}, {sum(b.nbytes for b in pending)} more bytes wanted")
+        offset += count
+        while count:
+            buffer = pending.pop()
+            if buffer.nbytes > count:
+                pending.append(buffer[count:])
+            count -= min(count, buffer.nbytes)
+
+
+_fsync = wrap(os.fsync)
+
+
+@wrap
+def _fsync_directory(path: str) -> None:
+    _fsync_directory_now(path)
+
+
+def _fsync_directory_now(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@wrap
+def _make_durable_directory(path: str) -> bool:
+    """Make the directory and its parents, each name durable in the one above it; tell whether it was not there."""
+    missing = []
+    place = Path(path).absolute()
+    while not place.is_dir():
+        missing.append(place)
+        place = place.parent
+    for new in reversed(missing):
+        try:
+            new.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, "is a file, not a directory", str(new)) from None
+        _fsync_directory_now(str(new.parent))
+    return bool(missing)
+
+
+@wrap
+def _unlink(path: str) -> None:
+    Path(path).unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""Checkpoints in a dict: the shortest storage, for tests and for what need not outlive the process."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+
+class MemoryStorage:
+    """Keep checkpoints in this process's memory. Copies what it is given; one object may serve many Checkpointers.
+
+    Attributes:
+        files: checkpoint_id -> name -> content.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, bytes]] = defaultdict(dict)
+
+    def resolve(self, checkpoint_id: str) -> str:
+        return checkpoint_id
+
+    def locate(self, checkpoint_id: str, name: str = "") -> str:
+        return f"memory:{checkpoint_id}/{name}" if name else f"memory:{checkpoint_id}"
+
+    @asynccontextmanager
+    async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[_MemoryWriter]:
+        if name in self.files[checkpoint_id]:
+            raise FileExistsError(self.locate(checkpoint_id, name))
+        writer = _MemoryWriter()
+        yield writer
+        self.files[checkpoint_id][name] = bytes(writer.content)
+
+    @asynccontextmanager
+    async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[_MemoryReader]:
+        yield _MemoryReader(await self.get(checkpoint_id, name))
+
+    async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
+        self.files[checkpoint_id][name] = bytes(data)
+
+    async def get(self, checkpoint_id: str, name: str) -> bytes:
+        try:
+            return self.files[checkpoint_id][name]
+        except KeyError:
+            raise FileNotFoundError(self.locate(checkpoint_id, name)) from None
+
+    async def names(self, checkpoint_id: str) -> list[str]:
+        return sorted(self.files[checkpoint_id])
+
+    async def remove(self, checkpoint_id: str, name: str) -> None:
+        self.files[checkpoint_id].pop(name, None)
+
+    async def discard(self, checkpoint_id: str) -> None:
+        if not self.files[checkpoint_id]:
+            del self.files[checkpoint_id]
+
+
+class _MemoryWriter:
+    def __init__(self) -> None:
+        self.content = bytearray()
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        stop = offset + data.nbytes
+        if len(self.content) < stop:
+            self.content.extend(bytes(stop - len(self.content)))
+        self.content[offset:stop] = data
+
+
+class _MemoryReader:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.nbytes = len(content)
+
+    async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        for buffer in buffers:
+            stop = offset + buffer.nbytes
+            if stop > self.nbytes:
+                raise EOFError(f"{self.nbytes} bytes, {stop} wanted")
+            buffer[:] = self.content[offset:stop]
+            offset = stop

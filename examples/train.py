@@ -1,0 +1,262 @@
+"""Train a small GPT on the Python standard library's own sources, saving while it trains.
+
+    python examples/train.py                # a quarter of a minute on two cores
+    python examples/train.py --resume       # goes on after the newest checkpoint, bit for bit
+
+The loop is asyncio; a training step blocks it, as steps do. A save is begun after an optimizer step. Its staging runs
+under the next forward and backward pass and is awaited before the next optimizer step, which is the first moment at
+which the weights change again; its writing goes on under whatever comes next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import os
+import shutil
+import sysconfig
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name the field gives it
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import aiodcp
+
+CONTEXT = 128  # bytes of text that the model sees
+BATCH = 8
+KEPT = 2  # checkpoints
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        heads = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
+        out: Tensor = x + self.mlp(self.norm_2(x))
+        return out
+
+
+class GPT(nn.Module):
+    """A decoder over bytes."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(256, width)
+        self.position = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*(Block(width, width // 32) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 256, bias=False)
+        self.head.weight = self.token.weight  # tied
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
+
+def read_text() -> Tensor:
+    """All bytes of the standard library's top-level modules, in the order of their names."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return torch.frombuffer(
+        bytearray(b"".join(p.read_bytes() for p in sorted(library.glob("*.py")))), dtype=torch.uint8
+    )
+
+
+class App:
+    """All that training goes on from: a `Stateful`, as in PyTorch's tutorial."""
+
+    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        return {"model": model, "optim": optimizer, "rng": rng, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+        self.step = state["step"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+
+    def digest(self) -> str:
+        """A hash of every weight's bits."""
+        digest = hashlib.sha256()
+        for _, tensor in sorted(self.model.state_dict().items()):
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def batch_of(text: Tensor, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The text for one step; a function of the step, so that a resumed run reads what the other would have read."""
+    generator = torch.Generator().manual_seed(step)
+    starts = torch.randint(len(text) - CONTEXT - 1, (BATCH, 1), generator=generator)
+    windows = text[starts + torch.arange(CONTEXT + 1)].long().to(device)
+    return windows[:, :-1], windows[:, 1:]
+
+
+Span = tuple[float, float]
+
+
+@dataclass
+class Save:
+    """One save as the loop saw it: seconds of `time.perf_counter`."""
+
+    step: int
+    checkpoint: aiodcp.Checkpoint
+    began: float
+    stall_s: float = 0.0
+    spans: dict[str, Span] = field(default_factory=dict)
+
+    async def follow(self, compute: list[Span]) -> None:
+        """Collect the progress of the save, and print its line when it is durable."""
+        starts: dict[str, float] = {}
+        async for progress in self.checkpoint.events():
+            now = self.began + progress.elapsed_s
+            starts.setdefault(progress.phase, now)
+            if progress.bytes_written:
+                starts.setdefault("first bytes", now)
+        await self.checkpoint.uploaded
+        self.spans["staging"] = starts["stage"], starts["write"]
+        self.spans["writing"] = starts.get("first bytes", starts["write"]), starts["done"]
+        upload_s = starts["done"] - self.began
+        under = sum(max(0.0, min(stop, starts["done"]) - max(start, self.began)) for start, stop in compute)
+        nbytes = self.checkpoint.progress.bytes_total
+        print(
+            f"  saved step {self.step}: {nbytes / 1e6:.1f} MB, stalled {1e3 * self.stall_s:.1f} ms, "
+            f"durable after {1e3 * upload_s:.0f} ms ({nbytes / 1e9 / upload_s:.2f} GB/s), "
+            f"{100 * under / upload_s:.0f} % of it under compute",
+            flush=True,
+        )
+
+
+async def train(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    torch.manual_seed(options.seed)
+    model = GPT(options.width, options.layers).to(device)
+    app = App(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    text = read_text()
+    compute: list[Span] = []
+    saves: list[Save] = []
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} bytes of text, {device}")
+
+    async with asyncio.TaskGroup() as group, aiodcp.Checkpointer() as checkpointer:
+        if not options.resume:
+            remove_old(options.out, kept=0)  # of an earlier run: a later --resume is to go on with this one
+        elif newest := find_newest(options.out):
+            await checkpointer.load({"app": app}, newest)
+            print(f"resumed after step {app.step} from {newest}")
+        await checkpointer.prepare({"app": app})
+
+        for step in range(app.step + 1, options.steps + 1):
+            began = time.perf_counter()
+            tokens, targets = batch_of(text, step, device)
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            compute.append((began, time.perf_counter()))
+
+            if saves:
+                began = time.perf_counter()
+                await saves[-1].checkpoint.staged  # from here on the weights may change
+                saves[-1].stall_s += time.perf_counter() - began if saves[-1].step == step - 1 else 0.0
+
+            began = time.perf_counter()
+            app.optimizer.step()
+            app.optimizer.zero_grad()
+            app.step = step
+            compute.append((began, time.perf_counter()))
+            if step % options.log_every == 0:
+                print(f"step {step}: loss {loss.item():.3f}", flush=True)
+
+            if step % options.save_every == 0 or step == options.steps:
+                began = time.perf_counter()
+                checkpoint = await checkpointer.save({"app": app}, options.out / f"step-{step}")
+                saves.append(Save(step, checkpoint, began, stall_s=time.perf_counter() - began))
+                group.create_task(saves[-1].follow(compute))
+                remove_old(options.out)
+            await asyncio.sleep(0)  # everything else that lives on this loop has its turn
+        for save in saves:
+            await save.checkpoint.uploaded
+
+    if saves:
+        print(draw([save for save in saves if save.spans], compute))
+    print(f"weights {app.digest()} after step {app.step}")
+
+
+def steps_in(out: Path) -> list[Path]:
+    """Committed checkpoints, oldest first: those that have their `.metadata`."""
+    return sorted((path.parent for path in out.glob("step-*/.metadata")), key=lambda path: int(path.name[5:]))
+
+
+def find_newest(out: Path) -> Path | None:
+    return next(reversed(steps_in(out)), None)
+
+
+def remove_old(out: Path, kept: int = KEPT) -> None:
+    steps = steps_in(out)
+    for path in steps[: len(steps) - kept]:
+        (path / ".metadata").unlink()  # first: what is half removed is no checkpoint
+        shutil.rmtree(path)
+
+
+def draw(saves: list[Save], compute: list[Span], width: int = 72) -> str:
+    """The time around the last saves as text: a column is filled where the row was at work for some of it."""
+    shown = saves[-2:]
+    start = max((begin for begin, _ in compute if begin < shown[0].began), default=shown[0].began)
+    stop = max(save.spans["writing"][1] for save in shown)
+    column_s = (stop - start) / width
+
+    def row(spans: list[Span]) -> str:
+        return "".join(
+            "█" if any(a < start + (n + 1) * column_s and b > start + n * column_s for a, b in spans) else "·"
+            for n in range(width)
+        )
+
+    rows = {"compute": compute, **{name: [save.spans[name] for save in shown] for name in ("staging", "writing")}}
+    steps = " and ".join(str(save.step) for save in shown)
+    head = f"the saves of step {steps}: {1e3 * (stop - start):.0f} ms from left to right"
+    return "\n".join([head, *(f"{name:>8} {row(spans)}" for name, spans in rows.items())])
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("checkpoints"), help="where checkpoints go")
+    parser.add_argument("--steps", type=int, default=60, help="train up to this step")
+    parser.add_argument("--save-every", type=int, default=10, help="steps between saves")
+    parser.add_argument("--log-every", type=int, default=10, help="steps between losses")
+    parser.add_argument("--resume", action="store_true", help="go on after the newest checkpoint")
+    parser.add_argument("--width", type=int, default=256, help="of the model: a multiple of 32")
+    parser.add_argument("--layers", type=int, default=4, help="of the model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    if options.device.startswith("cuda"):  # the same bits again, on a GPU too
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return options
+
+
+if __name__ == "__main__":
+    asyncio.run(train(parse()))

@@ -1,0 +1,51 @@
+"""The command line, and the benchmark at a size that takes seconds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from aiodcp import bench
+from aiodcp.__main__ import main
+
+
+def test_help_tells_of_the_commands() -> None:
+    done = subprocess.run([sys.executable, "-m", "aiodcp", "--help"], capture_output=True, text=True, check=True)
+    assert "bench" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench", "--repeat", "0"], ["bench", "--gib", "-1"], ["dance"]])
+def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_the_benchmark_measures_every_system_and_prints_tables_or_json(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "BUSY_LIMIT_S", 0.3)
+    monkeypatch.setattr(bench, "BLOCK_S", 0.02)
+    memory = bench._extra_memory
+
+    def only_ours(name: str, shape: bench.Shape, directory: object) -> float:
+        return memory(name, shape, directory) if name == "aiodcp" else 0.0  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench, "_extra_memory", only_ours)
+    place = tmp_path_factory.mktemp("bench")
+    main(["bench", str(place), "--gib", "0.02", "--tensors", "50", "--repeat", "1", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["shapes"]) == 2
+    for shape in result["shapes"]:
+        assert set(shape["rows"]) == {"aiodcp", "dcp.async_save", "dcp + DefaultStager"}
+        assert {"memcpy_s", "write_buffered_s"} <= set(shape["floors"])
+        for row in shape["rows"].values():
+            assert 0 < row["held_s"] <= row["staged_s"] <= row["durable_s"]
+            assert row["load_warm_s"] > 0
+        text = bench.format_result(shape)
+        assert "durable / raw write" in text
+        assert "aiodcp" in text
+    assert result["shapes"][0]["rows"]["aiodcp"]["extra_mib"] < 0.02 * 1024 + 64
+    assert list(place.iterdir()) == []

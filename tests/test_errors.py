@@ -1,0 +1,57 @@
+import inspect
+import pickle
+
+import pytest
+
+from aiodcp import errors
+from aiodcp.errors import CheckpointError, MismatchError
+
+EXAMPLES: list[tuple[CheckpointError, str]] = [
+    (errors.CheckpointError("reason"), "reason"),
+    (errors.ArgumentError("on_busy", "is wrong"), "on_busy: is wrong"),
+    (errors.ClosedError("closed"), "closed"),
+    (errors.BusyError("ckpt/1"), "a save to 'ckpt/1' is in flight"),
+    (errors.SaveError("reason"), "reason"),
+    (errors.CaptureError("model.w", "is meta"), "model.w: is meta"),
+    (errors.CaptureError("", "is no mapping"), "is no mapping"),
+    (errors.StageError(12, "no memory"), "staging 12 bytes: no memory"),
+    (errors.WriteError("a/b", "No space left"), "cannot write a/b: No space left"),
+    (errors.SaveCancelled("ckpt/1"), "the save to 'ckpt/1' was cancelled"),
+    (errors.LoadError("reason"), "reason"),
+    (errors.NotACheckpointError("ckpt/1"), "no committed checkpoint at 'ckpt/1': there is no .metadata"),
+    (errors.ReadError("a/b", "Permission denied"), "cannot read a/b: Permission denied"),
+    (errors.CorruptError("a/b", "model.w", "CRC"), "a/b (model.w): CRC"),
+    (errors.CorruptError("a/b", "", "short"), "a/b: short"),
+    (errors.UnsafeError("a/b", "model.w", "names os.system"), "a/b (model.w): names os.system"),
+    (
+        errors.MismatchError("ckpt/1", ["a"], ["b"], ["c has shape (1,)"]),
+        "the checkpoint at 'ckpt/1' does not fit the state dict\nmissing in the checkpoint (1):\n  a\n"
+        "not in the state dict (1):\n  b\ndifferent (1):\n  c has shape (1,)\nstrict=False loads what both have",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "text"), EXAMPLES, ids=lambda value: type(value).__name__)
+def test_every_error_tells_its_facts_and_survives_pickling(error: CheckpointError, text: str) -> None:
+    assert str(error) == text
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == text
+    assert vars(copy) == vars(error)
+
+
+def test_every_error_of_the_module_has_an_example_and_is_in_the_tree_drawn_on_top() -> None:
+    classes = {
+        value for value in vars(errors).values() if inspect.isclass(value) and value.__module__ == errors.__name__
+    }
+    assert classes == {type(error) for error, _ in EXAMPLES}
+    assert all(issubclass(each, CheckpointError) for each in classes)
+    assert errors.__doc__ is not None
+    assert all(each.__name__ in errors.__doc__ for each in classes)
+
+
+def test_a_mismatch_of_thousands_of_names_stays_readable() -> None:
+    text = str(MismatchError("c", [f"n{number}" for number in range(5000)]))
+    assert "missing in the checkpoint (5000):\n  n0\n  n1\n" in text
+    assert "\n  and 4990 more" in text
+    assert len(text) < 300

@@ -1,0 +1,97 @@
+"""The examples do what they say, the README's included."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRAIN = [
+    sys.executable, "-u", "examples/train.py", "--width", "32", "--layers", "2", "--steps", "14", "--save-every", "3",
+    "--log-every", "1",
+]  # fmt: skip
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+def weights(output: str) -> str:
+    [line] = re.findall(r"^weights (\w+) after step 14$", output, re.MULTILINE)
+    return str(line)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return run(*TRAIN, "--out", str(tmp_path_factory.mktemp("whole")))
+
+
+def test_training_prints_a_line_for_each_save_and_the_timeline(uninterrupted: str) -> None:
+    assert len(re.findall(r"saved step \d+: .* MB, stalled .* ms, durable after .*under compute", uninterrupted)) == 5
+    for name in ("compute", "staging", "writing"):
+        [row] = re.findall(rf"^ *{name} ([█·]+)$", uninterrupted, re.MULTILINE)
+        assert len(row) == 72
+        assert "█" in row
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_any_step_and_resumed_the_weights_are_the_same_bits(
+    seed: int, uninterrupted: str, tmp_path: Path
+) -> None:
+    chance = random.Random(seed)
+    child = subprocess.Popen([*TRAIN, "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    last = chance.randrange(4, 13)
+    for line in child.stdout:
+        if line.startswith(f"step {last}:"):
+            break
+    time.sleep(chance.uniform(0, 0.02))
+    child.kill()
+    child.communicate()
+    output = run(*TRAIN, "--out", str(tmp_path), "--resume")
+    [resumed] = re.findall(r"^resumed after step (\d+)", output, re.MULTILINE)
+    assert int(resumed) in range(last - 6, last + 2)
+    assert weights(output) == weights(uninterrupted)
+
+
+@pytest.mark.parametrize("fail", [None, "evaluate", "save"])
+def test_a_task_group_ends_as_its_tasks_do_and_leaves_a_whole_checkpoint(fail: str | None) -> None:
+    output = run(sys.executable, "examples/task_group.py", *(["--fail", fail] if fail else []))
+    step = int(re.findall(r"what is there is whole, of step (\d+)", output)[0])
+    if fail is None:
+        assert step == 40
+        assert "evaluate: step 40" in output
+        assert "ended" not in output
+    elif fail == "evaluate":
+        assert "the group ended: RuntimeError: evaluation found something wrong" in output
+        assert step in (20, 30)
+    else:
+        assert "the group ended: WriteError" in output
+        assert "No space left" in output
+        assert step == 20
+
+
+def test_the_readmes_examples_run(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for number, block in enumerate(blocks):
+        file = tmp_path / f"example_{number}.py"
+        file.write_text(block)
+        done = subprocess.run(
+            [sys.executable, str(file)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert done.returncode == 0, block + done.stderr

@@ -1,0 +1,65 @@
+"""Imports only point down, and the public names are the ones that are meant to be."""
+
+import ast
+from pathlib import Path
+
+import aiodcp
+
+PACKAGE = Path(aiodcp.__file__).parent
+
+# Each line may import from the lines above it, never from its own or from below.
+LAYERS = [
+    ["errors", "_layout", "_turns", "storage.base"],
+    ["storage.memory", "storage.local", "metadata", "_milestone", "_arena", "_archive"],
+    ["storage", "_engine"],
+    ["_capture", "_stage"],
+    ["_plan"],
+    ["_commit", "_decode"],
+    ["_save", "_load"],
+    ["checkpointer"],
+    ["bench", ""],
+    ["__main__"],
+]
+
+
+def _imports(path: Path) -> set[str]:
+    package = path.relative_to(PACKAGE).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = package[: len(package) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {".".join((*above, name)) for name in names if name}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not any(name.split(".")[0] == "aiodcp" for name in names), f"{path}: import our own relatively"
+    return found
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+def test_imports_only_point_down() -> None:
+    level = {name: number for number, names in enumerate(LAYERS) for name in names}
+    for path in PACKAGE.rglob("*.py"):
+        for imported in _imports(path):
+            assert level[imported] < level[_name(path)], f"{_name(path)} imports {imported}"
+
+
+def test_every_file_has_its_layer() -> None:
+    assert {_name(path) for path in PACKAGE.rglob("*.py")} == {name for names in LAYERS for name in names}
+
+
+def test_public_names_are_documented_and_sorted() -> None:
+    assert aiodcp.__all__ == sorted(aiodcp.__all__)
+    for name in aiodcp.__all__:
+        assert getattr(aiodcp, name).__doc__, name
+    modules = {"checkpointer", "errors", "metadata", "storage", "bench"}
+    visible = {name for name in vars(aiodcp) if not name.startswith("_")}
+    assert visible - modules <= set(aiodcp.__all__)
+
+
+def test_only_the_commit_touches_dcps_private_storage_record() -> None:
+    users = [_name(path) for path in PACKAGE.rglob("*.py") if "_StorageInfo" in path.read_text()]
+    assert users == ["metadata"]

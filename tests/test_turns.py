@@ -1,0 +1,79 @@
+"""Saves go on while the caller's thread computes in Python and lets go of the GIL for moments only."""
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from aiodcp import Checkpointer, MemoryStorage, _turns
+from aiodcp._turns import prompt_turns
+
+
+def step(rounds: int) -> int:
+    total = 0
+    for number in range(rounds):
+        total += number & 3
+    return total
+
+
+@pytest.mark.parametrize(
+    ("rounds", "means"),  # steps shorter than the interval need the pauses
+    [(60_000, "both"), (60_000, "interval"), (60_000, "pauses"), (10_000, "both"), (10_000, "pauses"), (1_000, "both")],
+)
+async def test_a_busy_loop_does_not_starve_a_save(rounds: int, means: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if means == "interval":
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    elif means == "pauses":
+        monkeypatch.setattr(_turns, "SWITCH_INTERVAL_S", sys.getswitchinterval())
+    state = {f"w{n}": torch.randn(1 << 16) for n in range(64)}
+    async with Checkpointer(storage=MemoryStorage()) as checkpointer:
+        await checkpointer.prepare(state)
+        checkpoint = await checkpointer.save(state, "ckpt")
+        until = time.monotonic() + 30
+        while not checkpoint.uploaded.done() and time.monotonic() < until:
+            step(rounds)
+            await asyncio.sleep(0)
+        assert checkpoint.uploaded.done()
+
+
+def test_the_switch_interval_is_short_while_flows_run_and_then_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sys.getswitchinterval()
+    with prompt_turns():
+        assert sys.getswitchinterval() == pytest.approx(_turns.SWITCH_INTERVAL_S, rel=0.05)
+        with prompt_turns():
+            pass
+        assert sys.getswitchinterval() == pytest.approx(_turns.SWITCH_INTERVAL_S, rel=0.05)
+    assert sys.getswitchinterval() == before
+
+
+def test_a_shorter_interval_of_the_callers_is_kept() -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0001)
+    try:
+        with prompt_turns():
+            assert sys.getswitchinterval() == pytest.approx(0.0001, rel=0.05)
+    finally:
+        sys.setswitchinterval(before)
+
+
+async def test_the_pauses_end_with_what_they_are_for() -> None:
+    loop = asyncio.get_running_loop()
+    calls: list[Callable[[], object]] = []
+    done = threading.Event()
+
+    def is_done() -> bool:
+        calls.append(is_done)
+        return done.is_set()
+
+    _turns.give_turns(loop, is_done)
+    while len(calls) < 3:
+        await asyncio.sleep(0.001)
+    done.set()
+    while len(calls) < 4:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(5 * _turns.PAUSE_PERIOD_S)
+    assert len(calls) <= 5
