@@ -1,5 +1,6 @@
 """Asyncio-native checkpoints for PyTorch, in `torch.distributed.checkpoint`'s own format."""
 
+from ._capture import PerRank
 from ._milestone import Milestone, Progress
 from .checkpointer import Checkpoint, Checkpointer
 from .errors import (
@@ -12,6 +13,8 @@ from .errors import (
     LoadError,
     MismatchError,
     NotACheckpointError,
+    RankError,
+    RankFailure,
     ReadError,
     SaveCancelled,
     SaveError,
@@ -36,7 +39,10 @@ __all__ = [
     "Milestone",
     "MismatchError",
     "NotACheckpointError",
+    "PerRank",
     "Progress",
+    "RankError",
+    "RankFailure",
     "ReadError",
     "SaveCancelled",
     "SaveError",

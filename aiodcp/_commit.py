@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from anyio import CancelScope
 
-from ._layout import Layout
-from ._plan import SavePlan
+from ._plan import GlobalPlan
 from .errors import SaveError
 from .metadata import (
     METADATA_NAME,
@@ -39,33 +38,52 @@ class Item:
 
 
 class CommitRecord:
-    """`.metadata` for all saves of one plan: only ids, file name and the places of frozen values differ."""
+    """`.metadata` for all saves of one plan: only ids, file names and the places of frozen values differ."""
 
-    def __init__(self, plan: SavePlan, layout: Layout) -> None:
-        checkpoint_id, save_id, file = (Field(number, text=True) for number in range(3))
-        places = [Field(3 + number) for number in range(2 * len(plan.frozen))]
+    def __init__(self, plan: GlobalPlan) -> None:
+        checkpoint_id, save_id = Field(0, text=True), Field(1, text=True)
+        used = [checkpoint_id, save_id]
         stored: dict[MetadataIndex, StorageInfo] = {}
-        for (item, _), frame, offset in zip(plan.staged, layout.frames, layout.offsets, strict=True):
-            stored[item.index] = StorageInfo(file.stand_in, offset, frame.item_nbytes)  # type: ignore[arg-type]
-        for number, (item, _) in enumerate(plan.frozen):
-            offset_field, nbytes_field = places[2 * number : 2 * number + 2]
-            stored[item.index] = StorageInfo(
-                file.stand_in,  # type: ignore[arg-type]
-                offset_field.stand_in,  # type: ignore[arg-type]
-                nbytes_field.stand_in,  # type: ignore[arg-type]
-            )
-        opaque = [item.index.fqn for item, _ in plan.frozen if item.tensor_data is not None]
+        opaque: list[str] = []
+        self._writers: list[int] = []
+        for rank, share in enumerate(plan.shares):
+            if not share.staged and not share.frozen:
+                continue
+            self._writers.append(rank)
+            file = Field(len(used), text=True)
+            used.append(file)
+            for item, frame, offset in zip(share.staged, share.layout.frames, share.layout.offsets, strict=True):
+                stored[item.index] = StorageInfo(file.stand_in, offset, frame.item_nbytes)  # type: ignore[arg-type]
+        for file, rank in zip(used[2:], self._writers, strict=True):
+            share = plan.shares[rank]
+            for item in share.frozen:
+                offset_field, nbytes_field = Field(len(used)), Field(len(used) + 1)
+                used += [offset_field, nbytes_field]
+                stored[item.index] = StorageInfo(
+                    file.stand_in,  # type: ignore[arg-type]
+                    offset_field.stand_in,  # type: ignore[arg-type]
+                    nbytes_field.stand_in,  # type: ignore[arg-type]
+                )
+            opaque += [item.index.fqn for item in share.frozen if item.tensor_data is not None]
         meta = StorageMeta(checkpoint_id.stand_in, save_id.stand_in)  # type: ignore[arg-type]
         metadata = build_metadata(plan.metadata, plan.paths, stored, meta, opaque)
         _refuse_incomplete(metadata)
-        used = [checkpoint_id, save_id, *([file] if stored else []), *places]
-        self._names_file = bool(stored)
         self._template = Template(metadata, used)
 
-    def render(self, checkpoint_id: str, save_id: str, file: str, frozen: Sequence[Item]) -> bytes:
-        """Return `.metadata`'s content for one save."""
-        places = [number for item in frozen for number in (item.offset, item.nbytes)]
-        return self._template.render([checkpoint_id, save_id, *([file] if self._names_file else []), *places])
+    def render(self, checkpoint_id: str, save_id: str, frozen: Sequence[Sequence[Item]]) -> bytes:
+        """Return `.metadata`'s content for one save, given the places of each rank's frozen values."""
+        files = [data_file(rank, save_id) for rank in self._writers]
+        places = [number for rank in self._writers for item in frozen[rank] for number in (item.offset, item.nbytes)]
+        return self._template.render([checkpoint_id, save_id, *files, *places])
+
+    def files(self, save_id: str) -> set[str]:
+        """Return the names of all data files of a save."""
+        return {data_file(rank, save_id) for rank in self._writers}
+
+
+def data_file(rank: int, save_id: str) -> str:
+    """Return a rank's data file: a name that no other save has, so that the old checkpoint's files stay whole."""
+    return f"__{rank}_{save_id}.distcp"
 
 
 def _refuse_incomplete(metadata: Metadata) -> None:
@@ -87,8 +105,8 @@ def live(file: str) -> Iterator[None]:
         _live.discard(file)
 
 
-async def commit(storage: Storage, checkpoint_id: str, record: bytes, file: str) -> None:
-    """Make `record`, whose data is in `file`, the checkpoint.
+async def commit(storage: Storage, checkpoint_id: str, record: bytes, files: set[str]) -> None:
+    """Make `record`, whose data is in `files`, the checkpoint.
 
     Raises:
         SaveError: the data is gone: another process saves to the same place, and took it for a leftover.
@@ -97,7 +115,7 @@ async def commit(storage: Storage, checkpoint_id: str, record: bytes, file: str)
     """
     with CancelScope(shield=True):
         await storage.put(checkpoint_id, METADATA_NAME, record)
-        if file not in await storage.names(checkpoint_id):
+        for file in sorted(files.difference(await storage.names(checkpoint_id))):
             raise SaveError(f"{storage.locate(checkpoint_id, file)} is gone: does another process save there too?")
 
 
@@ -118,13 +136,13 @@ async def may_be_committed(storage: Storage, checkpoint_id: str, save_id: str) -
     return committed
 
 
-async def find_replaced(storage: Storage, checkpoint_id: str, file: str) -> list[str]:
-    """Return the files of the checkpoint that was replaced and of saves that failed: all data but `file`.
+async def find_replaced(storage: Storage, checkpoint_id: str, files: set[str]) -> list[str]:
+    """Return the files of the checkpoint that was replaced and of saves that failed: all data but `files`.
 
     Cancellation: none.
     """
     with CancelScope(shield=True), _told_in_the_log(storage, checkpoint_id):
-        kept = {file, *_live}
+        kept = files | _live
         return [name for name in await storage.names(checkpoint_id) if is_leftover(name) and name not in kept]
     return []
 

@@ -7,24 +7,27 @@ go; a large tensor that is contiguous in host memory is read straight into it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from operator import attrgetter
 from typing import Any
 
 import anyio
 import torch
+from torch.distributed.tensor import DTensor
 
 from ._arena import Arena
-from ._capture import Path
+from ._capture import Path, PerRank, flatten
 from ._decode import Check, unpack
 from ._engine import Threads, first_error, in_thread
-from ._layout import NOT_COPIED, copyable
+from ._layout import ALIGNMENT, NOT_COPIED, copyable
 from ._plan import LoadPlan, TensorRead, ValueRead, cut, plan_load
+from ._ranks import Operation, Row
 from ._stage import Checksum, wait_for_marks
-from .errors import ArgumentError, CorruptError, LoadError, NotACheckpointError, ReadError, StageError
-from .metadata import METADATA_NAME, TensorStorageMetadata, gc_held_off, read_metadata
+from .errors import ArgumentError, CheckpointError, CorruptError, LoadError, NotACheckpointError, ReadError, StageError
+from .metadata import METADATA_NAME, Metadata, TensorStorageMetadata, gc_held_off, read_metadata
 from .storage import Reader, Storage
 
 SPAN_NBYTES = 16 << 20  # bytes read in one go: as in saving, enough that the turn at the GIL after it does not count
@@ -43,6 +46,29 @@ class _Span:
     items: list[Any]
 
 
+@dataclass(slots=True, kw_only=True)
+class Wanted:
+    """What a load is to fill: the leaves of a state dict.
+
+    Attributes:
+        states: the state dict, `Stateful` values replaced by their state.
+        lazy: optimizers that have no state yet, by their key.
+        fqns, paths, values: the leaves, in step.
+        marks: tensors on CUDA devices are written when the device has come as far as these.
+        holders: of each leaf that is no tensor, by place, the container that holds it, and its key there.
+        loaded: new values of those leaves, by place.
+    """
+
+    states: dict[str, Any]
+    lazy: dict[str, torch.optim.Optimizer]
+    fqns: list[str]
+    paths: list[Path]
+    values: list[Any]
+    marks: list[torch.cuda.Event]
+    holders: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    loaded: dict[int, Any] = field(default_factory=dict)
+
+
 class Loader:
     """Reads checkpoints from one storage."""
 
@@ -53,22 +79,29 @@ class Loader:
 
     async def load(
         self,
-        fqns: Sequence[str],
-        values: Sequence[Any],
+        operation: Operation,
+        place: int,
+        take: Callable[[], Awaitable[Wanted]],
         checkpoint_id: str,
-        marks: Sequence[torch.cuda.Event],
         *,
         strict: bool,
         cast: bool,
         weights_only: bool,
         check_crc: bool,
-    ) -> dict[int, Any]:
-        """Fill the tensors among `values`, and return the new values of the others by their place.
+    ) -> Wanted:
+        """Fill the tensors that are wanted, and put the other values into `Wanted.loaded`.
 
-        Tensors on CUDA devices are written when the device has come as far as `marks`.
+        Args:
+            operation: the ranks that load.
+            place: a digest of where from, the same on all ranks.
+            take: tells what this rank wants. May raise.
+            checkpoint_id: the checkpoint.
+            strict, cast, weights_only, check_crc: see `Checkpointer.load`.
 
         Raises:
             LoadError: see `Checkpointer.load`.
+
+        Cancellation: `operation.cancel()` takes effect when the read under way is done.
         """
         check = Check(
             locate=lambda name: self._storage.locate(checkpoint_id, name),
@@ -77,51 +110,64 @@ class Loader:
         )
         path = self._storage.locate(checkpoint_id, METADATA_NAME)
 
-        def plan() -> LoadPlan:
-            with gc_held_off():  # the metadata is gone again when the block ends: the collector never sees it
-                try:
-                    made = plan_load(
-                        read_metadata(data, path), fqns, values, checkpoint_id=checkpoint_id, strict=strict, cast=cast
-                    )
-                except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                    raise CorruptError(path, "", f"contradicts itself: {error!r}") from error
-            return made
+        async def get() -> tuple[Wanted, bytes]:  # one rank asks the file system, not thousands
+            return await take(), await self._get_metadata(checkpoint_id, path) if operation.is_coordinator else b""
+
+        async def get_again() -> bytes:
+            return await self._get_metadata(checkpoint_id, path) if operation.is_coordinator else b""
+
+        (wanted, data), _ = await operation.together("read metadata", get, facts=lambda _: [place], decide=_same_place)
+
+        def plan(data: bytes) -> LoadPlan:
+            return _plan(data, path, wanted, operation.rank, checkpoint_id, strict=strict, cast=cast)
 
         while True:
-            data = await self._get_metadata(checkpoint_id, path)
-            planned = await in_thread(self._threads.compute, plan)
-            async with AsyncExitStack() as stack:
+            data = await operation.broadcast(data)
+            if await self._fill(operation, data, plan, wanted, checkpoint_id, check):
+                return wanted
+            data, _ = await operation.together("read metadata", get_again)
+
+    async def _fill(
+        self,
+        operation: Operation,
+        data: bytes,
+        plan: Callable[[bytes], LoadPlan],
+        wanted: Wanted,
+        checkpoint_id: str,
+        check: Check,
+    ) -> bool:
+        """Load what the metadata `data` describes; return False if it has been replaced by another one meanwhile."""
+        async with AsyncExitStack() as stack:
+
+            async def plan_and_open() -> tuple[LoadPlan, dict[str, Reader] | None]:
+                planned = await in_thread(self._threads.compute, plan, data)
                 try:
-                    readers = await self._open(stack, checkpoint_id, planned)
+                    return planned, await self._open(stack, checkpoint_id, planned)
                 except CorruptError as error:
+                    path = self._storage.locate(checkpoint_id, METADATA_NAME)
                     if not isinstance(error.__cause__, FileNotFoundError):
                         raise
                     if await self._get_metadata(checkpoint_id, path) == data:
                         raise
-                    continue  # a save has replaced the checkpoint meanwhile: load the new one
+                    return planned, None  # a save has replaced the checkpoint
+
+            (planned, readers), answer = await operation.together(
+                "plan",
+                plan_and_open,
+                facts=lambda made: [made[1] is None],
+                decide=lambda table: [any(row[0] for row in table)],
+            )
+            if answer[0] or readers is None:
+                return False
+
+            async def read() -> None:
                 with _read_errors(self._storage.locate(checkpoint_id)), _memory_errors():
-                    loaded = await self._read_values(planned.values, readers, check)
-                    await in_thread(self._threads.compute, wait_for_marks, marks)
+                    wanted.loaded = await self._read_values(planned.values, readers, check)
+                    await in_thread(self._threads.compute, wait_for_marks, wanted.marks)
                     await self._read_tensors(planned.tensors, readers, check)
-                return loaded
 
-    async def grow_optimizers(self, states: Mapping[str, Any], keys: Sequence[str], checkpoint_id: str) -> None:
-        """Put into optimizer states that are still empty a place for everything that the checkpoint has for them.
-
-        Args:
-            states: state dicts by key of the top level; those of `keys` are `torch.optim.Optimizer.state_dict()`s.
-            keys: whose to grow.
-            checkpoint_id: of the checkpoint.
-        """
-        path = self._storage.locate(checkpoint_id, METADATA_NAME)
-        metadata = read_metadata(await self._get_metadata(checkpoint_id, path), path)
-        for fqn, steps in (metadata.planner_data or {}).items():
-            entry = metadata.state_dict_metadata.get(fqn)
-            if entry and len(steps) == 4 and steps[0] in keys and steps[1] == "state" and str(steps[2]).isdecimal():
-                room: torch.Tensor | None = None
-                if isinstance(entry, TensorStorageMetadata):
-                    room = torch.empty(entry.size, dtype=entry.properties.dtype)
-                states[steps[0]]["state"].setdefault(int(steps[2]), {})[steps[3]] = room  # by number of the parameter
+            await operation.together("read", read)
+        return True
 
     async def _get_metadata(self, checkpoint_id: str, path: str) -> bytes:
         try:
@@ -151,7 +197,7 @@ class Loader:
             if read.offset + read.nbytes > readers[file].nbytes:
                 problem = f"the file has {readers[file].nbytes} bytes, the value ends at {read.offset + read.nbytes}"
                 raise CorruptError(self._storage.locate(checkpoint_id, file), read.fqn, problem)
-            if isinstance(read, TensorRead) and read.frame and read.frame.item_nbytes != read.nbytes:
+            if isinstance(read, TensorRead) and read.frame and not read.bare and read.frame.item_nbytes != read.nbytes:
                 problem = f"{read.nbytes} bytes are not {read.dtype} of {tuple(read.sizes)}"
                 raise CorruptError(self._storage.locate(checkpoint_id, file), read.fqn, problem)
         return readers
@@ -184,8 +230,12 @@ class Loader:
         async def read_direct(read: TensorRead) -> None:
             assert read.frame is not None
             async with limit:
-                head = memoryview(bytearray(len(read.frame.head)))
                 payload = _memory_of(read.into)
+                if read.bare:
+                    torch.autograd.graph.increment_version(read.into)
+                    await readers[read.file].read_into(read.offset, [payload])
+                    return
+                head = memoryview(bytearray(len(read.frame.head)))
                 torch.autograd.graph.increment_version(read.into)
                 await readers[read.file].read_into(read.offset, [head, payload])
                 await in_thread(self._threads.compute, check.framed, read, read.frame.head_crc, head, payload)
@@ -228,25 +278,80 @@ class _Scratch:
             self._free.append(arena)
 
 
+def _same_place(table: list[Row]) -> list[int]:
+    if len({row[0] for row in table}) > 1:
+        raise ArgumentError("checkpoint_id", "the ranks load from different places")
+    return []
+
+
+def _plan(data: bytes, path: str, wanted: Wanted, rank: int, checkpoint_id: str, strict: bool, cast: bool) -> LoadPlan:
+    with gc_held_off():  # the metadata is gone again when the block ends: the collector never sees it
+        try:
+            metadata = read_metadata(data, path)
+            if wanted.lazy:
+                _grow_optimizers(metadata, wanted)
+                wanted.fqns, wanted.paths, wanted.values = flatten(wanted.states, rank)
+            wanted.holders = find_holders(wanted.states, wanted.fqns, wanted.paths, wanted.values)
+            planned = plan_load(
+                metadata,
+                wanted.fqns,
+                wanted.paths,
+                wanted.values,
+                rank=rank,
+                checkpoint_id=checkpoint_id,
+                strict=strict,
+                cast=cast,
+            )
+        except CheckpointError:  # ArgumentError is a ValueError
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CorruptError(path, "", f"contradicts itself: {error!r}") from error
+        return planned
+
+
+def _grow_optimizers(metadata: Metadata, wanted: Wanted) -> None:
+    """Put into optimizer states that are still empty a place for everything that the checkpoint has for them."""
+    for fqn, steps in (metadata.planner_data or {}).items():
+        entry = metadata.state_dict_metadata.get(fqn)
+        if entry and len(steps) == 4 and steps[0] in wanted.lazy and steps[1] == "state" and str(steps[2]).isdecimal():
+            number = int(steps[2])  # of the parameter
+            room: torch.Tensor | None = None
+            if isinstance(entry, TensorStorageMetadata):
+                groups = wanted.lazy[steps[0]].param_groups
+                parameter = next(islice((each for group in groups for each in group["params"]), number, None), None)
+                if isinstance(parameter, DTensor) and parameter.shape == entry.size:  # sharded as its parameter is
+                    room = torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+                else:
+                    room = torch.empty(entry.size, dtype=entry.properties.dtype)
+            wanted.states[steps[0]]["state"].setdefault(number, {})[steps[3]] = room
+
+
 def _copy_in(span: _Span, arena: Arena, check: Check) -> None:
     """Check the items of a span that has been read into `arena`, and copy them to their targets."""
     memory = arena.memory
     typed: dict[torch.dtype, torch.Tensor] = {}
     targets: list[torch.Tensor] = []
     sources: list[torch.Tensor] = []
+
+    def as_typed(dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in typed:
+            typed[dtype] = arena.tensor[: arena.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
+        return typed[dtype]
+
     with gc_held_off():
         for read in span.items:
             frame, dtype, into = read.frame, read.dtype, read.into
             offset = read.offset - span.start
             if frame is None:
                 tensor = unpack(read, arena, offset, check)
+            elif read.bare:
+                assert read.part is not None
+                tensor = as_typed(dtype).as_strided(read.part[1], frame.strides, offset // dtype.itemsize)
             else:
                 start = offset + len(frame.head)
                 check.framed(read, frame.head_crc + offset, memory, memory[start : start + frame.nbytes])
-                if dtype not in typed:
-                    typed[dtype] = arena.tensor[: arena.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
-                tensor = typed[dtype].as_strided(frame.shape, frame.strides, start // dtype.itemsize)
-            if read.part is not None:
+                tensor = as_typed(dtype).as_strided(frame.shape, frame.strides, start // dtype.itemsize)
+            if read.part is not None and not read.bare:
                 tensor = cut(tensor, read.part)
             if dtype in NOT_COPIED:
                 tensor, into = copyable(tensor), copyable(into)
@@ -261,8 +366,8 @@ def _copy_in(span: _Span, arena: Arena, check: Check) -> None:
 def _reads_direct(read: TensorRead) -> bool:
     return (
         read.frame is not None
-        and read.frame.nbytes >= DIRECT_NBYTES
-        and (read.part is None or read.part[1] == read.sizes)
+        and read.nbytes >= DIRECT_NBYTES
+        and (read.part is None or (read.bare and read.nbytes == read.into.nbytes))
         and read.into.dtype is read.dtype
         and read.into.is_cpu
         and read.into.is_contiguous()
@@ -303,7 +408,7 @@ def _spans(reads: Iterable[Any]) -> list[_Span]:
     """Group reads that lie close together in one file."""
     spans: list[_Span] = []
     for read in sorted(reads, key=attrgetter("file", "offset")):
-        start, stop = read.offset, read.offset + read.nbytes
+        start, stop = read.offset // ALIGNMENT * ALIGNMENT, read.offset + read.nbytes
         if spans:
             last = spans[-1]
             if (
@@ -336,12 +441,16 @@ def find_holders(
         below: Any = state_dict
         for step in path:
             holder, key = below, step
+            if isinstance(holder, PerRank):
+                key = "value"
+                below = holder.value
+                continue
             if isinstance(holder, Mapping) and step not in holder:
                 if id(holder) not in keys:
                     keys[id(holder)] = {str(each): each for each in holder}
                 key = keys[id(holder)][str(step)]
             below = holder[key]
-        if not isinstance(holder, MutableMapping | list):
+        if not isinstance(holder, MutableMapping | list | PerRank):
             raise ArgumentError("state_dict", f"{fqn} is in a {type(holder).__name__}, which takes no new value")
         holders[number] = holder, key
     return holders

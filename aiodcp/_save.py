@@ -1,4 +1,4 @@
-"""The save flow: capture, plan, stage, checksum, write, commit. Runs on the engine's loop.
+"""The save flow: capture, plan, stage, checksum, write, vote, commit. Runs on the engine's loop.
 
 Segments of the data file go through it like cars through a wash: while one is written the next is checksummed and
 the one after it staged. Nothing that is written counts before the commit.
@@ -7,9 +7,12 @@ the one after it staged. Nothing that is written counts before the commit.
 from __future__ import annotations
 
 import asyncio
+import logging
+import pickle
+import struct
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,16 +21,30 @@ import torch
 from anyio import Event
 
 from ._capture import Capture
-from ._commit import CommitRecord, Item, commit, find_replaced, forget_empty, live, may_be_committed, remove_files
+from ._commit import (
+    CommitRecord,
+    Item,
+    commit,
+    data_file,
+    find_replaced,
+    forget_empty,
+    live,
+    may_be_committed,
+    remove_files,
+)
 from ._engine import Threads, first_error, in_thread
-from ._layout import ALIGNMENT, BLOCK, Layout, lay_out, round_up
+from ._layout import ALIGNMENT, BLOCK, Layout, round_up
 from ._milestone import Milestone, ProgressLog
-from ._plan import SavePlan, chunk_of, plan_save
+from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
+from ._ranks import Operation, Row
 from ._stage import Checksum, Stage, wait_for_marks
-from .errors import CaptureError, CheckpointError, SaveError, StageError, WriteError
-from .metadata import METADATA_NAME
+from .errors import ArgumentError, CaptureError, CheckpointError, SaveError, StageError, WriteError
+from .metadata import METADATA_NAME, gc_held_off
 from .storage import Storage, Writer
 
+_log = logging.getLogger("aiodcp")
+
+WARNED_NAMES = 8  # named in one warning
 KEPT_PLANS = 4  # structures remembered: a run saves one or two, and each costs a few MB for 10,000 tensors
 TAIL_SLACK = 64 << 10  # bytes kept free for frozen values to grow in, before the arena must be made anew
 # The part of the file whose writing may begin while the rest is still staged. Writing takes memory bandwidth and
@@ -38,17 +55,25 @@ HEAD_START = 1 / 3
 SEGMENTS_AT_ONCE = 2  # one is written while the next is checksummed: one O_DIRECT write fills a disk
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Prepared:
-    """All that saves of one structure have in common."""
+    """All that saves of one structure have in common.
 
+    Attributes:
+        number: the same on all ranks.
+        plan: what this rank writes.
+        record: `.metadata`, on the coordinator.
+        places: where the frozen values of the last save lie: on the coordinator of every rank, else of this one.
+    """
+
+    number: int
     plan: SavePlan
-    layout: Layout
-    record: CommitRecord
+    record: CommitRecord | None
+    places: dict[int, list[Item]]
 
     @property
-    def leaves(self) -> list[int]:
-        return [place for _, place in self.plan.staged]
+    def layout(self) -> Layout:
+        return self.plan.share.layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,63 +97,166 @@ class Saver:
         self._keep_buffers = keep_buffers
         self._checksum = checksum
         self._kept: list[Prepared] = []
+        self._plans = 0
         self._stage: tuple[Prepared, Stage] | None = None
         self._writing = anyio.Semaphore(SEGMENTS_AT_ONCE)
+        self._warned: set[str] = set()  # fqns on which the ranks disagree: told once
 
-    async def prepare(self, taken: Capture) -> None:
+    async def prepare(self, operation: Operation, take: Callable[[], Awaitable[Capture]]) -> None:
         """Plan, and have host memory ready, so that the first save is as quick as the others."""
-        prepared = await self._plan(taken)
-        tail, _ = _lay_tail(prepared, taken)
-        await self._take_stage(prepared, len(tail))
 
-    async def save(self, job: Job) -> list[str]:
-        """Save what was captured, and return the files that are to be removed now.
+        async def begin() -> tuple[Capture, Prepared | None]:
+            taken = await take()
+            return taken, self._find_kept(taken)
+
+        (taken, kept), answer = await operation.together(
+            "capture", begin, facts=lambda begun: _number_of(begun[1]), decide=_agree_on_plan
+        )
+        prepared = kept if kept and answer[0] else await self._plan(operation, taken)
+        tail, _ = _lay_tail(prepared, taken)
+        await operation.together("stage", lambda: self._take_stage(prepared, len(tail)))
+
+    async def save(self, operation: Operation, place: int, take: Callable[[], Awaitable[Job]]) -> list[str]:
+        """Save what `take` captures, and return the files that are to be removed now.
+
+        Args:
+            operation: the ranks that save.
+            place: a digest of where to, the same on all ranks.
+            take: waits for the caller.
 
         Raises:
             SaveError: nothing was committed, and what was written is removed.
 
-        Cancellation: takes effect after the copy or write under way; nothing is committed, and what was written is
-        removed. Once the commit has begun the save is finished instead.
+        Cancellation: `operation.cancel()` takes effect after the copy or write under way; nothing is committed, and
+        what was written is removed. Once the commit has begun the save is finished instead.
         """
-        save_id = uuid.uuid4().hex
-        file = f"__0_{save_id}.distcp"  # a name that no other save has: the old checkpoint's files stay whole
+
+        async def begin() -> tuple[Job, Prepared | None]:
+            job = await take()
+            return job, self._find_kept(job.taken)
+
+        halves = struct.unpack("<qq", uuid.uuid4().bytes)
+        (job, kept), answer = await operation.together(
+            "capture", begin, facts=lambda begun: [*_number_of(begun[1]), place, *halves], decide=_agree_on_start
+        )
+        save_id = struct.pack("<qq", *answer[1:3]).hex()
+        file = data_file(operation.rank, save_id)
         with live(file):
-            await self._save(job, save_id, file)
+            if not answer[0]:
+                kept = None
+            record = await self._save(operation, job, kept, save_id, file)
             job.log.report("done")
             job.uploaded.reach()
-            return await find_replaced(self._storage, job.checkpoint_id, file)
+            if record is None:
+                return []
+            return await find_replaced(self._storage, job.checkpoint_id, record.files(save_id))
 
-    async def _save(self, job: Job, save_id: str, file: str) -> None:
-        try:
-            prepared = await self._plan(job.taken)
-            tail, places = _lay_tail(prepared, job.taken)
+    async def _save(
+        self, operation: Operation, job: Job, kept: Prepared | None, save_id: str, file: str
+    ) -> CommitRecord | None:
+        writing = written = committing = False
+
+        async def write(prepared: Prepared, tail: bytes) -> None:
+            nonlocal writing, written
             stage = await self._take_stage(prepared, len(tail))
             job.log.report("stage", total=_file_nbytes(prepared, tail))
+            writing = True
             await self._transfer(job, prepared, stage, tail, file)
-            job.log.report("commit")
-            try:
+            written = True
+
+        async def commit_all(prepared: Prepared) -> None:
+            if prepared.record is not None:
                 await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
-                record = prepared.record.render(job.checkpoint_id, save_id, file, places)
+                places = [prepared.places[rank] for rank in range(operation.size)]
+                record = prepared.record.render(job.checkpoint_id, save_id, places)
                 with _write_errors(self._storage.locate(job.checkpoint_id, METADATA_NAME)):
-                    await commit(self._storage, job.checkpoint_id, record, file)
-            except BaseException:
-                if not await may_be_committed(self._storage, job.checkpoint_id, save_id):
-                    await remove_files(self._storage, job.checkpoint_id, [file])
-                raise
+                    await commit(self._storage, job.checkpoint_id, record, prepared.record.files(save_id))
+
+        try:
+            prepared = kept or await self._plan(operation, job.taken)
+            tail, places = _lay_tail(prepared, job.taken)
+            moved = prepared.places.get(operation.rank) != places
+            _, answer = await operation.together(
+                "write",
+                lambda: write(prepared, tail),
+                facts=lambda _: [moved],
+                decide=lambda table: [any(row[0] for row in table)],
+            )
+            if answer[0]:
+                await self._share_places(operation, prepared, places)
+            job.log.report("commit")
+            committing = True
+            await operation.together("commit", lambda: commit_all(prepared), last=True)
         except BaseException:
+            if not operation.agreed:
+                self._kept.clear()  # the others may not have kept the same
+            kept_data = written and (
+                not operation.agreed  # the coordinator may have gone on to the commit
+                or (committing and await may_be_committed(self._storage, job.checkpoint_id, save_id))
+            )
+            if writing and not kept_data:
+                await remove_files(self._storage, job.checkpoint_id, [file])
             await forget_empty(self._storage, job.checkpoint_id)
             raise
         finally:
             if not self._keep_buffers:
                 self._stage = None
+        return prepared.record
 
-    async def _plan(self, taken: Capture) -> Prepared:
-        for prepared in self._kept:
-            if prepared.plan.fits(taken):
-                return prepared
-        prepared = await in_thread(self._threads.compute, _prepare, taken)
+    def _find_kept(self, taken: Capture) -> Prepared | None:
+        return next((prepared for prepared in self._kept if prepared.plan.fits(taken)), None)
+
+    async def _plan(self, operation: Operation, taken: Capture) -> Prepared:
+        """Plan anew, all ranks together."""
+        alone = operation.size == 1
+
+        async def plan_here() -> tuple[LocalPlan, bytes]:
+            return await in_thread(self._threads.compute, _plan_here, taken, alone)
+
+        (local, message), _ = await operation.together("plan", plan_here)
+        messages = [] if alone else await operation.gather(message)
+
+        async def plan_for_all() -> tuple[GlobalPlan, CommitRecord, list[bytes]] | None:
+            if not operation.is_coordinator:
+                return None
+            return await in_thread(self._threads.compute, _plan_for_all, [local] if alone else messages)
+
+        self._plans += 1
+        planned, answer = await operation.together(
+            "plan", plan_for_all, facts=lambda _: [self._plans], decide=lambda table: [max(row[0] for row in table)]
+        )
+        self._plans = answer[0]
+        share, record = None, None
+        if planned is not None:
+            plan, record, parts = planned
+            share, kept = plan.shares[operation.rank], plan.kept[operation.rank]
+            self._warn(plan.disagreed)
+        if not alone:
+            kept = pickle.loads(await operation.scatter(parts if planned is not None else []))
+        finished = await in_thread(self._threads.compute, finish_plan, taken, local, kept, share)
+        prepared = Prepared(number=self._plans, plan=finished, record=record, places={})
         self._kept = [prepared, *self._kept[: KEPT_PLANS - 1]]
         return prepared
+
+    def _warn(self, disagreed: Sequence[str]) -> None:
+        new = [fqn for fqn in disagreed if fqn not in self._warned]
+        self._warned.update(new)
+        if new:
+            more = f" and {len(new) - WARNED_NAMES} more" if len(new) > WARNED_NAMES else ""
+            _log.warning(
+                "the ranks hold different values of %s%s; of each only one rank's is saved: wrap what is each rank's "
+                "own in aiodcp.PerRank",
+                ", ".join(new[:WARNED_NAMES]),
+                more,
+            )
+
+    async def _share_places(self, operation: Operation, prepared: Prepared, places: list[Item]) -> None:
+        """Tell the coordinator where the frozen values lie, which only changes when one of them grows or shrinks."""
+        flat = [number for item in places for number in (item.offset, item.nbytes)]
+        for rank, data in enumerate(await operation.gather(struct.pack(f"<{len(flat)}q", *flat))):
+            numbers = struct.iter_unpack("<qq", data)
+            prepared.places[rank] = [Item(offset=offset, nbytes=nbytes) for offset, nbytes in numbers]
+        prepared.places[operation.rank] = places
 
     async def _take_stage(self, prepared: Prepared, tail_nbytes: int) -> Stage:
         if self._stage is not None:
@@ -138,12 +266,16 @@ class Saver:
             del stage
         self._stage = None  # first give back the memory of the old one
         room = 2 * tail_nbytes + TAIL_SLACK
-        stage = await in_thread(self._threads.staging, Stage, prepared.layout, prepared.leaves, room)
+        stage = await in_thread(self._threads.staging, Stage, prepared.layout, prepared.plan.staged, room)
         self._stage = prepared, stage
         return stage
 
     async def _transfer(self, job: Job, prepared: Prepared, stage: Stage, tail: bytes, file: str) -> None:
         """Stage, checksum and write every segment, each as soon as it can be, into a durable file."""
+        if not stage.layout.segments and not tail:  # all that this rank holds is written by others
+            job.log.report("write")
+            job.staged.reach()
+            return
         ready = [Event() for _ in stage.layout.segments]
         staged = Event()
         try:
@@ -169,9 +301,9 @@ class Saver:
         values = job.taken.values
 
         def copy() -> None:
-            for _, place in prepared.plan.staged:
+            for place, item in zip(prepared.plan.staged, prepared.plan.share.staged, strict=True):
                 if values[place].data_ptr() == 0 and values[place].numel():  # to copy it would crash the process
-                    raise CaptureError(job.taken.fqns[place], "its storage has been freed")
+                    raise CaptureError(item.index.fqn, "its storage has been freed")
             wait_for_marks(job.marks)
             for number, event in enumerate(ready):
                 if stop.is_set():
@@ -214,15 +346,42 @@ class Saver:
         job.log.report(written=data.nbytes)
 
 
-def _prepare(taken: Capture) -> Prepared:
+def _plan_here(taken: Capture, alone: bool) -> tuple[LocalPlan, bytes]:
+    with _planning_errors():
+        local = plan_local(taken, alone=alone)
+        return local, b"" if alone else pickle.dumps(local)
+
+
+def _plan_for_all(plans: Sequence[LocalPlan | bytes]) -> tuple[GlobalPlan, CommitRecord, list[bytes]]:
+    with _planning_errors(), gc_held_off():
+        plan = plan_global([each if isinstance(each, LocalPlan) else pickle.loads(each) for each in plans])
+        return plan, CommitRecord(plan), [pickle.dumps(kept) for kept in plan.kept]
+
+
+@contextmanager
+def _planning_errors() -> Iterator[None]:
     try:
-        plan = plan_save(taken)
-        layout = lay_out([chunk_of(item) for item, _ in plan.staged])
-        return Prepared(plan=plan, layout=layout, record=CommitRecord(plan, layout))
+        yield
     except CheckpointError:
         raise
     except Exception as error:
         raise SaveError(f"planning failed: {error!r}") from error
+
+
+def _number_of(kept: Prepared | None) -> list[int]:
+    return [kept.number if kept else 0]
+
+
+def _agree_on_plan(table: list[Row]) -> list[int]:
+    """A kept plan is used if every rank has kept it, and nothing has changed on any."""
+    numbers = {row[0] for row in table}
+    return [numbers.pop() if len(numbers) == 1 else 0]
+
+
+def _agree_on_start(table: list[Row]) -> list[int]:
+    if len({row[1] for row in table}) > 1:
+        raise ArgumentError("checkpoint_id", "the ranks save to different places")
+    return [*_agree_on_plan(table), *table[0][2:4]]
 
 
 def _lay_tail(prepared: Prepared, taken: Capture) -> tuple[bytes, list[Item]]:
@@ -230,7 +389,7 @@ def _lay_tail(prepared: Prepared, taken: Capture) -> tuple[bytes, list[Item]]:
     pieces: list[bytes] = []
     items: list[Item] = []
     position = 0
-    for _, place in prepared.plan.frozen:
+    for place in prepared.plan.frozen:
         data = taken.frozen[place].archive()
         items.append(Item(offset=prepared.layout.tail + position, nbytes=len(data)))
         filled = round_up(len(data), ALIGNMENT)

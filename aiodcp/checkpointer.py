@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from traceback import clear_frames
 from types import TracebackType
 from typing import Any, Literal, TypeVar, TypeVarTuple, overload
+from weakref import WeakSet
 
 import anyio
 import torch
-from anyio import CancelScope
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ._capture import Capture, call_stateful, capture, flatten
+from ._capture import PerRank, call_stateful, capture, flatten
 from ._commit import remove_files
 from ._engine import Engine
-from ._load import Loader, find_holders
+from ._line import Line
+from ._load import Loader, Wanted
 from ._milestone import Milestone, Progress, ProgressLog
+from ._ranks import Kind, Operation
 from ._save import Job, Saver
+from ._skips import Skips
 from ._stage import Checksum, default_checksum, mark_streams
 from ._turns import give_turns, prompt_turns
 from .errors import (
@@ -58,7 +62,7 @@ class Checkpoint:
         self.uploaded = Milestone("uploaded")
         self._engine = engine
         self._log = ProgressLog()
-        self._scope = CancelScope()
+        self._operation: Operation | None = None
 
     def __repr__(self) -> str:
         latest = self.progress
@@ -93,9 +97,12 @@ class Checkpoint:
             self._engine.call_soon(self._cancel)
 
     async def _cancel(self) -> None:
-        self._scope.cancel()
+        if self._operation is not None:
+            self._operation.cancel()
 
     def _fail(self, error: Exception) -> None:
+        if self.uploaded.done():  # told already, before all of this rank's work had stopped
+            return
         _let_go(error)
         cancelled = isinstance(error, SaveCancelled)
         self._log.report("cancelled" if cancelled else "failed")
@@ -123,8 +130,15 @@ class Checkpointer:
 
     Args:
         storage: where checkpoints live; by default directories of the local file system.
-        keep_buffers: keep the staging buffer, which is as large as the checkpoint, from save to save. False gives
-            the memory back after each, and the next save takes longer to stage: fresh memory must be touched first.
+        process_group: the ranks that save and load together; by default all, if torch.distributed is initialized. Its
+            members open the `Checkpointer` together, and call `save`, `load` and `prepare` in the same order. It says
+            who they are; its connections are not used.
+        coordinator: who plans and commits: a rank of that group, counted in it.
+        no_dist: save and load alone, whatever torch.distributed says.
+        timeout: seconds after which a rank that is not done with a phase, or does not answer, counts as missing.
+        keep_buffers: keep the staging buffer, which is as large as this rank's part of the checkpoint, from save to
+            save. False gives the memory back after each, and the next save takes longer to stage: fresh memory must
+            be touched first.
         copy_threads: cores that copy host tensors while a save is staged; by default all, up to four, which is what
             it takes to fill the memory's bandwidth.
         io_threads: threads that read and write files.
@@ -135,6 +149,10 @@ class Checkpointer:
         self,
         *,
         storage: Storage | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        coordinator: int = 0,
+        no_dist: bool = False,
+        timeout: float = 600.0,
         keep_buffers: bool = True,
         copy_threads: int | None = None,
         io_threads: int = 4,
@@ -149,35 +167,77 @@ class Checkpointer:
             raise ArgumentError("storage", f"{storage!r} has not the methods of aiodcp.Storage")
         if checksum is not None and not callable(checksum):
             raise ArgumentError("checksum", f"{checksum!r} cannot be called")
+        if type(timeout) not in (int, float) or not 0 < timeout < float("inf"):
+            raise ArgumentError("timeout", f"{timeout!r} is not a number of seconds")
+        if no_dist and process_group is not None:
+            raise ArgumentError("no_dist", "means no other ranks: leave out the process_group")
+        if type(coordinator) is not int or coordinator < 0:
+            raise ArgumentError("coordinator", f"{coordinator!r} is not a rank")
         self._storage = storage if storage is not None else LocalStorage()
+        self._process_group = process_group
+        self._coordinator = coordinator
+        self._no_dist = no_dist
+        self._timeout = float(timeout)
         self._keep_buffers = keep_buffers
         self._checksum = checksum or default_checksum()
         self._engine = Engine(copy_threads=copy_threads, io_threads=io_threads)
         self._open = False
         self._saves: set[Future[None]] = set()  # from being asked for until what they replaced is removed
-        self._turns: dict[Milestone, Future[Job | None]] = {}  # of the saves that are not captured yet
+        self._turns: dict[Milestone, Future[Job]] = {}  # of the saves that are not captured yet
         self._work: set[Future[Any]] = set()  # loads and preparations
+        self._operations: WeakSet[Operation] = WeakSet()  # all that has been asked for and is not over
         self._last: Checkpoint | None = None
+        self._line: Line | None = None
         self._saver: Saver
         self._loader: Loader
+        self._skips: Skips
         self._slot: anyio.Semaphore
 
     def __repr__(self) -> str:
-        return f"<Checkpointer on {self._storage!r}, {self._engine!r}, {'busy' if self._is_busy() else 'idle'}>"
+        ranks = f"rank {self._line.rank} of {self._line.size}, " if self._line else ""
+        busy = "busy" if self._is_busy() else "idle"
+        return f"<Checkpointer on {self._storage!r}, {self._engine!r}, {ranks}{busy}>"
 
     async def __aenter__(self) -> Checkpointer:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world_size = torch.distributed.get_world_size()
-            if world_size > 1:
-                raise CheckpointError(f"{world_size} ranks: this version saves and loads from one process")
+        group = self._find_group()
         self._engine.start()
+        try:
+            if group is not None:
+                self._line = Line(group, self._engine.threads.ranks, root=self._coordinator, timeout_s=self._timeout)
+                await self._on_engine(self._connect, self._line)
+        except BaseException:
+            self._line = None
+            self._engine.stop()
+            raise
         self._open = True
         self._slot = anyio.Semaphore(1)  # fair: saves go in the order in which they were asked for
+        self._skips = Skips(decides=self._line is None or self._line.rank == self._line.root)
         self._saver = Saver(
             self._storage, self._engine.threads, keep_buffers=self._keep_buffers, checksum=self._checksum
         )
         self._loader = Loader(self._storage, self._engine.threads, checksum=self._checksum)
         return self
+
+    def _find_group(self) -> torch.distributed.ProcessGroup | None:
+        """Return the ranks to save with, if there are others."""
+        if self._no_dist or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            if self._process_group is not None:
+                raise ArgumentError("process_group", "torch.distributed is not initialized")
+            return None
+        group = self._process_group or torch.distributed.group.WORLD
+        if not isinstance(group, torch.distributed.ProcessGroup):
+            raise ArgumentError("process_group", f"{group!r} is no process group that this rank belongs to")
+        if self._coordinator >= group.size():
+            raise ArgumentError("coordinator", f"{self._coordinator} is no rank of {group.size()}")
+        return group if group.size() > 1 else None
+
+    async def _connect(self, line: Line) -> None:
+        operation = Operation(line, Kind.OPEN, ClosedError("opening was cancelled"))
+
+        async def nothing() -> None:
+            pass
+
+        await operation.together("open", nothing)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -186,7 +246,10 @@ class Checkpointer:
         try:
             await self._drain()
         finally:
+            if self._line is not None:
+                self._line.close()
             self._engine.stop()
+            self._line = None
             del self._saver, self._loader  # and with them the host memory
         untold = self._take_untold()
         self._last = None
@@ -212,12 +275,14 @@ class Checkpointer:
 
     def _give_up(self) -> None:
         for turn, asked in list(self._turns.items()):
-            turn.fail(ClosedError("the Checkpointer was closed before this save had its turn"))
-            _answer(asked, None)
-        if self._last is not None:
-            self._last.cancel()
-        for work in list(self._work):
-            work.cancel()
+            closed = ClosedError("the Checkpointer was closed before this save had its turn")
+            turn.fail(closed)
+            _answer(asked, closed)
+        for operation in list(self._operations):
+            self._engine.call_soon(_cancel, operation)
+        if self._line is None:
+            for work in list(self._work):
+                work.cancel()
 
     def _check_open(self) -> None:
         if not self._open:
@@ -255,11 +320,15 @@ class Checkpointer:
         of the top level may be `Stateful` (with `state_dict()` and `load_state_dict()`), as in DCP. An existing
         checkpoint at the same place is replaced when the new one is complete, and not before.
 
+        With several ranks all of them call it. Sharded tensors are saved by those who hold their parts, everything
+        else by one of its holders, each rank about as many bytes. A failure on one rank, here too, fails the save on
+        all of them.
+
         Args:
             state_dict: nested dicts and lists of tensors and any picklable values.
-            checkpoint_id: where to; for the local file system a directory, which is made.
+            checkpoint_id: where to; for the local file system a directory, which is made. The same on all ranks.
             on_busy: what to do while another save is in flight: "wait" for its end, in turn; "skip" this one and
-                return None; or "raise" `BusyError`.
+                return None; or "raise" `BusyError`. Of several ranks the coordinator chooses for all.
 
         Raises:
             CaptureError: a value cannot be saved; names it.
@@ -269,30 +338,23 @@ class Checkpointer:
         Cancellation: while it waits its turn, gives the turn up.
         """
         self._check_open()
-        place = self._storage.resolve(_check_id(checkpoint_id))
-        if on_busy not in ("wait", "skip", "raise"):
-            raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
-        untold = self._take_untold()
-        if untold is not None:
-            raise untold
-        if self._is_busy() and on_busy == "skip":
-            return None
-        if self._is_busy() and on_busy == "raise":
-            raise BusyError(self._last.checkpoint_id if self._last else place)
-        checkpoint = Checkpoint(place, self._engine)
+        checkpoint: Checkpoint | None = None
         turn = Milestone("turn")
-        asked: Future[Job | None] = Future()
-        flow = self._engine.call_soon(self._save_in_turn, checkpoint, turn, asked)
-        self._saves.add(flow)
-        flow.add_done_callback(self._saves.discard)
-        self._turns[turn] = asked
+        asked: Future[Job] = Future()
         try:
+            place = self._storage.resolve(_check_id(checkpoint_id))
+            if on_busy not in ("wait", "skip", "raise"):
+                raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
+            self._raise_untold()
+            if on_busy != "wait" and await self._skips.ask():
+                if on_busy == "skip":
+                    return None
+                raise BusyError(self._last.checkpoint_id if self._last else place)
+            checkpoint = self._begin(place, checkpoint_id, turn, asked)
             await turn
-            untold = self._take_untold()  # of the save that this one waited for
-            if untold is not None:
-                raise untold
+            self._raise_untold()  # of the save that this one waited for
             checkpoint._log.restart()
-            taken = capture(state_dict)
+            taken = capture(state_dict, self._rank)
             job = Job(
                 taken=taken,
                 marks=mark_streams(taken.values),
@@ -302,36 +364,77 @@ class Checkpointer:
                 log=checkpoint._log,
             )
             if not _answer(asked, job):
+                await checkpoint.uploaded  # another rank has failed: raises that
                 raise ClosedError("the Checkpointer was closed before this save was captured")
             self._last = checkpoint
-        except BaseException:
-            _answer(asked, None)
+        except BaseException as error:
+            reason = error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
+            if (
+                checkpoint is None
+                and self._line is not None
+                and not isinstance(error, BusyError | asyncio.CancelledError)
+            ):
+                self._begin(str(checkpoint_id), checkpoint_id, turn, asked)  # the other ranks begin, and must be told
+            _answer(asked, reason)
             raise
         finally:
-            del self._turns[turn]
+            self._turns.pop(turn, None)
         give_turns(asyncio.get_running_loop(), checkpoint.uploaded.done)
         return checkpoint
 
-    async def _save_in_turn(self, checkpoint: Checkpoint, turn: Milestone, asked: Future[Job | None]) -> None:
+    @property
+    def _rank(self) -> int:
+        return self._line.rank if self._line else 0
+
+    def _begin(self, place: str, checkpoint_id: object, turn: Milestone, asked: Future[Job]) -> Checkpoint:
+        checkpoint = Checkpoint(place, self._engine)
+        self._skips.open()
+        operation = Operation(
+            self._line, Kind.SAVE, SaveCancelled(place), skips=self._skips, on_failure=checkpoint._fail
+        )
+        self._operations.add(operation)
+        checkpoint._operation = operation
+        flow = self._engine.call_soon(self._save_in_turn, checkpoint, operation, _digest(checkpoint_id), turn, asked)
+        self._saves.add(flow)
+        flow.add_done_callback(self._saves.discard)
+        self._turns[turn] = asked
+        return checkpoint
+
+    async def _save_in_turn(
+        self, checkpoint: Checkpoint, operation: Operation, place: int, turn: Milestone, asked: Future[Job]
+    ) -> None:
         replaced: list[str] = []
+
+        async def take() -> Job:
+            return await asyncio.wrap_future(asked)
+
         async with self._slot:
             turn.reach()
-            job = await asyncio.wrap_future(asked)
-            if job is None:
-                return
-            try:
-                with prompt_turns(), checkpoint._scope:
-                    replaced = await self._saver.save(job)
-                if checkpoint._scope.cancelled_caught:
-                    checkpoint._fail(SaveCancelled(checkpoint.checkpoint_id))
-            except CheckpointError as error:
-                checkpoint._fail(error)
-            except Exception as error:
-                failure = SaveError(repr(error))
-                failure.__cause__ = error
-                checkpoint._fail(failure)
+            with self._under_way(operation):
+                try:
+                    replaced = await self._saver.save(operation, place, take)
+                except CheckpointError as error:
+                    checkpoint._fail(error)
+                except Exception as error:
+                    failure = SaveError(repr(error))
+                    failure.__cause__ = error
+                    checkpoint._fail(failure)
         # Removing a large file takes long (0.2 s a GiB on ext4): the next save need not wait for it.
         await remove_files(self._storage, checkpoint.checkpoint_id, replaced)
+
+    @contextmanager
+    def _under_way(self, operation: Operation) -> Iterator[None]:
+        try:
+            with prompt_turns():
+                yield
+        finally:
+            operation.close()
+            self._operations.discard(operation)
+
+    def _raise_untold(self) -> None:
+        untold = self._take_untold()
+        if untold is not None:
+            raise untold
 
     def _take_untold(self) -> Exception | None:
         """Return the failure of the last save if nobody was told, and count it as told."""
@@ -349,15 +452,36 @@ class Checkpointer:
         Raises:
             CaptureError: a value cannot be saved; names it.
             StageError: there is not enough host memory.
+            RankError: that happened on some rank.
 
         Cancellation: takes effect when the step under way is done.
         """
         self._check_open()
-        await self._on_engine(self._prepare, capture(state_dict))
+        take = self._take(lambda: capture(state_dict, self._rank))
+        operation = Operation(self._line, Kind.PREPARE, ClosedError("the preparation was cancelled"))
+        self._operations.add(operation)
 
-    async def _prepare(self, taken: Capture) -> None:
-        async with self._slot:
-            await self._saver.prepare(taken)
+        async def prepare_in_turn() -> None:
+            async with self._slot:
+                with self._under_way(operation):
+                    await self._saver.prepare(operation, take)
+
+        await self._on_engine(prepare_in_turn, operation=operation)
+
+    def _take(self, function: Callable[[], T]) -> Callable[[], Awaitable[T]]:
+        """Call `function` here and now; what it returns or raises is for the engine, so that all ranks hear of it."""
+        taken: Future[T] = Future()
+        try:
+            taken.set_result(function())
+        except CheckpointError as error:
+            if self._line is None:
+                raise
+            taken.set_exception(error)
+
+        async def take() -> T:
+            return taken.result()
+
+        return take
 
     # --- loading
 
@@ -378,6 +502,10 @@ class Checkpointer:
         Everything that can be known without the data is checked before the first byte of the
         caller's tensors changes, and all other values are read before the first tensor.
 
+        With several ranks all of them call it, and the checkpoint may come from any number of them: each reads what
+        it holds. It begins on all ranks or on none, and a failure on one fails it on all. It waits for a save in
+        flight.
+
         Args:
             state_dict: what is wanted, with tensors of the right shapes on the devices where they are wanted.
             checkpoint_id: where from; written by this library or by `torch.distributed.checkpoint`.
@@ -385,7 +513,8 @@ class Checkpointer:
             cast: allow conversions that lose, such as float32 to bfloat16; others are always allowed.
             weights_only: unpickle values with torch's restricted unpickler. False runs whatever code the checkpoint
                 brings: only for files that you trust as you trust your own programs.
-            check_crc: compare each item with its CRC32.
+            check_crc: compare each item with its CRC32. One of which only a part is wanted and read cannot be
+                compared.
 
         Raises:
             NotACheckpointError: there is no committed checkpoint.
@@ -393,46 +522,62 @@ class Checkpointer:
             CorruptError: what is stored is not what was saved. Found by its CRC32 after loading began, tensors may
                 already have changed.
             UnsafeError: the checkpoint asks for more than data.
+            RankError: one of these, on some rank.
 
         Cancellation: takes effect when the read under way is done; tensors may already have changed.
         """
         self._check_open()
-        place = self._storage.resolve(_check_id(checkpoint_id))
-        if not isinstance(state_dict, MutableMapping):
-            raise ArgumentError("state_dict", f"a {type(state_dict).__name__} takes no values: pass a dict")
-        try:
-            states = call_stateful(state_dict)
-        except CaptureError as error:
-            raise LoadError(str(error)) from error.__cause__
-        lazy = [
-            key
-            for key, value in state_dict.items()
-            if isinstance(value, torch.optim.Optimizer) and not states[key]["state"]
-        ]
-        if lazy:
-            await self._on_engine(self._loader.grow_optimizers, states, lazy, place)
-        fqns, paths, values = flatten(states)
-        holders = find_holders(states, fqns, paths, values)
-        marks = mark_streams(values)
-        loaded = await self._on_engine(
-            lambda: self._loader.load(
-                fqns, values, place, marks, strict=strict, cast=cast, weights_only=weights_only, check_crc=check_crc
-            )
-        )
-        for number, value in loaded.items():
-            holder, key = holders[number]
-            holder[key] = value
-        for key, state in states.items():
-            target = state_dict[key]
-            if target is not state and isinstance(target, Stateful):
-                target.load_state_dict(state)
+        place = ""
+
+        def want() -> Wanted:
+            nonlocal place
+            place = self._storage.resolve(_check_id(checkpoint_id))
+            return _want(state_dict, self._rank)
+
+        take = self._take(want)
+        operation = Operation(self._line, Kind.LOAD, LoadError("the load was cancelled"))
+        self._operations.add(operation)
+
+        async def load() -> Wanted:
+            with self._under_way(operation):
+                return await self._loader.load(
+                    operation,
+                    _digest(checkpoint_id),
+                    take,
+                    place,
+                    strict=strict,
+                    cast=cast,
+                    weights_only=weights_only,
+                    check_crc=check_crc,
+                )
+
+        async def load_in_turn() -> Wanted:
+            async with self._slot:
+                return await load()
+
+        wanted = await self._on_engine(load_in_turn if self._line else load, operation=operation)
+        for number, value in wanted.loaded.items():
+            holder, key = wanted.holders[number]
+            if isinstance(holder, PerRank):
+                holder.value = value
+            else:
+                holder[key] = value
+        for key, state in wanted.states.items():
+            target, loaded = state_dict[key], state
+            if isinstance(target, PerRank) and isinstance(state, PerRank) and target is not state:
+                target, loaded = target.value, state.value
+            if target is not loaded and isinstance(target, Stateful):
+                target.load_state_dict(loaded)
             else:
                 state_dict[key] = state
 
-    async def _on_engine(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
+    async def _on_engine(
+        self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, operation: Operation | None = None
+    ) -> T:
         """Run `function` on the engine's loop and wait for it here.
 
-        Cancellation: cancels it there, and waits until it has stopped: it may be using the caller's memory.
+        Cancellation: cancels it there, and waits until it has stopped: it may be using the caller's memory. An
+        `operation` of several ranks is given up instead, so that the others hear of it.
         """
         ended = Milestone("ended")
 
@@ -450,7 +595,10 @@ class Checkpointer:
         try:
             await ended
         except asyncio.CancelledError:
-            future.cancel()
+            if operation is not None and self._line is not None:
+                self._engine.call_soon(_cancel, operation)
+            else:
+                future.cancel()
             while not ended.done():
                 with suppress(asyncio.CancelledError):
                     await ended
@@ -460,6 +608,26 @@ class Checkpointer:
         return future.result()
 
 
+async def _cancel(operation: Operation) -> None:
+    operation.cancel()
+
+
+def _want(state_dict: MutableMapping[str, Any], rank: int) -> Wanted:
+    if not isinstance(state_dict, MutableMapping):
+        raise ArgumentError("state_dict", f"a {type(state_dict).__name__} takes no values: pass a dict")
+    try:
+        states = call_stateful(state_dict)
+    except CaptureError as error:
+        raise LoadError(str(error)) from error.__cause__
+    lazy = {
+        key: value
+        for key, value in state_dict.items()
+        if isinstance(value, torch.optim.Optimizer) and not states[key]["state"]
+    }
+    fqns, paths, values = flatten(states, rank)
+    return Wanted(states=states, lazy=lazy, fqns=fqns, paths=paths, values=values, marks=mark_streams(values))
+
+
 def _let_go(error: BaseException | None) -> None:
     """Clear the frames that an error's tracebacks hold: in their variables is the staging buffer."""
     while error is not None:
@@ -467,10 +635,13 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _answer(asked: Future[Job | None], job: Job | None) -> bool:
-    """Answer a flow that has its turn, unless it has been answered already; tell whether this was the answer."""
+def _answer(asked: Future[Job], answer: Job | Exception) -> bool:
+    """Answer a flow that waits, unless it has been answered already; tell whether this was the answer."""
     with suppress(InvalidStateError):
-        asked.set_result(job)
+        if isinstance(answer, Exception):
+            asked.set_exception(answer)
+        else:
+            asked.set_result(answer)
         return True
     return False
 
@@ -482,3 +653,8 @@ def _check_id(checkpoint_id: object) -> str:
     if not place or "\0" in place:
         raise ArgumentError("checkpoint_id", f"{place!r} is not a path")
     return place
+
+
+def _digest(checkpoint_id: object) -> int:
+    """A number by which ranks compare where they save to."""
+    return int.from_bytes(blake2b(str(checkpoint_id).encode(), digest_size=8).digest(), "little", signed=True)

@@ -9,6 +9,7 @@
     │   ├── StageError                       host memory could not be had, or a copy into it failed
     │   ├── WriteError                       storage refused: names the path, the OSError is its cause
     │   └── SaveCancelled                    `Checkpoint.cancel()` was called; nothing was committed
+    ├── RankError (a SaveError and LoadError) a rank failed or is missing: the same error on all ranks
     └── LoadError                            a load failed
         ├── NotACheckpointError (also FileNotFoundError)  no committed checkpoint there
         ├── ReadError                        storage refused: names the path, the OSError is its cause
@@ -22,6 +23,7 @@ Every error takes its facts as arguments, so that it survives pickling, and keep
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 class CheckpointError(Exception):
@@ -248,3 +250,56 @@ class MismatchError(LoadError):
         if self.missing or self.unexpected:
             text += "\nstrict=False loads what both have"
         return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFailure:
+    """What went wrong on one rank, as text: an exception need not survive the way to the others.
+
+    Attributes:
+        rank: in the world, as torchrun counts.
+        kind: the exception's class.
+        text: its message.
+        traceback: as Python prints it.
+    """
+
+    rank: int
+    kind: str
+    text: str
+    traceback: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.kind}: {self.text}"
+
+
+class RankError(SaveError, LoadError):
+    """A save or load of several ranks failed; every rank is told the same. A save has committed nothing.
+
+    On the ranks that failed their own exception is the cause.
+
+    Attributes:
+        phase: what was being done.
+        failures: what went wrong, by rank.
+        missing: ranks that died, left, or were not done in time.
+    """
+
+    SHOWN = 4  # failures told in full; of the others the ranks
+
+    def __init__(self, phase: str, failures: Sequence[RankFailure] = (), missing: Sequence[int] = ()) -> None:
+        super().__init__(phase, tuple(failures), tuple(missing))
+        self.phase = phase
+        self.failures = tuple(failures)
+        self.missing = tuple(missing)
+
+    def __str__(self) -> str:
+        told: list[str] = []
+        if self.missing:
+            ranks = ", ".join(f"rank {rank}" for rank in self.missing)
+            told.append(f"missing (died, left, or not done in time): {ranks}")
+        told += [str(failure) for failure in self.failures[: self.SHOWN]]
+        if len(self.failures) > self.SHOWN:
+            told.append("also failed: ranks " + ", ".join(str(each.rank) for each in self.failures[self.SHOWN :]))
+        tracebacks = "".join(
+            f"\n--- rank {failure.rank}\n{failure.traceback.rstrip()}" for failure in self.failures[: self.SHOWN]
+        )
+        return f"{self.phase}: " + "; ".join(told or ["the ranks were cut off from each other"]) + tracebacks

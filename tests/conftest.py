@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 
 from aiodcp import MemoryStorage
 from aiodcp.storage import Reader, Writer
+
+from .worlds import World
 
 HELD_AT_MOST_S = 30.0
 
@@ -122,6 +124,13 @@ class Gate:
 
     async def wait_reached(self) -> None:
         assert await asyncio.get_running_loop().run_in_executor(None, self.reached.wait, 30)
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.close()
 
 
 @pytest.fixture

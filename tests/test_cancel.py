@@ -64,7 +64,7 @@ async def test_giving_up_at_the_last_moment_before_the_commit_is_in_time(faulty:
         faulty.gate = gate
         checkpoint = await checkpointer.save(make_state(2), "ckpt")
         await gate.wait_reached()
-        faulty.gate = lambda call: checkpoint._scope.cancel() if call == "sync" else None
+        faulty.gate = lambda call: checkpoint._operation.cancel() if checkpoint._operation and call == "sync" else None
         gate.open()
         with pytest.raises(SaveCancelled):
             await checkpoint.uploaded

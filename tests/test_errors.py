@@ -17,6 +17,12 @@ EXAMPLES: list[tuple[CheckpointError, str]] = [
     (errors.StageError(12, "no memory"), "staging 12 bytes: no memory"),
     (errors.WriteError("a/b", "No space left"), "cannot write a/b: No space left"),
     (errors.SaveCancelled("ckpt/1"), "the save to 'ckpt/1' was cancelled"),
+    (
+        errors.RankError(
+            "write", [errors.RankFailure(rank=1, kind="OSError", text="full", traceback="Trace\n")], [2, 3]
+        ),
+        "write: missing (died, left, or not done in time): rank 2, rank 3; rank 1: OSError: full\n--- rank 1\nTrace",
+    ),
     (errors.LoadError("reason"), "reason"),
     (errors.NotACheckpointError("ckpt/1"), "no committed checkpoint at 'ckpt/1': there is no .metadata"),
     (errors.ReadError("a/b", "Permission denied"), "cannot read a/b: Permission denied"),
@@ -42,7 +48,9 @@ def test_every_error_tells_its_facts_and_survives_pickling(error: CheckpointErro
 
 def test_every_error_of_the_module_has_an_example_and_is_in_the_tree_drawn_on_top() -> None:
     classes = {
-        value for value in vars(errors).values() if inspect.isclass(value) and value.__module__ == errors.__name__
+        value
+        for value in vars(errors).values()
+        if inspect.isclass(value) and issubclass(value, BaseException) and value.__module__ == errors.__name__
     }
     assert classes == {type(error) for error, _ in EXAMPLES}
     assert all(issubclass(each, CheckpointError) for each in classes)

@@ -11,9 +11,9 @@ PACKAGE = Path(aiodcp.__file__).parent
 LAYERS = [
     ["errors", "_layout", "_turns", "storage.base"],
     ["storage.memory", "storage.local", "metadata", "_milestone", "_arena", "_archive"],
-    ["storage", "_engine"],
-    ["_capture", "_stage"],
-    ["_plan"],
+    ["storage", "_engine", "_skips"],
+    ["_capture", "_stage", "_line"],
+    ["_plan", "_ranks"],
     ["_commit", "_decode"],
     ["_save", "_load"],
     ["checkpointer"],

@@ -95,13 +95,13 @@ async def test_a_changed_structure_is_planned_anew(change: str) -> None:
 
 async def test_a_later_save_of_the_same_structure_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
-    real = _plan.plan_save
+    real = _plan.plan_local
 
-    def count(taken: Any) -> Any:
+    def count(taken: Any, *, alone: bool) -> Any:
         plans.append(taken)
-        return real(taken)
+        return real(taken, alone=alone)
 
-    monkeypatch.setattr(_save, "plan_save", count)
+    monkeypatch.setattr(_save, "plan_local", count)
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:
         await checkpointer.prepare(make_state(0))
         for seed in range(3):
@@ -320,7 +320,8 @@ async def test_an_error_while_capturing_changes_nothing_and_the_next_save_works(
 
 
 async def test_an_unexpected_error_becomes_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def surprise(self: Saver, job: Any) -> None:
+    async def surprise(self: Saver, operation: Any, place: int, take: Any) -> None:
+        await take()
         raise ZeroDivisionError("surprise")
 
     monkeypatch.setattr(Saver, "save", surprise)

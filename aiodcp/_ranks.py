@@ -1,0 +1,414 @@
+"""What all ranks do together: one operation at a time, and each of its phases succeeds on all ranks or on none.
+
+A phase is some local work that every rank does, and an agreement on how it went. While a rank works it *beats*: it
+tells the coordinator its state and hears the coordinator's verdict, a few times a second. So a failure stops the work
+of all others soon, a rank that is not done at the deadline can be named, and one that died is noticed.
+
+    rank       working -> done | failed                       one row of integers: `_Row`
+    verdict    go on -> all done | stop -> failed             one row of integers, the same for all
+
+What a phase exchanges besides are few integers (`facts` up, `answer` down), or bytes in `gather`, `scatter` and
+`broadcast`. With one rank all of this is nothing but the work itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Generic, TypeVar
+
+import anyio
+import torch
+from anyio import CancelScope, Event
+
+from ._line import Line, LineCutError
+from ._skips import Skips
+from .errors import CheckpointError, RankError, RankFailure
+
+T = TypeVar("T")
+
+Row = list[int]
+Decide = Callable[[list[Row]], Sequence[int]]
+
+FIRST_BEAT_S = 0.01
+LAST_BEAT_S = 0.25  # beats cost some 0.1 ms each on every rank: this often they are no load
+STOP_GRACE_S = 1.0  # for which a failure waits for those who are still stopping, to name all who failed
+FACTS = 6
+_TEXT_NBYTES = 16 << 10  # of each failure's text and traceback
+
+
+class Kind(IntEnum):
+    PREPARE = 1
+    SAVE = 2
+    LOAD = 3
+    OPEN = 4
+
+
+class _State(IntEnum):
+    WORKING = 0
+    DONE = 1
+    FAILED = 2
+    STOPPED = 3
+
+
+class _Verdict(IntEnum):
+    GO_ON = 0
+    ALL_DONE = 1
+    STOP = 2
+    FAILED = 3
+    OUT_OF_STEP = 4
+
+
+class _Work(Generic[T]):
+    """This rank's work in one phase."""
+
+    def __init__(self) -> None:
+        self.scope = CancelScope()
+        self.finished = Event()
+        self.result: list[T] = []
+        self.error: Exception | None = None
+
+    async def run(self, function: Callable[[], Awaitable[T]]) -> None:
+        try:
+            with self.scope:
+                self.result.append(await function())
+        except Exception as error:
+            self.error = error
+        finally:
+            self.finished.set()
+
+    @property
+    def state(self) -> _State:
+        if not self.finished.is_set():
+            return _State.WORKING
+        if self.error is not None:
+            return _State.FAILED
+        return _State.DONE if self.result else _State.STOPPED
+
+
+class Operation:
+    """A save, a load or a preparation, on all ranks.
+
+    Attributes:
+        agreed: whether a failure of the operation was agreed on. False when the line broke: then nobody can be sure
+            what the others did after they were last heard.
+    """
+
+    def __init__(
+        self,
+        line: Line | None,
+        kind: Kind,
+        cancelled: CheckpointError,
+        *,
+        skips: Skips | None = None,
+        on_failure: Callable[[RankError], None] = lambda error: None,
+    ) -> None:
+        """Begin.
+
+        Args:
+            line: to the other ranks; None when there are none.
+            kind: what is done; all ranks must do the same.
+            cancelled: raised when this rank gives up.
+            skips: counted by the caller as under way; closed here, with the last verdict.
+            on_failure: called when the failure is known, which may be before local work has stopped.
+        """
+        self.agreed = True
+        self._line = line
+        self._kind = kind
+        self._given_up = cancelled
+        self._skips = skips
+        self._on_failure = on_failure
+        self._phase = 0
+        self._doing = ""
+        self._cancelled = False
+        self._scope: CancelScope | None = None
+
+    @property
+    def rank(self) -> int:
+        return self._line.rank if self._line else 0
+
+    @property
+    def size(self) -> int:
+        return self._line.size if self._line else 1
+
+    @property
+    def is_coordinator(self) -> bool:
+        return self._line is None or self._line.rank == self._line.root
+
+    def cancel(self) -> None:
+        """Give up: the work under way is cancelled, and no other begins."""
+        self._cancelled = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    async def together(
+        self,
+        phase: str,
+        function: Callable[[], Awaitable[T]],
+        *,
+        facts: Callable[[T], Sequence[int]] | None = None,
+        decide: Decide | None = None,
+        last: bool = False,
+    ) -> tuple[T, Row]:
+        """Run `function` on every rank, and return its result when all have succeeded, with the coordinator's answer.
+
+        Args:
+            phase: for errors: what is being done.
+            function: this rank's work. It is cancelled when another rank has failed.
+            facts: makes of the result up to `FACTS` integers for the coordinator.
+            decide: the coordinator makes of all ranks' facts the answer, up to `FACTS` integers. It may raise.
+            last: whether the operation ends with this phase.
+
+        Raises:
+            RankError: it failed on some rank, or not all were done in time. With one rank its own exception.
+            CheckpointError: the one for giving up, on the rank that did.
+        """
+        work: _Work[T] = _Work()
+        self._scope = work.scope
+        if self._cancelled:
+            work.scope.cancel()
+        if self._line is None:
+            await work.run(function)
+            self._scope = None
+            if last or not work.result:
+                self.close()
+            if work.error is not None:
+                raise work.error
+            if not work.result:
+                raise self._given_up
+            table = [_padded(facts(work.result[0]) if facts else ())]
+            return work.result[0], _padded(decide(table) if decide else ())
+        failure: RankError | None = None
+        answer: Row = []
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(work.run, function)
+                with CancelScope(shield=True):
+                    try:
+                        answer = await self._agree(self._line, phase, work, facts, decide, last)
+                    except RankError as error:
+                        failure = error
+                        work.scope.cancel()
+                        self._on_failure(error)
+        finally:
+            self._scope = None
+        if failure is not None:
+            if self._cancelled and not failure.missing:
+                raise self._given_up from failure
+            raise failure from work.error
+        return work.result[0], answer
+
+    async def _agree(
+        self,
+        line: Line,
+        phase: str,
+        work: _Work[T],
+        facts: Callable[[T], Sequence[int]] | None,
+        decide: Decide | None,
+        last: bool,
+    ) -> Row:
+        self._phase += 1
+        self._doing = phase
+        judge = _Judge(line, decide)
+        beat_s = FIRST_BEAT_S
+        while True:
+            with anyio.move_on_after(beat_s):
+                await work.finished.wait()
+            beat_s = min(2 * beat_s, LAST_BEAT_S)
+            mine = _padded(facts(work.result[0]) if facts and work.result else ())
+            row = torch.tensor([self._kind, self._phase, work.state, *mine], dtype=torch.int64)
+            with self._cut_told(line, work.error):
+                table = await line.gather(row)
+                heard = torch.zeros(2 + FACTS, dtype=torch.int64)
+                if table is not None:
+                    verdict, *answer = judge.judge(table.tolist())
+                    heard = torch.tensor([verdict, self._skipped(_is_final(verdict, last)), *answer], dtype=torch.int64)
+                await line.broadcast(heard)
+            verdict, skipped, *answer = heard.tolist()
+            if not self.is_coordinator and self._skips:
+                self._skips.hear(skipped)
+            if _is_final(verdict, last):
+                self.close()
+            if verdict == _Verdict.ALL_DONE:
+                return answer
+            if verdict == _Verdict.STOP:
+                work.scope.cancel()
+            if verdict in (_Verdict.FAILED, _Verdict.OUT_OF_STEP):
+                raise await self._tell(line, phase, work, judge)
+
+    def _skipped(self, final: bool) -> int:
+        """Return, on the coordinator, what a verdict says of skipped saves."""
+        if self._skips is None:
+            return 0
+        return self.close() if final else self._skips.current()
+
+    def close(self) -> int:
+        """Count the operation as over, if it is not yet, and return what the others must hear of skipped saves."""
+        if self._skips is None:
+            return 0
+        skips, self._skips = self._skips, None
+        return skips.close()
+
+    async def _tell(self, line: Line, phase: str, work: _Work[T], judge: _Judge) -> RankError:
+        """Share what went wrong, and make one error of it."""
+        error: Exception | None = work.error
+        if self._cancelled and error is None:
+            error = self._given_up
+        mine = json.dumps(_as_json(_describe(line, error))).encode() if error else b""
+        texts = await self.gather(mine)
+        told = b""
+        if texts:
+            failures = [json.loads(text) for text in texts if text]
+            if judge.error is not None:
+                failures.append(_as_json(_describe(line, judge.error)))
+            told = json.dumps([failures, [line.members[rank] for rank in judge.missing]]).encode()
+        failures, missing = json.loads(await self.broadcast(told))
+        return RankError(phase, [RankFailure(**failure) for failure in failures], missing)
+
+    @contextmanager
+    def _cut_told(self, line: Line, error: Exception | None = None) -> Iterator[None]:
+        try:
+            yield
+        except LineCutError as cut:
+            self.agreed = False
+            self.close()
+            failures = [_describe(line, error)] if error else []
+            told = RankError(self._doing, failures, [line.members[rank] for rank in cut.missing])
+            self._on_failure(told)
+            raise told from None
+
+    # --- bytes: these raise RankError when the line breaks.
+
+    async def gather(self, data: bytes) -> list[bytes]:
+        """Collect each rank's bytes at the coordinator, by position; an empty list elsewhere."""
+        line = self._line
+        if line is None:
+            return [data]
+        with self._cut_told(line):
+            lengths = await line.gather(torch.tensor([len(data)], dtype=torch.int64))
+            longest = lengths.max().reshape(1) if lengths is not None else torch.zeros(1, dtype=torch.int64)
+            await line.broadcast(longest)
+            row = torch.zeros(max(int(longest), 1), dtype=torch.uint8)
+            row[: len(data)] = _tensor_of(data)
+            table = await line.gather(row)
+        if table is None or lengths is None:
+            return []
+        return [_bytes_of(table[rank, : int(lengths[rank])]) for rank in range(line.size)]
+
+    async def scatter(self, parts: Sequence[bytes]) -> bytes:
+        """Give each rank its part of the coordinator's `parts`, which nobody else looks at."""
+        line = self._line
+        if line is None:
+            return parts[0]
+        with self._cut_told(line):
+            lengths = torch.tensor([[len(part)] for part in parts], dtype=torch.int64) if parts else None
+            longest = lengths.max().reshape(1) if lengths is not None else torch.zeros(1, dtype=torch.int64)
+            await line.broadcast(longest)
+            length = torch.zeros(1, dtype=torch.int64)
+            await line.scatter(lengths, length)
+            table = None
+            if parts:
+                table = torch.zeros(line.size, max(int(longest), 1), dtype=torch.uint8)
+                for rank, part in enumerate(parts):
+                    table[rank, : len(part)] = _tensor_of(part)
+            row = torch.zeros(max(int(longest), 1), dtype=torch.uint8)
+            await line.scatter(table, row)
+        return _bytes_of(row[: int(length)])
+
+    async def broadcast(self, data: bytes) -> bytes:
+        """Give every rank the coordinator's bytes."""
+        line = self._line
+        if line is None:
+            return data
+        with self._cut_told(line):
+            length = torch.tensor([len(data)], dtype=torch.int64)
+            await line.broadcast(length)
+            row = _tensor_of(data) if self.is_coordinator else torch.zeros(int(length), dtype=torch.uint8)
+            if length:
+                await line.broadcast(row)
+        return _bytes_of(row)
+
+
+def _is_final(verdict: int, last: bool) -> bool:
+    return verdict in (_Verdict.FAILED, _Verdict.OUT_OF_STEP) or (last and verdict == _Verdict.ALL_DONE)
+
+
+class _Judge:
+    """The coordinator's verdict on one phase, beat after beat."""
+
+    def __init__(self, line: Line, decide: Decide | None) -> None:
+        self._decide = decide
+        self._deadline = time.monotonic() + line.timeout_s
+        self._stopped_at: float | None = None
+        self.missing: list[int] = []
+        self.error: Exception | None = None
+
+    def judge(self, table: list[Row]) -> Row:
+        now = time.monotonic()
+        if any(row[:2] != table[0][:2] for row in table):
+            self.error = CheckpointError(_out_of_step(table))
+            return _padded([_Verdict.OUT_OF_STEP], 1 + FACTS)
+        states = [row[2] for row in table]
+        working = [rank for rank, state in enumerate(states) if state == _State.WORKING]
+        if not working and all(state == _State.DONE for state in states):
+            try:
+                answer = self._decide([row[3:] for row in table]) if self._decide else ()
+                return [_Verdict.ALL_DONE, *_padded(answer)]
+            except Exception as error:
+                self.error = error
+                return _padded([_Verdict.FAILED], 1 + FACTS)
+        late = bool(working) and now > self._deadline
+        if late and not self.missing:
+            self.missing = working
+        if late or any(state in (_State.FAILED, _State.STOPPED) for state in states):
+            if self._stopped_at is None:
+                self._stopped_at = now
+            over = not working or now > self._stopped_at + STOP_GRACE_S
+            return _padded([_Verdict.FAILED if over else _Verdict.STOP], 1 + FACTS)
+        return _padded([_Verdict.GO_ON], 1 + FACTS)
+
+
+def _out_of_step(table: list[Row]) -> str:
+    doing = [f"rank {rank} is in phase {row[1]} of a {Kind(row[0]).name.lower()}" for rank, row in enumerate(table)]
+    return "the ranks do not do the same: " + ", ".join(doing[:8]) + (", ..." if len(doing) > 8 else "")
+
+
+def _describe(line: Line, error: Exception) -> RankFailure:
+    try:
+        text = str(error)
+        trace = "".join(traceback.format_exception(error))
+    except Exception as unprintable:  # an exception of anybody's making
+        text, trace = f"(its text cannot be had: {unprintable!r})", ""
+    return RankFailure(
+        rank=line.members[line.rank],
+        kind=type(error).__name__,
+        text=text[:_TEXT_NBYTES],
+        traceback=trace[-_TEXT_NBYTES:],
+    )
+
+
+def _as_json(failure: RankFailure) -> dict[str, object]:
+    return {
+        "rank": failure.rank,
+        "kind": failure.kind,
+        "text": failure.text,
+        "traceback": failure.traceback,
+    }
+
+
+def _padded(values: Sequence[int], length: int = FACTS) -> Row:
+    assert len(values) <= length
+    return [*map(int, values), *[0] * (length - len(values))]
+
+
+def _tensor_of(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+
+
+def _bytes_of(row: torch.Tensor) -> bytes:
+    return ctypes.string_at(row.data_ptr(), row.numel())
