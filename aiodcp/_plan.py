@@ -304,12 +304,15 @@ def _sharded_kind(taken: Capture, place: int) -> Kind:
         return type(local), local.dtype, local.shape, value.shape, value.placements, value.device_mesh
     shards = [(tuple(each.shard_offsets), tuple(each.shard_sizes)) for each in value.metadata().shards_metadata]
     held = [tuple(shard.metadata.shard_offsets) for shard in value.local_shards()]
-    return type(value), value.dtype, value.size(), tuple(shards), tuple(held)
+    shape, dtype = shape_and_dtype(value)
+    return type(value), dtype, shape, tuple(shards), tuple(held)
 
 
 def _plannable(value: Any) -> Any:
     """Return what the planner may see of a value: it fails on dtypes whose size `torch.iinfo` does not know."""
-    if isinstance(value, torch.Tensor) and (value.dtype in NOT_COPIED or str(value.dtype).startswith("torch.bits")):
+    if isinstance(value, ShardedTensor) or not isinstance(value, torch.Tensor):
+        return value
+    if value.dtype in NOT_COPIED or str(value.dtype).startswith("torch.bits"):
         return torch.empty(value.shape, dtype=torch.uint8, device="meta")
     return value
 
@@ -453,11 +456,12 @@ def _misfit(value: object, entry: TensorStorageMetadata | BytesStorageMetadata, 
         return ""
     if isinstance(entry, BytesStorageMetadata):
         return "is a tensor in the state dict, another kind of value in the checkpoint"
-    if value.shape != entry.size:
-        return f"has shape {tuple(entry.size)} in the checkpoint, {tuple(value.shape)} in the state dict"
+    shape, wanted = shape_and_dtype(value)
+    if shape != entry.size:
+        return f"has shape {tuple(entry.size)} in the checkpoint, {tuple(shape)} in the state dict"
     dtype = entry.properties.dtype
-    if dtype is not value.dtype and not cast and not casts_without_loss(dtype, value.dtype):
-        return f"is {dtype} in the checkpoint, {value.dtype} in the state dict, which loses: cast=True allows it"
+    if dtype is not wanted and not cast and not casts_without_loss(dtype, wanted):
+        return f"is {dtype} in the checkpoint, {wanted} in the state dict, which loses: cast=True allows it"
     if isinstance(value, DTensor) and any(isinstance(placement, Partial) for placement in value.placements):
         return f"has {value.placements}: a sum that is not made yet cannot be loaded into"
     for part in _parts(value):
@@ -465,6 +469,14 @@ def _misfit(value: object, entry: TensorStorageMetadata | BytesStorageMetadata, 
         if problem:
             return problem
     return ""
+
+
+def shape_and_dtype(value: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    """Return those of the whole tensor; without the warning that a `ShardedTensor` gives for its attributes."""
+    if isinstance(value, ShardedTensor):
+        metadata = value.metadata()
+        return metadata.size, metadata.tensor_properties.dtype
+    return value.shape, value.dtype
 
 
 def _parts(value: torch.Tensor) -> list[torch.Tensor]:

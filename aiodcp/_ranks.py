@@ -115,7 +115,7 @@ class Operation:
             kind: what is done; all ranks must do the same.
             cancelled: raised when this rank gives up.
             skips: counted by the caller as under way; closed here, with the last verdict.
-            on_failure: called when the failure is known, which may be before local work has stopped.
+            on_failure: called when a failure is known and local work does not stop: who waits is told before.
         """
         self.agreed = True
         self._line = line
@@ -193,14 +193,18 @@ class Operation:
                         answer = await self._agree(self._line, phase, work, facts, decide, last)
                     except RankError as error:
                         failure = error
+                        failure.__cause__ = work.error
                         work.scope.cancel()
-                        self._on_failure(error)
+                        with anyio.move_on_after(STOP_GRACE_S):
+                            await work.finished.wait()
+                        if not work.finished.is_set():
+                            self._on_failure(error)
         finally:
             self._scope = None
         if failure is not None:
             if self._cancelled and not failure.missing:
                 raise self._given_up from failure
-            raise failure from work.error
+            raise failure
         return work.result[0], answer
 
     async def _agree(
@@ -279,7 +283,6 @@ class Operation:
             self.close()
             failures = [_describe(line, error)] if error else []
             told = RankError(self._doing, failures, [line.members[rank] for rank in cut.missing])
-            self._on_failure(told)
             raise told from None
 
     # --- bytes: these raise RankError when the line breaks.

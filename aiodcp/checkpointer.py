@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from traceback import clear_frames
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
+from traceback import walk_tb
 from types import TracebackType
 from typing import Any, Literal, TypeVar, TypeVarTuple, overload
 from weakref import WeakSet
@@ -629,9 +630,16 @@ def _want(state_dict: MutableMapping[str, Any], rank: int) -> Wanted:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Clear the frames that an error's tracebacks hold: in their variables is the staging buffer."""
+    """Clear the frames that an error's tracebacks hold: in their variables is the staging buffer.
+
+    But not coroutines of others: an error of `capture` has the caller's in its traceback, and clearing ends it.
+    """
     while error is not None:
-        clear_frames(error.__traceback__)
+        for frame, _ in walk_tb(error.__traceback__):
+            ours = frame.f_globals.get("__name__", "").startswith(f"{__package__}.")
+            if ours or not frame.f_code.co_flags & (CO_COROUTINE | CO_GENERATOR | CO_ASYNC_GENERATOR):
+                with suppress(RuntimeError):  # it is still running
+                    frame.clear()
         error = error.__cause__ or error.__context__
 
 

@@ -625,3 +625,17 @@ async def test_a_failed_save_does_not_hold_the_staging_buffer(faulty: FaultyStor
             await checkpoint
         gc.collect()
         assert not [each for each in gc.get_objects() if type(each) is _arena.Arena]
+
+
+async def test_a_failed_capture_leaves_the_coroutine_of_its_caller_alone() -> None:
+    class Broken:
+        def state_dict(self) -> dict[str, Any]:
+            raise ValueError("no state today")
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    async with Checkpointer(storage=MemoryStorage()) as checkpointer:
+        with pytest.raises(CaptureError, match="no state today"):
+            await checkpointer.save({"app": Broken()}, "ckpt")
+        await asyncio.sleep(0.05)  # here the engine lets go of the error
+        await (await checkpointer.save({"n": 1}, "ckpt")).uploaded

@@ -1,17 +1,15 @@
 """Worlds of real processes for tests of several ranks: started once, used by many tests.
 
-    def check(rank: int, size: int, ...) -> Any:  # at the top level of the test file: runs in each process
-        ...
+def check(rank: int, size: int, ...) -> Any:  # at the top level of the test file: runs in each process
+    ...
 
-    world.run(3, check, ...)  # on ranks 0, 1 and 2 of a fresh process group; returns the results by rank
+world.run(3, check, ...)  # on ranks 0, 1 and 2 of a fresh process group; returns the results by rank
 """
 
 from __future__ import annotations
 
 import faulthandler
 import multiprocessing
-import os
-import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,7 +17,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-LIMIT_S = 90.0  # for one function on all ranks: beyond it the processes are told to print their stacks and end
+from torch._C._distributed_c10d import TCPStore
+
+LIMIT_S = 30.0  # for one function on all ranks: beyond it the processes are told to print their stacks and end
 
 
 class Killed:
@@ -44,26 +44,27 @@ class World:
         """Run `function(rank, size, *args)` on `size` ranks. With `killed` a rank may end: its result is `Killed`."""
         while len(self._workers) < size:
             self._workers.append(self._start())
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(size):
-                self._workers[rank][1].send((rank, size, os.path.join(folder, "store"), function, args))
-            results: dict[int, Any] = {}
-            while len(results) < size:
-                waiting = {self._workers[rank][1]: rank for rank in range(size) if rank not in results}
-                ready = wait(list(waiting), LIMIT_S)
-                if not ready:
-                    self.close()
-                    raise TimeoutError(f"{function.__name__}: no answer from ranks {sorted(waiting.values())}")
-                for connection in ready:
-                    assert isinstance(connection, Connection)
-                    rank = waiting[connection]
-                    try:
-                        results[rank] = connection.recv()
-                    except EOFError:
-                        results[rank] = Killed()
-                        self._workers[rank] = self._start()
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # here: it outlives any rank
+        for rank in range(size):
+            self._workers[rank][1].send((rank, size, store.port, function, args))
+        results: dict[int, Any] = {}
+        while len(results) < size:
+            waiting = {self._workers[rank][1]: rank for rank in range(size) if rank not in results}
+            ready = wait(list(waiting), LIMIT_S)
+            if not ready:
+                self.close()
+                told = "\n".join(each.args[0] for each in results.values() if isinstance(each, _FailedError))
+                raise TimeoutError(f"{function.__name__}: no answer from ranks {sorted(waiting.values())}\n{told}")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = waiting[connection]
+                try:
+                    results[rank] = connection.recv()
+                except EOFError:
+                    results[rank] = Killed()
+                    self._workers[rank] = self._start()
         failed = [
-            f"--- rank {rank}\n{result.args[0]}" for rank, result in results.items() if isinstance(result, _Failed)
+            f"--- rank {rank}\n{result.args[0]}" for rank, result in results.items() if isinstance(result, _FailedError)
         ]
         dead = [rank for rank, result in results.items() if isinstance(result, Killed)]
         if failed or (dead and not killed):
@@ -79,7 +80,7 @@ class World:
         self._workers.clear()
 
 
-class _Failed(Exception):
+class _FailedError(Exception):
     """A rank's traceback."""
 
 
@@ -93,17 +94,16 @@ def _work(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            rank, size, path, function, args = connection.recv()
+            rank, size, port, function, args = connection.recv()
         except EOFError:
             return
         try:
-            dist.init_process_group(
-                "gloo", store=dist.FileStore(path, size), rank=rank, world_size=size, timeout=timedelta(seconds=60)
-            )
+            store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
             try:
                 result = function(rank, size, *args)
             finally:
                 dist.destroy_process_group()
         except Exception:
-            result = _Failed(traceback.format_exc())
+            result = _FailedError(traceback.format_exc())
         connection.send(result)

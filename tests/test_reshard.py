@@ -1,0 +1,136 @@
+"""Sharded state: saved by any number of ranks in any layout, loaded by any other, both ways with DCP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.sharded_tensor import init_from_local_shards
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from aiodcp import Checkpointer
+
+from .worlds import World
+
+SHAPES = {"tall": (7, 6), "wide": (3, 16), "few": (2, 4), "one": (1,), "cube": (5, 4, 6)}
+LAYOUTS = ["replicated", "rows", "columns", "grid", "hsdp", "sharded_tensor"]
+SIZES = [1, 2, 3, 4]
+
+
+def _whole(name: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(name))
+    return torch.randn(SHAPES[name], generator=generator)
+
+
+@cache
+def _mesh(_: object, *shape: int) -> DeviceMesh:
+    return init_device_mesh("cpu", shape)
+
+
+def _lay(layout: str, size: int, whole: torch.Tensor) -> Any:
+    """Spread a tensor over all ranks."""
+    world = dist.group.WORLD
+    if layout == "replicated":
+        return whole.clone()
+    if layout == "rows":
+        return distribute_tensor(whole, _mesh(world, size), [Shard(0)])
+    if layout == "columns":
+        return distribute_tensor(whole, _mesh(world, size), [Shard(whole.dim() - 1)])
+    if layout == "grid":
+        return distribute_tensor(whole, _mesh(world, -(-size // 2), size // 2 or 1), [Shard(0), Shard(whole.dim() - 1)])
+    if layout == "hsdp":
+        return distribute_tensor(whole, _mesh(world, size // 2 or 1, -(-size // 2)), [Replicate(), Shard(0)])
+    rank, rows = dist.get_rank(), -(-len(whole) // size)
+    part = whole[rank * rows : (rank + 1) * rows].clone()
+    offsets = [rank * rows, *[0] * (whole.dim() - 1)]
+    shards = [LocalShard.from_tensor_and_offsets(part, offsets, rank)] if len(part) else []
+    return init_from_local_shards(shards, whole.shape)
+
+
+def _fits(layout: str, size: int) -> bool:
+    return size != 3 or layout not in ("grid", "hsdp")
+
+
+def _state(layout: str, size: int, zero: bool) -> dict[str, Any]:
+    wholes = {name: torch.zeros(shape) if zero else _whole(name) for name, shape in SHAPES.items()}
+    tensors = {name: _lay(layout, size, whole) for name, whole in wholes.items()}
+    return {"model": tensors, "step": 0 if zero else 12}
+
+
+def _check(state: dict[str, Any], layout: str, size: int, where: str) -> None:
+    assert state["step"] == 12, where
+    for name, value in state["model"].items():
+        expected = _lay(layout, size, _whole(name))
+        if isinstance(value, ShardedTensor):
+            pairs = zip(value.local_shards(), expected.local_shards(), strict=True)
+            assert all(torch.equal(one.tensor, other.tensor) for one, other in pairs), (where, name)
+        else:
+            local, same = (each.to_local() if isinstance(each, DTensor) else each for each in (value, expected))
+            assert torch.equal(local, same), (where, name)
+
+
+def _save_all(rank: int, size: int, folder: Path) -> None:
+    async def main() -> None:
+        async with Checkpointer() as checkpointer:
+            for layout in LAYOUTS:
+                if _fits(layout, size):
+                    state = _state(layout, size, zero=False)
+                    await (await checkpointer.save(state, folder / f"aiodcp-{size}-{layout}")).uploaded
+
+    asyncio.run(main())
+    for layout in LAYOUTS:
+        if _fits(layout, size):
+            dcp.save(_state(layout, size, zero=False), checkpoint_id=folder / f"dcp-{size}-{layout}")
+
+
+def _load_all(rank: int, size: int, folder: Path) -> int:
+    async def main() -> int:
+        count = 0
+        async with Checkpointer() as checkpointer:
+            for number, path in enumerate(sorted(folder.iterdir())):
+                saver, saved_size, saved = path.name.split("-")
+                others = [each for each in LAYOUTS if each != saved]
+                for layout in (saved, others[(number + size) % len(others)]):
+                    if not _fits(layout, size):
+                        continue
+                    where = f"{path.name} into {layout} of {size}"
+                    state = _state(layout, size, zero=True)
+                    try:
+                        await checkpointer.load(state, path)
+                    except Exception as error:
+                        raise AssertionError(where) from error
+                    _check(state, layout, size, where)
+                    count += 1
+                    if saver == "aiodcp" and not (saved_size == str(size) and layout != saved):
+                        state = _state(layout, size, zero=True)
+                        dcp.load(state, checkpoint_id=path)
+                        _check(state, layout, size, f"dcp.load: {where}")
+        return count
+
+    logging.disable(logging.WARNING)
+    return asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def saved(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    for size in SIZES:
+        world.run(size, _save_all, folder)
+    return folder
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_layout_of_every_world_is_loaded_into_this_one(world: World, saved: Path, size: int) -> None:
+    counts = world.run(size, _load_all, saved)
+    assert counts[0] >= 44
+    assert len(set(counts)) == 1
