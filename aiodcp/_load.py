@@ -110,22 +110,33 @@ class Loader:
         )
         path = self._storage.locate(checkpoint_id, METADATA_NAME)
 
-        async def get() -> tuple[Wanted, bytes]:  # one rank asks the file system, not thousands
-            return await take(), await self._get_metadata(checkpoint_id, path) if operation.is_coordinator else b""
+        async def get_metadata() -> bytes | None:  # one rank asks the file system, not thousands
+            if not operation.is_coordinator:
+                return b""
+            try:
+                return await self._get_metadata(checkpoint_id, path)
+            except NotACheckpointError:
+                return None
 
-        async def get_again() -> bytes:
-            return await self._get_metadata(checkpoint_id, path) if operation.is_coordinator else b""
+        async def get() -> tuple[Wanted, bytes | None]:
+            return await take(), await get_metadata()
 
-        (wanted, data), _ = await operation.together("read metadata", get, facts=lambda _: [place], decide=_same_place)
+        (wanted, data), answer = await operation.together(
+            "read metadata", get, facts=lambda got: [got[1] is None, place], decide=_agree_on_start
+        )
 
         def plan(data: bytes) -> LoadPlan:
             return _plan(data, path, wanted, operation.rank, checkpoint_id, strict=strict, cast=cast)
 
         while True:
-            data = await operation.broadcast(data)
-            if await self._fill(operation, data, plan, wanted, checkpoint_id, check):
+            if answer[0]:
+                raise NotACheckpointError(checkpoint_id)  # on every rank: who finds none may begin anew
+            metadata = await operation.broadcast(data or b"")
+            if await self._fill(operation, metadata, plan, wanted, checkpoint_id, check):
                 return wanted
-            data, _ = await operation.together("read metadata", get_again)
+            data, answer = await operation.together(
+                "read metadata", get_metadata, facts=lambda got: [got is None, 0], decide=_agree_on_start
+            )
 
     async def _fill(
         self,
@@ -278,10 +289,10 @@ class _Scratch:
             self._free.append(arena)
 
 
-def _same_place(table: list[Row]) -> list[int]:
-    if len({row[0] for row in table}) > 1:
+def _agree_on_start(table: list[Row]) -> list[int]:
+    if len({row[1] for row in table}) > 1:
         raise ArgumentError("checkpoint_id", "the ranks load from different places")
-    return []
+    return [any(row[0] for row in table)]
 
 
 def _plan(data: bytes, path: str, wanted: Wanted, rank: int, checkpoint_id: str, strict: bool, cast: bool) -> LoadPlan:

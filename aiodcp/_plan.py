@@ -157,7 +157,11 @@ def plan_local(taken: Capture, *, alone: bool) -> LocalPlan:
             source = taken.parts[place] + seen.get(place, 0)
             seen[place] = seen.get(place, 0) + 1
         if item.tensor_data is not None:
-            item.tensor_data.properties.dtype = taken.values[source].dtype
+            held, sizes = taken.values[source], item.tensor_data.chunk.sizes
+            if held.shape != sizes:
+                problem = f"this rank holds {tuple(held.shape)} of it, its placements say {tuple(sizes)}"
+                raise CaptureError(item.index.fqn, problem)
+            item.tensor_data.properties.dtype = held.dtype
         sources.append(source)
     return LocalPlan(
         items=items,

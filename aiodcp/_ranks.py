@@ -38,7 +38,7 @@ Decide = Callable[[list[Row]], Sequence[int]]
 FIRST_BEAT_S = 0.01
 LAST_BEAT_S = 0.25  # beats cost some 0.1 ms each on every rank: this often they are no load
 STOP_GRACE_S = 1.0  # for which a failure waits for those who are still stopping, to name all who failed
-FACTS = 6
+FACTS = 8
 _TEXT_NBYTES = 16 << 10  # of each failure's text and traceback
 
 

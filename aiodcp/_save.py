@@ -12,7 +12,7 @@ import pickle
 import struct
 import threading
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -105,14 +105,14 @@ class Saver:
     async def prepare(self, operation: Operation, take: Callable[[], Awaitable[Capture]]) -> None:
         """Plan, and have host memory ready, so that the first save is as quick as the others."""
 
-        async def begin() -> tuple[Capture, Prepared | None]:
+        async def begin() -> tuple[Capture, dict[int, Prepared]]:
             taken = await take()
             return taken, self._find_kept(taken)
 
         (taken, kept), answer = await operation.together(
-            "capture", begin, facts=lambda begun: _number_of(begun[1]), decide=_agree_on_plan
+            "capture", begin, facts=lambda begun: _numbers(begun[1]), decide=_agree_on_plan
         )
-        prepared = kept if kept and answer[0] else await self._plan(operation, taken)
+        prepared = kept.get(answer[0]) or await self._plan(operation, taken)
         tail, _ = _lay_tail(prepared, taken)
         await operation.together("stage", lambda: self._take_stage(prepared, len(tail)))
 
@@ -131,20 +131,18 @@ class Saver:
         what was written is removed. Once the commit has begun the save is finished instead.
         """
 
-        async def begin() -> tuple[Job, Prepared | None]:
+        async def begin() -> tuple[Job, dict[int, Prepared]]:
             job = await take()
             return job, self._find_kept(job.taken)
 
         halves = struct.unpack("<qq", uuid.uuid4().bytes)
         (job, kept), answer = await operation.together(
-            "capture", begin, facts=lambda begun: [*_number_of(begun[1]), place, *halves], decide=_agree_on_start
+            "capture", begin, facts=lambda begun: [*_numbers(begun[1]), place, *halves], decide=_agree_on_start
         )
         save_id = struct.pack("<qq", *answer[1:3]).hex()
         file = data_file(operation.rank, save_id)
         with live(file):
-            if not answer[0]:
-                kept = None
-            record = await self._save(operation, job, kept, save_id, file)
+            record = await self._save(operation, job, kept.get(answer[0]), save_id, file)
             job.log.report("done")
             job.uploaded.reach()
             if record is None:
@@ -203,8 +201,9 @@ class Saver:
                 self._stage = None
         return prepared.record
 
-    def _find_kept(self, taken: Capture) -> Prepared | None:
-        return next((prepared for prepared in self._kept if prepared.plan.fits(taken)), None)
+    def _find_kept(self, taken: Capture) -> dict[int, Prepared]:
+        """Return the plans for what this rank has, by number: it may be the same while that of others differs."""
+        return {prepared.number: prepared for prepared in self._kept if prepared.plan.fits(taken)}
 
     async def _plan(self, operation: Operation, taken: Capture) -> Prepared:
         """Plan anew, all ranks together."""
@@ -368,20 +367,19 @@ def _planning_errors() -> Iterator[None]:
         raise SaveError(f"planning failed: {error!r}") from error
 
 
-def _number_of(kept: Prepared | None) -> list[int]:
-    return [kept.number if kept else 0]
+def _numbers(kept: Iterable[int]) -> list[int]:
+    return [*kept, *[0] * KEPT_PLANS][:KEPT_PLANS]
 
 
 def _agree_on_plan(table: list[Row]) -> list[int]:
-    """A kept plan is used if every rank has kept it, and nothing has changed on any."""
-    numbers = {row[0] for row in table}
-    return [numbers.pop() if len(numbers) == 1 else 0]
+    """A kept plan is used if every rank has kept it, and nothing has changed on any; else 0: plan anew."""
+    return [max(set.intersection(*({0, *row[:KEPT_PLANS]} for row in table)))]
 
 
 def _agree_on_start(table: list[Row]) -> list[int]:
-    if len({row[1] for row in table}) > 1:
+    if len({row[KEPT_PLANS] for row in table}) > 1:
         raise ArgumentError("checkpoint_id", "the ranks save to different places")
-    return [*_agree_on_plan(table), *table[0][2:4]]
+    return [*_agree_on_plan(table), *table[0][KEPT_PLANS + 1 : KEPT_PLANS + 3]]
 
 
 def _lay_tail(prepared: Prepared, taken: Capture) -> tuple[bytes, list[Item]]:

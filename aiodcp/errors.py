@@ -268,9 +268,6 @@ class RankFailure:
     text: str
     traceback: str
 
-    def __str__(self) -> str:
-        return f"rank {self.rank}: {self.kind}: {self.text}"
-
 
 class RankError(SaveError, LoadError):
     """A save or load of several ranks failed; every rank is told the same. A save has committed nothing.
@@ -283,7 +280,7 @@ class RankError(SaveError, LoadError):
         missing: ranks that died, left, or were not done in time.
     """
 
-    SHOWN = 4  # failures told in full; of the others the ranks
+    SHOWN = 4  # different failures told in full; of the others the ranks
 
     def __init__(self, phase: str, failures: Sequence[RankFailure] = (), missing: Sequence[int] = ()) -> None:
         super().__init__(phase, tuple(failures), tuple(missing))
@@ -296,10 +293,15 @@ class RankError(SaveError, LoadError):
         if self.missing:
             ranks = ", ".join(f"rank {rank}" for rank in self.missing)
             told.append(f"missing (died, left, or not done in time): {ranks}")
-        told += [str(failure) for failure in self.failures[: self.SHOWN]]
-        if len(self.failures) > self.SHOWN:
-            told.append("also failed: ranks " + ", ".join(str(each.rank) for each in self.failures[self.SHOWN :]))
-        tracebacks = "".join(
-            f"\n--- rank {failure.rank}\n{failure.traceback.rstrip()}" for failure in self.failures[: self.SHOWN]
-        )
+        alike: dict[tuple[str, str], list[RankFailure]] = {}
+        for failure in self.failures:
+            alike.setdefault((failure.kind, failure.text), []).append(failure)
+        tracebacks = ""
+        for (kind, text), failures in list(alike.items())[: self.SHOWN]:
+            ranks = ", ".join(f"rank {failure.rank}" for failure in failures)
+            told.append(f"{ranks}: {kind}: {text}")
+            tracebacks += f"\n--- rank {failures[0].rank}\n{failures[0].traceback.rstrip()}"
+        rest = [str(failure.rank) for failures in list(alike.values())[self.SHOWN :] for failure in failures]
+        if rest:
+            told.append("differently: rank " + ", ".join(rest))
         return f"{self.phase}: " + "; ".join(told or ["the ranks were cut off from each other"]) + tracebacks

@@ -117,8 +117,11 @@ def _load_all(rank: int, size: int, folder: Path) -> int:
                         _check(state, layout, size, f"dcp.load: {where}")
         return count
 
-    logging.disable(logging.WARNING)
-    return asyncio.run(main())
+    logging.disable(logging.WARNING)  # DCP's, about the version of its own files
+    try:
+        return asyncio.run(main())
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
