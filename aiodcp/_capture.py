@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, Partial
 
@@ -59,6 +60,7 @@ class Capture:
         frozen: for every leaf that is not staged, by place, its pickle; framed as `torch.save` does it or still bare.
         sharded: the leaves that are sharded, by place.
         parts: of each `ShardedTensor`, by place, where among the values its first part is.
+        planned: the plan of the caller's own planner, whose items are the leaves.
     """
 
     fqns: list[str]
@@ -67,6 +69,7 @@ class Capture:
     frozen: dict[int, Frozen]
     sharded: dict[int, DTensor | ShardedTensor]
     parts: dict[int, int]
+    planned: SavePlan | None = None
 
     def leaf(self, place: int) -> Any:
         """Return a leaf as it stands in the state dict."""
@@ -114,7 +117,7 @@ def capture(state_dict: Mapping[str, Any], rank: int = 0) -> Capture:
         else:
             [values[place]] = held
     frozen = {
-        place: _freeze(fqns[place], value)
+        place: freeze(fqns[place], value)
         for place, value in enumerate(values[: len(fqns)])
         # A tensor whose elements lie in a dense buffer that the staging copy understands is only referred to. The
         # test is spelt out: a call for each of 10,000 tensors is half of the time for which the caller is held.
@@ -125,6 +128,16 @@ def capture(state_dict: Mapping[str, Any], rank: int = 0) -> Capture:
         if place not in sharded
     }
     return Capture(fqns=fqns, paths=paths, values=values, frozen=frozen, sharded=sharded, parts=parts)
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether the elements of a tensor lie in a dense buffer that the staging copy understands."""
+    return (
+        type(value) in PLAIN_TENSORS
+        and value.layout is torch.strided
+        and value.dtype not in _QUANTIZED
+        and not value.is_meta
+    )
 
 
 def local_parts(fqn: str, value: DTensor | ShardedTensor) -> list[torch.Tensor]:
@@ -141,10 +154,10 @@ def local_parts(fqn: str, value: DTensor | ShardedTensor) -> list[torch.Tensor]:
     else:
         parts = [shard.tensor for shard in value.local_shards()]
     for part in parts:
-        if type(part) not in PLAIN_TENSORS or part.layout is not torch.strided or part.dtype in _QUANTIZED:
-            raise CaptureError(fqn, f"a {type(value).__name__} of {type(part).__name__}, {part.layout}, {part.dtype}")
         if part.is_meta and part.numel():
             raise CaptureError(fqn, "a tensor on the meta device has no data to save")
+        if not part.is_meta and not is_plain(part):
+            raise CaptureError(fqn, f"a {type(value).__name__} of {type(part).__name__}, {part.layout}, {part.dtype}")
     return parts
 
 
@@ -224,7 +237,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _freeze(fqn: str, value: object) -> Frozen:
+def freeze(fqn: str, value: object) -> Frozen:
     """Pickle a value as `torch.save` does, for the many values without tensors in a hundredth of its time."""
     if type(value) in _SCALARS:
         return Frozen(pickle.dumps(value, protocol=2), False)

@@ -7,15 +7,19 @@ go; a large tensor that is contiguous in host memory is read straight into it.
 from __future__ import annotations
 
 import ctypes
+import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from typing import Any
 
 import anyio
 import torch
+import torch.distributed.checkpoint.planner as dcp
+from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.tensor import DTensor
 
 from ._arena import Arena
@@ -24,6 +28,7 @@ from ._decode import Check, unpack
 from ._engine import Threads, first_error, in_thread
 from ._layout import ALIGNMENT, NOT_COPIED, copyable
 from ._plan import LoadPlan, TensorRead, ValueRead, cut, plan_load
+from ._planner import commit_loaded, plan_local_load, plan_reads
 from ._ranks import Operation, Row
 from ._stage import Checksum, wait_for_marks
 from .errors import ArgumentError, CheckpointError, CorruptError, LoadError, NotACheckpointError, ReadError, StageError
@@ -57,6 +62,7 @@ class Wanted:
         marks: tensors on CUDA devices are written when the device has come as far as these.
         holders: of each leaf that is no tensor, by place, the container that holds it, and its key there.
         loaded: new values of those leaves, by place.
+        planner: the caller's own, which puts everything into `states` itself.
     """
 
     states: dict[str, Any]
@@ -67,6 +73,7 @@ class Wanted:
     marks: list[torch.cuda.Event]
     holders: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     loaded: dict[int, Any] = field(default_factory=dict)
+    planner: LoadPlanner | None = None
 
 
 class Loader:
@@ -125,8 +132,11 @@ class Loader:
             "read metadata", get, facts=lambda got: [got[1] is None, place], decide=_agree_on_start
         )
 
-        def plan(data: bytes) -> LoadPlan:
-            return _plan(data, path, wanted, operation.rank, checkpoint_id, strict=strict, cast=cast)
+        async def plan(data: bytes) -> LoadPlan:
+            if wanted.planner is not None:
+                return await self._ask_planner(operation, wanted, wanted.planner, data, checkpoint_id, cast=cast)
+            plan_here = partial(_plan, data, path, wanted, operation.rank, checkpoint_id, strict=strict, cast=cast)
+            return (await operation.together("plan", partial(in_thread, self._threads.compute, plan_here)))[0]
 
         while True:
             if answer[0]:
@@ -142,30 +152,30 @@ class Loader:
         self,
         operation: Operation,
         data: bytes,
-        plan: Callable[[bytes], LoadPlan],
+        plan: Callable[[bytes], Awaitable[LoadPlan]],
         wanted: Wanted,
         checkpoint_id: str,
         check: Check,
     ) -> bool:
         """Load what the metadata `data` describes; return False if it has been replaced by another one meanwhile."""
+        planned = await plan(data)
         async with AsyncExitStack() as stack:
 
-            async def plan_and_open() -> tuple[LoadPlan, dict[str, Reader] | None]:
-                planned = await in_thread(self._threads.compute, plan, data)
+            async def open_files() -> dict[str, Reader] | None:
                 try:
-                    return planned, await self._open(stack, checkpoint_id, planned)
+                    return await self._open(stack, checkpoint_id, planned)
                 except CorruptError as error:
                     path = self._storage.locate(checkpoint_id, METADATA_NAME)
                     if not isinstance(error.__cause__, FileNotFoundError):
                         raise
                     if await self._get_metadata(checkpoint_id, path) == data:
                         raise
-                    return planned, None  # a save has replaced the checkpoint
+                    return None  # a save has replaced the checkpoint
 
-            (planned, readers), answer = await operation.together(
-                "plan",
-                plan_and_open,
-                facts=lambda made: [made[1] is None],
+            readers, answer = await operation.together(
+                "open",
+                open_files,
+                facts=lambda opened: [opened is None],
                 decide=lambda table: [any(row[0] for row in table)],
             )
             if answer[0] or readers is None:
@@ -173,12 +183,42 @@ class Loader:
 
             async def read() -> None:
                 with _read_errors(self._storage.locate(checkpoint_id)), _memory_errors():
-                    wanted.loaded = await self._read_values(planned.values, readers, check)
+                    loaded = await self._read_values(planned.values, readers, check, decoded=wanted.planner is None)
                     await in_thread(self._threads.compute, wait_for_marks, wanted.marks)
                     await self._read_tensors(planned.tensors, readers, check)
+                if wanted.planner is None:
+                    wanted.loaded = loaded
+                else:
+                    await in_thread(self._threads.compute, commit_loaded, wanted.planner, planned, loaded)
 
             await operation.together("read", read)
         return True
+
+    async def _ask_planner(
+        self, operation: Operation, wanted: Wanted, planner: LoadPlanner, data: bytes, checkpoint_id: str, *, cast: bool
+    ) -> LoadPlan:
+        """Plan with the caller's own planner, as DCP does: locally, globally, and locally again."""
+        path = self._storage.locate(checkpoint_id, METADATA_NAME)
+        coordinator = operation.is_coordinator
+
+        def plan_here() -> tuple[Metadata, dcp.LoadPlan]:
+            metadata = read_metadata(data, path)
+            return metadata, plan_local_load(planner, wanted.states, metadata, is_coordinator=coordinator)
+
+        (metadata, local), _ = await operation.together("plan", partial(in_thread, self._threads.compute, plan_here))
+        messages = await operation.gather(pickle.dumps(local))
+
+        async def plan_for_all() -> list[bytes]:
+            plans = planner.create_global_plan([pickle.loads(each) for each in messages]) if coordinator else []
+            return [pickle.dumps(each) for each in plans]
+
+        parts, _ = await operation.together("plan", plan_for_all)
+        mine = pickle.loads(await operation.scatter(parts))
+
+        def find_reads() -> LoadPlan:
+            return plan_reads(planner, planner.finish_plan(mine), metadata, checkpoint_id=checkpoint_id, cast=cast)
+
+        return (await operation.together("plan", partial(in_thread, self._threads.compute, find_reads)))[0]
 
     async def _get_metadata(self, checkpoint_id: str, path: str) -> bytes:
         try:
@@ -214,7 +254,7 @@ class Loader:
         return readers
 
     async def _read_values(
-        self, reads: Sequence[ValueRead], readers: Mapping[str, Reader], check: Check
+        self, reads: Sequence[ValueRead], readers: Mapping[str, Reader], check: Check, *, decoded: bool
     ) -> dict[int, Any]:
         loaded: dict[int, Any] = {}
 
@@ -222,7 +262,7 @@ class Loader:
             for read in span.items:
                 start = read.offset - span.start
                 data = bytes(memory[start : start + read.nbytes])
-                loaded[read.place] = check.value(read.fqn, span.file, data)
+                loaded[read.place] = check.value(read.fqn, span.file, data) if decoded else data
 
         for span in _spans(reads):
             memory = memoryview(bytearray(span.stop - span.start))

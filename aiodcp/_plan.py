@@ -11,7 +11,7 @@ import ctypes
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from operator import itemgetter
 from typing import Any
@@ -55,6 +55,7 @@ class LocalPlan:
         frozen: which items were frozen at capture.
         paths: fqn -> keys.
         digests: fqn -> CRC32 of values that are small and not sharded, to find out whether the ranks agree on them.
+        planner_data: what the caller's own planner adds for its global plan.
     """
 
     items: list[WriteItem]
@@ -62,6 +63,7 @@ class LocalPlan:
     frozen: set[int]
     paths: dict[str, Path]
     digests: dict[str, int]
+    planner_data: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,7 @@ class GlobalPlan:
     Attributes:
         shares: by rank.
         kept: by rank, which of its local plan's items it writes.
+        plans: by rank, the caller's own planner's, for its `finish_plan`; else none.
         metadata: names, shapes and chunks, as the planner made them.
         paths: fqn -> keys.
         disagreed: fqns that several ranks hold, with different values; one rank's is saved.
@@ -87,8 +90,9 @@ class GlobalPlan:
 
     shares: list[Share]
     kept: list[list[int]]
+    plans: list[dcp.SavePlan]
     metadata: Metadata
-    paths: dict[str, Path]
+    paths: dict[str, Path] | None
     disagreed: list[str]
 
 
@@ -104,6 +108,7 @@ class SavePlan:
         staged: of each staged item, which of the captured values it writes.
         frozen: of each frozen item, the place of its leaf.
         frozen_places: of all leaves that were frozen, this rank's to write or not.
+        items: of the caller's own planner's local plan.
     """
 
     fqns: list[str]
@@ -113,10 +118,13 @@ class SavePlan:
     staged: list[int]
     frozen: list[int]
     frozen_places: set[int]
+    items: list[WriteItem] | None
 
     def fits(self, taken: Capture) -> bool:
         """Whether a state dict has the structure that this plan was made for: names, kinds, dtypes, shapes."""
         if self.fqns != taken.fqns or self.paths != taken.paths:
+            return False
+        if self.items != (None if taken.planned is None else taken.planned.items):
             return False
         for place, (kind, value) in enumerate(zip(self.kinds, taken.values, strict=False)):
             if not isinstance(value, torch.Tensor):
@@ -137,6 +145,16 @@ def plan_local(taken: Capture, *, alone: bool) -> LocalPlan:
     Raises:
         CaptureError: two leaves have one name, or a leaf is of a kind that cannot be saved.
     """
+    if taken.planned is not None:
+        items = taken.planned.items
+        return LocalPlan(
+            items=items,
+            sources=list(range(len(items))),
+            frozen=set(taken.frozen),
+            paths={},
+            digests={},
+            planner_data=taken.planned.planner_data,
+        )
     leaves: dict[str, Any] = {}
     for place, fqn in enumerate(taken.fqns):
         if fqn in leaves:
@@ -189,12 +207,18 @@ def _digests(taken: Capture) -> dict[str, int]:
     return digests
 
 
-def plan_global(locals_: Sequence[LocalPlan]) -> GlobalPlan:
+def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner | None = None) -> GlobalPlan:
     """Share the work out among all ranks. Every item is written by one of those that hold it.
+
+    Args:
+        locals_: all ranks' plans.
+        planner: the caller's own, which then decides.
 
     Raises:
         CaptureError: the ranks hold different tensors under one name, or parts that do not make up a whole.
     """
+    if planner is not None:
+        return _plan_global_with(planner, locals_)
     kept = _share_out(locals_)
     finished, metadata = create_default_global_save_plan(
         [dcp.SavePlan([plan.items[number] for number in numbers]) for plan, numbers in zip(locals_, kept, strict=True)]
@@ -208,7 +232,26 @@ def plan_global(locals_: Sequence[LocalPlan]) -> GlobalPlan:
     for local, numbers, plan in zip(locals_, kept, finished, strict=True):
         paths.update(local.paths)
         shares.append(_make_share(local, numbers, plan.items))
-    return GlobalPlan(shares=shares, kept=kept, metadata=metadata, paths=paths, disagreed=_disagreed(locals_))
+    disagreed = _disagreed(locals_)
+    return GlobalPlan(shares=shares, kept=kept, plans=[], metadata=metadata, paths=paths, disagreed=disagreed)
+
+
+def _plan_global_with(planner: dcp.SavePlanner, locals_: Sequence[LocalPlan]) -> GlobalPlan:
+    plans, metadata = planner.create_global_plan(
+        [dcp.SavePlan(plan.items, planner_data=plan.planner_data) for plan in locals_]
+    )
+    kept: list[list[int]] = []
+    for rank, (local, plan) in enumerate(zip(locals_, plans, strict=True)):
+        numbers = {(item.index.fqn, item.index.offset): number for number, item in enumerate(local.items)}
+        for item in plan.items:
+            if (item.index.fqn, item.index.offset) not in numbers:
+                raise CaptureError(item.index.fqn, f"the planner gives rank {rank} an item that it did not plan itself")
+        kept.append([numbers[item.index.fqn, item.index.offset] for item in plan.items])
+    shares = [
+        _make_share(local, numbers, plan.items) for local, numbers, plan in zip(locals_, kept, plans, strict=True)
+    ]
+    paths = metadata.planner_data
+    return GlobalPlan(shares=shares, kept=kept, plans=plans, metadata=metadata, paths=paths, disagreed=[])
 
 
 def _share_out(locals_: Sequence[LocalPlan]) -> list[list[int]]:
@@ -297,6 +340,7 @@ def finish_plan(taken: Capture, local: LocalPlan, kept: Sequence[int], share: Sh
         staged=[local.sources[number] for number in kept if number not in local.frozen],
         frozen=[local.sources[number] for number in kept if number in local.frozen],
         frozen_places=set(taken.frozen),
+        items=None if taken.planned is None else taken.planned.items,
     )
 
 
@@ -389,10 +433,19 @@ class TensorRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """What a load reads: tensors, and other values."""
+    """What a load reads.
+
+    Attributes:
+        tensors: parts of tensors.
+        values: other values.
+        items: of the caller's own planner, to which the values' places refer.
+        resolved: of those the tensors', with what they are read into.
+    """
 
     tensors: list[TensorRead]
     values: list[ValueRead]
+    items: list[dcp.ReadItem] = field(default_factory=list)
+    resolved: list[tuple[dcp.ReadItem, torch.Tensor]] = field(default_factory=list)
 
 
 def plan_load(
@@ -415,8 +468,7 @@ def plan_load(
     stored = metadata.state_dict_metadata
     missing = sorted(fqn for fqn in fqns if fqn not in stored) if strict else []
     unexpected = _unexpected(metadata, fqns, paths, rank) if strict else []
-    framed = framed_by_us(metadata)
-    stored_at = _by_fqn(metadata)
+    pieces = PieceFinder(metadata, checkpoint_id)
     plan = LoadPlan(tensors=[], values=[])
     problems: list[str] = []
     for place, (fqn, value) in enumerate(zip(fqns, values, strict=True)):
@@ -427,10 +479,10 @@ def plan_load(
         if problem:
             problems.append(f"{fqn} {problem}")
         elif isinstance(entry, BytesStorageMetadata):
-            info = _find(stored_at, fqn, None, checkpoint_id)
+            info = pieces.find(fqn, None)
             plan.values.append(ValueRead(fqn, place, info.relative_path, info.offset, info.length))
         else:
-            plan.tensors.extend(_read_tensor(stored_at, fqn, value, entry, framed(fqn), checkpoint_id))
+            plan.tensors.extend(_read_tensor(pieces, fqn, value, entry))
     if fqns and not strict and not any(fqn in stored for fqn in fqns):
         missing = sorted(fqns)  # nothing in common is no partial load, but the wrong checkpoint or the wrong names
         unexpected = sorted(stored)
@@ -464,7 +516,7 @@ def _misfit(value: object, entry: TensorStorageMetadata | BytesStorageMetadata, 
     if shape != entry.size:
         return f"has shape {tuple(entry.size)} in the checkpoint, {tuple(shape)} in the state dict"
     dtype = entry.properties.dtype
-    if dtype is not wanted and not cast and not casts_without_loss(dtype, wanted):
+    if not cast and loses(dtype, wanted):
         return f"is {dtype} in the checkpoint, {wanted} in the state dict, which loses: cast=True allows it"
     if isinstance(value, DTensor) and any(isinstance(placement, Partial) for placement in value.placements):
         return f"has {value.placements}: a sum that is not made yet cannot be loaded into"
@@ -538,81 +590,79 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
-def casts_without_loss(stored: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether every value of `stored` is a value of `wanted`."""
+def loses(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether some value of `stored` is no value of `wanted`."""
     if stored is wanted:
-        return True
+        return False
     kinds = [(d.is_floating_point, d.is_complex, d is torch.bool) for d in (stored, wanted)]
     if kinds[0] != kinds[1]:
-        return False
+        return True
     try:
-        return torch.promote_types(stored, wanted) is wanted
+        return torch.promote_types(stored, wanted) is not wanted
     except RuntimeError:  # torch has no promotion for the float8 and the wider unsigned types
-        return False
+        return True
 
 
-def _by_fqn(metadata: Metadata) -> dict[str, dict[torch.Size | None, StorageInfo]]:
-    """fqn -> offsets of a chunk -> where it lies. A `MetadataIndex` made and hashed for each look-up costs 3 us."""
-    stored_at: dict[str, dict[torch.Size | None, StorageInfo]] = {}
-    for index, info in metadata.storage_data.items():
-        if index.fqn in stored_at:
-            stored_at[index.fqn][index.offset] = info
-        else:
-            stored_at[index.fqn] = {index.offset: info}
-    return stored_at
+class PieceFinder:
+    """Where the pieces of one checkpoint lie."""
 
+    def __init__(self, metadata: Metadata, checkpoint_id: str) -> None:
+        self.checkpoint_id = checkpoint_id
+        self._is_framed = framed_by_us(metadata)
+        # A `MetadataIndex` made and hashed for each look-up costs 3 us.
+        self._stored_at: dict[str, dict[torch.Size | None, StorageInfo]] = {}
+        for index, info in metadata.storage_data.items():
+            if index.fqn in self._stored_at:
+                self._stored_at[index.fqn][index.offset] = info
+            else:
+                self._stored_at[index.fqn] = {index.offset: info}
 
-def _find(
-    stored_at: dict[str, dict[torch.Size | None, StorageInfo]],
-    fqn: str,
-    offsets: torch.Size | None,
-    checkpoint_id: str,
-) -> StorageInfo:
-    info = stored_at.get(fqn, {}).get(offsets)
-    if info is None:
-        raise CorruptError(checkpoint_id, fqn, "the metadata does not say where it is stored")
-    if getattr(info, "transform_descriptors", None):
-        problem = f"is stored through the extensions {info.transform_descriptors}, which this reader has not"
-        raise CorruptError(checkpoint_id, fqn, problem)
-    return info
+    def find(self, fqn: str, offsets: torch.Size | None) -> StorageInfo:
+        """Return where a value, or the chunk of a tensor at `offsets`, lies."""
+        info = self._stored_at.get(fqn, {}).get(offsets)
+        if info is None:
+            raise CorruptError(self.checkpoint_id, fqn, "the metadata does not say where it is stored")
+        if getattr(info, "transform_descriptors", None):
+            problem = f"is stored through the extensions {info.transform_descriptors}, which this reader has not"
+            raise CorruptError(self.checkpoint_id, fqn, problem)
+        return info
 
-
-def _read_tensor(
-    stored_at: dict[str, dict[torch.Size | None, StorageInfo]],
-    fqn: str,
-    tensor: torch.Tensor,
-    entry: TensorStorageMetadata,
-    framed: bool,
-    checkpoint_id: str,
-) -> list[TensorRead]:
-    if prod(entry.size) == 0:
-        return []
-
-    def read(chunk: ChunkStorageMetadata, part: tuple[torch.Size, torch.Size] | None, into: torch.Tensor) -> TensorRead:
+    def read(
+        self,
+        fqn: str,
+        entry: TensorStorageMetadata,
+        chunk: ChunkStorageMetadata,
+        part: tuple[torch.Size, torch.Size] | None,
+        into: torch.Tensor,
+    ) -> TensorRead:
+        """Read a chunk of a tensor, or a part of it: only its rows, where they are much less than the whole."""
         dtype, sizes = entry.properties.dtype, chunk.sizes
-        info = _find(stored_at, fqn, chunk.offsets, checkpoint_id)
-        frame = frame_tensor(dtype, tuple(sizes)) if framed else None
+        info = self.find(fqn, chunk.offsets)
+        frame = frame_tensor(dtype, tuple(sizes)) if self._is_framed(fqn) else None
         start, nbytes = info.offset, info.length
         bare = False
         if part is not None and frame is not None:
             first, last = _extent(frame, part)
             if last - first < BARE_BELOW * nbytes:
                 if frame.item_nbytes != nbytes:
-                    problem = f"{nbytes} bytes are not {dtype} of {tuple(sizes)}"
-                    raise CorruptError(checkpoint_id, fqn, problem)
+                    raise CorruptError(self.checkpoint_id, fqn, f"{nbytes} bytes are not {dtype} of {tuple(sizes)}")
                 start, nbytes, bare = start + len(frame.head) + first, last - first, True
         return TensorRead(fqn, info.relative_path, start, nbytes, dtype, sizes, frame, part, into, bare)
 
+
+def _read_tensor(pieces: PieceFinder, fqn: str, tensor: torch.Tensor, entry: TensorStorageMetadata) -> list[TensorRead]:
+    if prod(entry.size) == 0:
+        return []
     if (  # the usual case, spelt out: it is that of 10,000 tensors
         type(tensor) in PLAIN_TENSORS
         and len(entry.chunks) == 1
         and entry.chunks[0].sizes == entry.size
         and not any(entry.chunks[0].offsets)
     ):
-        return [read(entry.chunks[0], None, tensor)]
+        return [pieces.read(fqn, entry, entry.chunks[0], None, tensor)]
     if not _is_whole(entry):
         problem = f"its {len(entry.chunks)} chunks do not make up its shape {tuple(entry.size)}"
-        raise CorruptError(checkpoint_id, fqn, problem)
+        raise CorruptError(pieces.checkpoint_id, fqn, problem)
     reads = []
     for held, wanted in _wanted(tensor):
         for item in create_read_items_for_chunk_list(fqn, entry, [wanted]):
@@ -622,7 +672,7 @@ def _read_tensor(
                 continue
             into = cut(held.detach(), (item.dest_offsets, item.lengths))
             part = None if item.lengths == chunk.sizes else (item.storage_offsets, item.lengths)
-            reads.append(read(chunk, part, into))
+            reads.append(pieces.read(fqn, entry, chunk, part, into))
     return reads
 
 

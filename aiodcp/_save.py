@@ -15,10 +15,14 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 
 import anyio
 import torch
+import torch.distributed.checkpoint.planner as dcp
 from anyio import Event
+from torch.distributed.checkpoint.planner import SavePlanner
 
 from ._capture import Capture
 from ._commit import (
@@ -78,9 +82,10 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One save: what was captured, where it goes, and whom to tell."""
+    """One save: what was captured, by whose planner, where it goes, and whom to tell."""
 
     taken: Capture
+    planner: SavePlanner | None
     marks: list[torch.cuda.Event]
     checkpoint_id: str
     staged: Milestone
@@ -171,7 +176,7 @@ class Saver:
                     await commit(self._storage, job.checkpoint_id, record, prepared.record.files(save_id))
 
         try:
-            prepared = kept or await self._plan(operation, job.taken)
+            prepared = kept or await self._plan(operation, job.taken, job.planner)
             tail, places = _lay_tail(prepared, job.taken)
             moved = prepared.places.get(operation.rank) != places
             _, answer = await operation.together(
@@ -205,7 +210,7 @@ class Saver:
         """Return the plans for what this rank has, by number: it may be the same while that of others differs."""
         return {prepared.number: prepared for prepared in self._kept if prepared.plan.fits(taken)}
 
-    async def _plan(self, operation: Operation, taken: Capture) -> Prepared:
+    async def _plan(self, operation: Operation, taken: Capture, planner: SavePlanner | None = None) -> Prepared:
         """Plan anew, all ranks together."""
         alone = operation.size == 1
 
@@ -218,7 +223,7 @@ class Saver:
         async def plan_for_all() -> tuple[GlobalPlan, CommitRecord, list[bytes]] | None:
             if not operation.is_coordinator:
                 return None
-            return await in_thread(self._threads.compute, _plan_for_all, [local] if alone else messages)
+            return await in_thread(self._threads.compute, _plan_for_all, [local] if alone else messages, planner)
 
         self._plans += 1
         planned, answer = await operation.together(
@@ -228,10 +233,13 @@ class Saver:
         share, record = None, None
         if planned is not None:
             plan, record, parts = planned
-            share, kept = plan.shares[operation.rank], plan.kept[operation.rank]
+            share, mine = plan.shares[operation.rank], parts[operation.rank]
             self._warn(plan.disagreed)
         if not alone:
-            kept = pickle.loads(await operation.scatter(parts if planned is not None else []))
+            mine = await operation.scatter(parts if planned is not None else [])
+        kept, accepted = pickle.loads(mine)
+        if planner is not None:
+            await operation.together("plan", partial(_accept, planner, accepted))
         finished = await in_thread(self._threads.compute, finish_plan, taken, local, kept, share)
         prepared = Prepared(number=self._plans, plan=finished, record=record, places={})
         self._kept = [prepared, *self._kept[: KEPT_PLANS - 1]]
@@ -351,10 +359,21 @@ def _plan_here(taken: Capture, alone: bool) -> tuple[LocalPlan, bytes]:
         return local, b"" if alone else pickle.dumps(local)
 
 
-def _plan_for_all(plans: Sequence[LocalPlan | bytes]) -> tuple[GlobalPlan, CommitRecord, list[bytes]]:
+def _plan_for_all(
+    plans: Sequence[LocalPlan | bytes], planner: SavePlanner | None
+) -> tuple[GlobalPlan, CommitRecord, list[bytes]]:
     with _planning_errors(), gc_held_off():
-        plan = plan_global([each if isinstance(each, LocalPlan) else pickle.loads(each) for each in plans])
-        return plan, CommitRecord(plan), [pickle.dumps(kept) for kept in plan.kept]
+        plan = plan_global([each if isinstance(each, LocalPlan) else pickle.loads(each) for each in plans], planner)
+        parts = [pickle.dumps(part) for part in zip_longest(plan.kept, plan.plans)]
+        return plan, CommitRecord(plan), parts
+
+
+async def _accept(planner: SavePlanner, plan: dcp.SavePlan) -> None:
+    """Let the caller's planner see its part of the global plan, which by then is settled."""
+    with _planning_errors():
+        finished = planner.finish_plan(plan)
+        if [item.index for item in finished.items] != [item.index for item in plan.items]:
+            raise SaveError(f"finish_plan of {type(planner).__name__} returned other items than the global plan's")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from weakref import WeakSet
 
 import anyio
 import torch
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ._capture import PerRank, call_stateful, capture, flatten
@@ -24,6 +25,7 @@ from ._engine import Engine
 from ._line import Line
 from ._load import Loader, Wanted
 from ._milestone import Milestone, Progress, ProgressLog
+from ._planner import capture_planned
 from ._ranks import Kind, Operation
 from ._save import Job, Saver
 from ._skips import Skips
@@ -300,12 +302,18 @@ class Checkpointer:
         state_dict: Mapping[str, Any],
         checkpoint_id: CheckpointId,
         *,
+        planner: SavePlanner | None = ...,
         on_busy: Literal["wait", "raise"] = ...,
     ) -> Checkpoint: ...
 
     @overload
     async def save(
-        self, state_dict: Mapping[str, Any], checkpoint_id: CheckpointId, *, on_busy: Literal["skip"]
+        self,
+        state_dict: Mapping[str, Any],
+        checkpoint_id: CheckpointId,
+        *,
+        planner: SavePlanner | None = ...,
+        on_busy: Literal["skip"],
     ) -> Checkpoint | None: ...
 
     async def save(
@@ -313,6 +321,7 @@ class Checkpointer:
         state_dict: Mapping[str, Any],
         checkpoint_id: CheckpointId,
         *,
+        planner: SavePlanner | None = None,
         on_busy: Literal["wait", "skip", "raise"] = "wait",
     ) -> Checkpoint | None:
         """Begin to save `state_dict`, and return as soon as it is captured.
@@ -328,6 +337,9 @@ class Checkpointer:
         Args:
             state_dict: nested dicts and lists of tensors and any picklable values.
             checkpoint_id: where to; for the local file system a directory, which is made. The same on all ranks.
+            planner: your own, instead of DCP's. It is asked for a local plan, and for every item's data, here at each
+                save; for a global plan when the local ones have changed. It plans what is in the arena, so the data
+                of an item must have the dtype and shape that it planned.
             on_busy: what to do while another save is in flight: "wait" for its end, in turn; "skip" this one and
                 return None; or "raise" `BusyError`. Of several ranks the coordinator chooses for all.
 
@@ -346,6 +358,8 @@ class Checkpointer:
             place = self._storage.resolve(_check_id(checkpoint_id))
             if on_busy not in ("wait", "skip", "raise"):
                 raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
+            if planner is not None and not isinstance(planner, SavePlanner):
+                raise ArgumentError("planner", f"a {type(planner).__name__} is no SavePlanner")
             self._raise_untold()
             if on_busy != "wait" and await self._skips.ask():
                 if on_busy == "skip":
@@ -355,9 +369,13 @@ class Checkpointer:
             await turn
             self._raise_untold()  # of the save that this one waited for
             checkpoint._log.restart()
-            taken = capture(state_dict, self._rank)
+            if planner is None:
+                taken = capture(state_dict, self._rank)
+            else:
+                taken = capture_planned(state_dict, planner, is_coordinator=self._skips.decides)
             job = Job(
                 taken=taken,
+                planner=planner,
                 marks=mark_streams(taken.values),
                 checkpoint_id=place,
                 staged=checkpoint.staged,
@@ -491,6 +509,7 @@ class Checkpointer:
         state_dict: MutableMapping[str, Any],
         checkpoint_id: CheckpointId,
         *,
+        planner: LoadPlanner | None = None,
         strict: bool = True,
         cast: bool = False,
         weights_only: bool = True,
@@ -510,6 +529,8 @@ class Checkpointer:
         Args:
             state_dict: what is wanted, with tensors of the right shapes on the devices where they are wanted.
             checkpoint_id: where from; written by this library or by `torch.distributed.checkpoint`.
+            planner: your own, instead of this library's planning. It decides what is strict, and how bytes are
+                decoded; it is called in threads of the engine.
             strict: both must have the same names. False loads those that both have.
             cast: allow conversions that lose, such as float32 to bfloat16; others are always allowed.
             weights_only: unpickle values with torch's restricted unpickler. False runs whatever code the checkpoint
@@ -533,7 +554,7 @@ class Checkpointer:
         def want() -> Wanted:
             nonlocal place
             place = self._storage.resolve(_check_id(checkpoint_id))
-            return _want(state_dict, self._rank)
+            return _want(state_dict, self._rank, planner)
 
         take = self._take(want)
         operation = Operation(self._line, Kind.LOAD, LoadError("the load was cancelled"))
@@ -613,7 +634,9 @@ async def _cancel(operation: Operation) -> None:
     operation.cancel()
 
 
-def _want(state_dict: MutableMapping[str, Any], rank: int) -> Wanted:
+def _want(state_dict: MutableMapping[str, Any], rank: int, planner: LoadPlanner | None) -> Wanted:
+    if planner is not None and not isinstance(planner, LoadPlanner):
+        raise ArgumentError("planner", f"a {type(planner).__name__} is no LoadPlanner")
     if not isinstance(state_dict, MutableMapping):
         raise ArgumentError("state_dict", f"a {type(state_dict).__name__} takes no values: pass a dict")
     try:
@@ -626,7 +649,8 @@ def _want(state_dict: MutableMapping[str, Any], rank: int) -> Wanted:
         if isinstance(value, torch.optim.Optimizer) and not states[key]["state"]
     }
     fqns, paths, values = flatten(states, rank)
-    return Wanted(states=states, lazy=lazy, fqns=fqns, paths=paths, values=values, marks=mark_streams(values))
+    marks = mark_streams(values)
+    return Wanted(states=states, lazy=lazy, fqns=fqns, paths=paths, values=values, marks=marks, planner=planner)
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -246,7 +246,7 @@ def _dump(metadata: Metadata) -> bytes:
 
 def build_metadata(
     planned: Metadata,
-    paths: Mapping[str, tuple[str | int, ...]],
+    paths: Mapping[str, tuple[str | int, ...]] | None,
     stored: Mapping[MetadataIndex, StorageInfo],
     storage_meta: StorageMeta,
     opaque: Sequence[str],
@@ -255,7 +255,7 @@ def build_metadata(
 
     Args:
         planned: what a save planner returns: names, shapes, chunks.
-        paths: fqn -> the keys that lead to it in the state dict.
+        paths: fqn -> the keys that lead to it in the state dict; None if a planner has not said.
         stored: where each item lies.
         storage_meta: as DCP's; ids are `str` (a pickled `Path` tells the host's paths and does not travel).
         opaque: fqns of tensors that lie there as `torch.save` wrote them, not in this library's framing.
@@ -287,7 +287,7 @@ def build_metadata(
         if index.offset is not None:  # set past the constructor, which makes a `torch.Size` of its own
             object.__setattr__(same, "offset", shared(index.offset, index.offset))
         indices[same] = info
-    metadata = Metadata(entries, dict(paths), indices, storage_meta, FORMAT_VERSION)
+    metadata = Metadata(entries, None if paths is None else dict(paths), indices, storage_meta, FORMAT_VERSION)
     # Stock readers ignore further attributes; ours reads tensors in its own framing without parsing archives.
     vars(metadata)["aiodcp"] = {"framing": 1, "opaque": tuple(opaque)}
     return metadata

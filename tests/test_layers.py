@@ -14,7 +14,7 @@ LAYERS = [
     ["storage", "_engine", "_skips"],
     ["_capture", "_stage", "_line"],
     ["_plan", "_ranks"],
-    ["_commit", "_decode"],
+    ["_commit", "_decode", "_planner"],
     ["_save", "_load"],
     ["checkpointer"],
     ["bench", ""],
