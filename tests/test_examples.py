@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [
@@ -95,3 +98,21 @@ def test_the_readmes_examples_run(tmp_path: Path) -> None:
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         assert done.returncode == 0, block + done.stderr
+
+
+@pytest.mark.parametrize("name", ["fsdp_async_save", "fsdp_pinned", "fsdp_overlap"])
+def test_the_tutorials_programs_run_under_torchrun_and_dcp_loads_what_they_saved(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"examples/{name}.py"]
+    output = run(*command, "--out", str(tmp_path))
+    assert "loaded step 9: weights equal" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-6", "step-9"]
+    weights = {
+        "inner": {"weight": torch.zeros(1024, 1024), "bias": torch.zeros(1024)},
+        "outer": {"weight": torch.zeros(512, 1024), "bias": torch.zeros(512)},
+    }
+    model = {f"{layer}.{name}": value for layer, values in weights.items() for name, value in values.items()}
+    state: dict[str, Any] = {"app": {"model": model, "step": 0}}
+    dcp.load(state, checkpoint_id=tmp_path / "step-9")
+    assert state["app"]["step"] == 9
+    assert all(float(value.std()) > 0.005 for value in model.values())
+    assert len(list((tmp_path / "step-9").iterdir())) == 3  # a file of each rank, and .metadata
