@@ -218,7 +218,7 @@ class Operation:
     ) -> Row:
         self._phase += 1
         self._doing = phase
-        judge = _Judge(line, decide)
+        judge = Judge(line.timeout_s, decide)
         beat_s = FIRST_BEAT_S
         while True:
             with anyio.move_on_after(beat_s):
@@ -258,7 +258,7 @@ class Operation:
         skips, self._skips = self._skips, None
         return skips.close()
 
-    async def _tell(self, line: Line, phase: str, work: _Work[T], judge: _Judge) -> RankError:
+    async def _tell(self, line: Line, phase: str, work: _Work[T], judge: Judge) -> RankError:
         """Share what went wrong, and make one error of it."""
         error: Exception | None = work.error
         if self._cancelled and error is None:
@@ -341,17 +341,18 @@ def _is_final(verdict: int, last: bool) -> bool:
     return verdict in (_Verdict.FAILED, _Verdict.OUT_OF_STEP) or (last and verdict == _Verdict.ALL_DONE)
 
 
-class _Judge:
+class Judge:
     """The coordinator's verdict on one phase, beat after beat."""
 
-    def __init__(self, line: Line, decide: Decide | None) -> None:
+    def __init__(self, timeout_s: float, decide: Decide | None) -> None:
         self._decide = decide
-        self._deadline = time.monotonic() + line.timeout_s
+        self._deadline = time.monotonic() + timeout_s
         self._stopped_at: float | None = None
         self.missing: list[int] = []
         self.error: Exception | None = None
 
     def judge(self, table: list[Row]) -> Row:
+        """Return the verdict on one beat, and the answer, from all ranks' rows."""
         now = time.monotonic()
         if any(row[:2] != table[0][:2] for row in table):
             self.error = CheckpointError(_out_of_step(table))

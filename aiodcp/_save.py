@@ -142,7 +142,7 @@ class Saver:
 
         halves = struct.unpack("<qq", uuid.uuid4().bytes)
         (job, kept), answer = await operation.together(
-            "capture", begin, facts=lambda begun: [*_numbers(begun[1]), place, *halves], decide=_agree_on_start
+            "capture", begin, facts=lambda begun: [*_numbers(begun[1]), place, *halves], decide=agree_on_start
         )
         save_id = struct.pack("<qq", *answer[1:3]).hex()
         file = data_file(operation.rank, save_id)
@@ -220,14 +220,14 @@ class Saver:
         (local, message), _ = await operation.together("plan", plan_here)
         messages = [] if alone else await operation.gather(message)
 
-        async def plan_for_all() -> tuple[GlobalPlan, CommitRecord, list[bytes]] | None:
+        async def plan_globally() -> tuple[GlobalPlan, CommitRecord, list[bytes]] | None:
             if not operation.is_coordinator:
                 return None
-            return await in_thread(self._threads.compute, _plan_for_all, [local] if alone else messages, planner)
+            return await in_thread(self._threads.compute, plan_for_all, [local] if alone else messages, planner)
 
         self._plans += 1
         planned, answer = await operation.together(
-            "plan", plan_for_all, facts=lambda _: [self._plans], decide=lambda table: [max(row[0] for row in table)]
+            "plan", plan_globally, facts=lambda _: [self._plans], decide=lambda table: [max(row[0] for row in table)]
         )
         self._plans = answer[0]
         share, record = None, None
@@ -359,9 +359,13 @@ def _plan_here(taken: Capture, alone: bool) -> tuple[LocalPlan, bytes]:
         return local, b"" if alone else pickle.dumps(local)
 
 
-def _plan_for_all(
+def plan_for_all(
     plans: Sequence[LocalPlan | bytes], planner: SavePlanner | None
 ) -> tuple[GlobalPlan, CommitRecord, list[bytes]]:
+    """Plan, on the coordinator, from what all ranks have sent; with what each of them gets.
+
+    The parts are pickles of what the rank writes of its local plan, and of the planner's plan for it if there is one.
+    """
     with _planning_errors(), gc_held_off():
         plan = plan_global([each if isinstance(each, LocalPlan) else pickle.loads(each) for each in plans], planner)
         parts = [pickle.dumps(part) for part in zip_longest(plan.kept, plan.plans)]
@@ -395,7 +399,8 @@ def _agree_on_plan(table: list[Row]) -> list[int]:
     return [max(set.intersection(*({0, *row[:KEPT_PLANS]} for row in table)))]
 
 
-def _agree_on_start(table: list[Row]) -> list[int]:
+def agree_on_start(table: list[Row]) -> list[int]:
+    """Return the number of the plan that all have kept, or 0, and the coordinator's id for the save."""
     if len({row[KEPT_PLANS] for row in table}) > 1:
         raise ArgumentError("checkpoint_id", "the ranks save to different places")
     return [*_agree_on_plan(table), *table[0][KEPT_PLANS + 1 : KEPT_PLANS + 3]]

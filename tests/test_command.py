@@ -1,8 +1,10 @@
 """The command line, and the benchmark at a size that takes seconds."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,28 @@ def test_the_benchmark_measures_every_system_and_prints_tables_or_json(
         assert "aiodcp" in text
     assert result["shapes"][0]["rows"]["aiodcp"]["extra_mib"] < 0.02 * 1024 + 64
     assert list(place.iterdir()) == []
+
+
+def test_the_bench_of_planning_compares_with_dcps_planner_on_the_same_plans(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["bench", "--plan", "6", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert (result["ranks"], result["tensors"]) == (6, 500)
+    rows = result["rows"]
+    assert rows["aiodcp, later saves"]["received"] + rows["aiodcp, later saves"]["sent"] < 1024
+    assert rows["dcp, every save"]["received"] > 50_000
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_under_torchrun_the_bench_tells_what_each_rank_stages(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "aiodcp", "bench"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path), "--gib", "0.01", "--repeat", "1"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    for system, replicated in (("aiodcp", "1.00x"), ("dcp.async_save", "2.00x")):
+        sharded, whole = re.findall(rf"^{system} all .* ([0-9.]+x)$", done.stdout, re.MULTILINE)
+        assert float(sharded[:-1]) < 1.1
+        assert abs(float(whole[:-1]) - float(replicated[:-1])) < 0.1
+    assert not list(tmp_path.iterdir())

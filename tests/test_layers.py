@@ -18,6 +18,7 @@ LAYERS = [
     ["_save", "_load"],
     ["checkpointer"],
     ["bench", ""],
+    ["_bench_ranks", "_bench_plan"],
     ["__main__"],
 ]
 
