@@ -18,7 +18,6 @@ from typing import Any
 
 import anyio
 import torch
-import torch.distributed.checkpoint.planner as dcp
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.tensor import DTensor
 
@@ -201,12 +200,13 @@ class Loader:
         path = self._storage.locate(checkpoint_id, METADATA_NAME)
         coordinator = operation.is_coordinator
 
-        def plan_here() -> tuple[Metadata, dcp.LoadPlan]:
+        def plan_here() -> tuple[Metadata, bytes]:
             metadata = read_metadata(data, path)
-            return metadata, plan_local_load(planner, wanted.states, metadata, is_coordinator=coordinator)
+            local = plan_local_load(planner, wanted.states, metadata, is_coordinator=coordinator)
+            return metadata, pickle.dumps(local)
 
-        (metadata, local), _ = await operation.together("plan", partial(in_thread, self._threads.compute, plan_here))
-        messages = await operation.gather(pickle.dumps(local))
+        (metadata, message), _ = await operation.together("plan", partial(in_thread, self._threads.compute, plan_here))
+        messages = await operation.gather(message)
 
         async def plan_for_all() -> list[bytes]:
             plans = planner.create_global_plan([pickle.loads(each) for each in messages]) if coordinator else []

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
 
 import anyio
@@ -118,8 +117,12 @@ class Saver:
             "capture", begin, facts=lambda begun: _numbers(begun[1]), decide=_agree_on_plan
         )
         prepared = kept.get(answer[0]) or await self._plan(operation, taken)
-        tail, _ = _lay_tail(prepared, taken)
-        await operation.together("stage", lambda: self._take_stage(prepared, len(tail)))
+
+        async def have_stage() -> None:
+            tail, _ = _lay_tail(prepared, taken)
+            await self._take_stage(prepared, len(tail))
+
+        await operation.together("stage", have_stage)
 
     async def save(self, operation: Operation, place: int, take: Callable[[], Awaitable[Job]]) -> list[str]:
         """Save what `take` captures, and return the files that are to be removed now.
@@ -159,13 +162,15 @@ class Saver:
     ) -> CommitRecord | None:
         writing = written = committing = False
 
-        async def write(prepared: Prepared, tail: bytes) -> None:
+        async def write(prepared: Prepared) -> list[Item]:
             nonlocal writing, written
+            tail, places = _lay_tail(prepared, job.taken)
             stage = await self._take_stage(prepared, len(tail))
             job.log.report("stage", total=_file_nbytes(prepared, tail))
             writing = True
             await self._transfer(job, prepared, stage, tail, file)
             written = True
+            return places
 
         async def commit_all(prepared: Prepared) -> None:
             if prepared.record is not None:
@@ -177,12 +182,10 @@ class Saver:
 
         try:
             prepared = kept or await self._plan(operation, job.taken, job.planner)
-            tail, places = _lay_tail(prepared, job.taken)
-            moved = prepared.places.get(operation.rank) != places
-            _, answer = await operation.together(
+            places, answer = await operation.together(
                 "write",
-                lambda: write(prepared, tail),
-                facts=lambda _: [moved],
+                lambda: write(prepared),
+                facts=lambda places: [prepared.places.get(operation.rank) != places],
                 decide=lambda table: [any(row[0] for row in table)],
             )
             if answer[0]:
@@ -237,11 +240,15 @@ class Saver:
             self._warn(plan.disagreed)
         if not alone:
             mine = await operation.scatter(parts if planned is not None else [])
-        kept, accepted = pickle.loads(mine)
-        if planner is not None:
-            await operation.together("plan", partial(_accept, planner, accepted))
-        finished = await in_thread(self._threads.compute, finish_plan, taken, local, kept, share)
-        prepared = Prepared(number=self._plans, plan=finished, record=record, places={})
+
+        async def finish() -> Prepared:
+            kept, accepted = pickle.loads(mine)
+            if planner is not None:
+                _accept(planner, accepted)
+            finished = await in_thread(self._threads.compute, finish_plan, taken, local, kept, share)
+            return Prepared(number=self._plans, plan=finished, record=record, places={})
+
+        prepared, _ = await operation.together("plan", finish)
         self._kept = [prepared, *self._kept[: KEPT_PLANS - 1]]
         return prepared
 
@@ -280,6 +287,7 @@ class Saver:
     async def _transfer(self, job: Job, prepared: Prepared, stage: Stage, tail: bytes, file: str) -> None:
         """Stage, checksum and write every segment, each as soon as it can be, into a durable file."""
         if not stage.layout.segments and not tail:  # all that this rank holds is written by others
+            job.taken.values.clear()
             job.log.report("write")
             job.staged.reach()
             return
@@ -372,7 +380,7 @@ def plan_for_all(
         return plan, CommitRecord(plan), parts
 
 
-async def _accept(planner: SavePlanner, plan: dcp.SavePlan) -> None:
+def _accept(planner: SavePlanner, plan: dcp.SavePlan) -> None:
     """Let the caller's planner see its part of the global plan, which by then is settled."""
     with _planning_errors():
         finished = planner.finish_plan(plan)
