@@ -7,6 +7,7 @@ go; a large tensor that is contiguous in host memory is read straight into it.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -21,12 +22,13 @@ import torch
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.tensor import DTensor
 
+from ._archive import find_tensor
 from ._arena import Arena
 from ._capture import Path, PerRank, flatten
 from ._decode import Check, unpack
 from ._engine import Threads, first_error, in_thread
 from ._layout import ALIGNMENT, NOT_COPIED, copyable
-from ._plan import LoadPlan, TensorRead, ValueRead, cut, plan_load
+from ._plan import LoadPlan, TensorRead, ValueRead, cut, plan_load, read_rows
 from ._planner import commit_loaded, plan_local_load, plan_reads
 from ._ranks import Operation, Row
 from ._stage import Checksum, wait_for_marks
@@ -37,6 +39,7 @@ from .storage import Reader, Storage
 SPAN_NBYTES = 16 << 20  # bytes read in one go: as in saving, enough that the turn at the GIL after it does not count
 GAP_NBYTES = 64 << 10  # bytes read for nothing rather than asked for apart: 30 us at 2 GB/s, the price of a request
 DIRECT_NBYTES = 1 << 20  # bytes from which a tensor is read straight into its place
+ENDS_NBYTES = 8 << 10  # of an archive: what torch.save writes before and after one tensor's bytes is 1.5 KiB
 READS_AT_ONCE = 3  # one is read, one is checked, one waits
 
 
@@ -183,6 +186,7 @@ class Loader:
             async def read() -> None:
                 with _read_errors(self._storage.locate(checkpoint_id)), _memory_errors():
                     loaded = await self._read_values(planned.values, readers, check, decoded=wanted.planner is None)
+                    await self._narrow(planned.tensors, readers)
                     await in_thread(self._threads.compute, wait_for_marks, wanted.marks)
                     await self._read_tensors(planned.tensors, readers, check)
                 if wanted.planner is None:
@@ -269,6 +273,29 @@ class Loader:
             await readers[span.file].read_into(span.start, [memory])
             await in_thread(self._threads.compute, decode, span, memory)
         return loaded
+
+    async def _narrow(self, reads: Sequence[TensorRead], readers: Mapping[str, Reader]) -> None:
+        """Of large archives of `torch.save` of which a part is wanted, find out where its rows are, to read only those.
+
+        An archive's directory is at its end, and the headers before the tensor's bytes are at its beginning.
+        """
+        limit = anyio.Semaphore(READS_AT_ONCE)
+
+        async def narrow(read: TensorRead) -> None:
+            sparse = mmap.mmap(-1, read.nbytes)  # memory is taken for what is touched
+            async with limit:
+                with memoryview(sparse) as archive:
+                    ends = archive[:ENDS_NBYTES], archive[-ENDS_NBYTES:]
+                    await readers[read.file].read_into(read.offset, [ends[0]])
+                    await readers[read.file].read_into(read.offset + read.nbytes - ENDS_NBYTES, [ends[1]])
+                    stored = find_tensor(archive, None)
+            if stored is not None and stored.start < ENDS_NBYTES:
+                read_rows(read, stored.dtype, stored.sizes, stored.strides, stored.start, stored.offset)
+
+        async with anyio.create_task_group() as group:
+            for read in reads:
+                if read.frame is None and read.part is not None and read.nbytes >= DIRECT_NBYTES:
+                    group.start_soon(narrow, read)
 
     async def _read_tensors(self, reads: Sequence[TensorRead], readers: Mapping[str, Reader], check: Check) -> None:
         with gc_held_off():
@@ -397,7 +424,10 @@ def _copy_in(span: _Span, arena: Arena, check: Check) -> None:
                 tensor = unpack(read, arena, offset, check)
             elif read.bare:
                 assert read.part is not None
-                tensor = as_typed(dtype).as_strided(read.part[1], frame.strides, offset // dtype.itemsize)
+                rows, place = as_typed(dtype), offset // dtype.itemsize
+                if offset % dtype.itemsize:  # in files of DCP's, where items begin anywhere
+                    rows, place = arena.tensor[offset : offset + read.nbytes].clone().view(dtype), 0
+                tensor = rows.as_strided(read.part[1], frame.strides, place)
             else:
                 start = offset + len(frame.head)
                 check.framed(read, frame.head_crc + offset, memory, memory[start : start + frame.nbytes])

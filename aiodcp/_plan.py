@@ -676,6 +676,31 @@ def _read_tensor(pieces: PieceFinder, fqn: str, tensor: torch.Tensor, entry: Ten
     return reads
 
 
+def read_rows(
+    read: TensorRead,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    start: int,
+    offset: int,
+) -> None:
+    """Change `read`, of an archive of `torch.save`, to read only the rows that hold the part, if that is much less.
+
+    Args:
+        read: wants a part.
+        dtype, sizes, strides: of the tensor in the archive.
+        start: bytes, where in the archive its storage begins.
+        offset: elements, where in the storage it begins.
+    """
+    frame = frame_tensor(read.dtype, tuple(read.sizes))
+    if (dtype, sizes, strides) != (read.dtype, tuple(read.sizes), frame.strides) or read.part is None:
+        return
+    first, last = _extent(frame, read.part)
+    if last - first < BARE_BELOW * read.nbytes:
+        read.offset += start + offset * dtype.itemsize + first
+        read.nbytes, read.frame, read.bare = last - first, frame, True
+
+
 def _extent(frame: Frame, part: tuple[torch.Size, torch.Size]) -> tuple[int, int]:
     """Return from which byte of the payload to which the elements of a part lie."""
     offsets, lengths = part
