@@ -22,14 +22,15 @@ from aiodcp import Checkpointer
 
 from .worlds import World
 
-SHAPES = {"tall": (7, 6), "wide": (3, 16), "few": (2, 4), "one": (1,), "cube": (5, 4, 6)}
+SHAPES = {"odd": (7, 5), "tall": (7, 6), "wide": (3, 16), "few": (2, 4), "one": (1,), "cube": (5, 4, 6)}
 LAYOUTS = ["replicated", "rows", "columns", "grid", "hsdp", "sharded_tensor"]
 SIZES = [1, 2, 3, 4]
 
 
 def _whole(name: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(len(name))
-    return torch.randn(SHAPES[name], generator=generator)
+    values = torch.randn(SHAPES[name], generator=generator)
+    return (values * 100).to(torch.int8) if name == "odd" else values  # rows of it begin at any byte
 
 
 @cache
@@ -62,7 +63,7 @@ def _fits(layout: str, size: int) -> bool:
 
 
 def _state(layout: str, size: int, zero: bool) -> dict[str, Any]:
-    wholes = {name: torch.zeros(shape) if zero else _whole(name) for name, shape in SHAPES.items()}
+    wholes = {name: torch.zeros_like(_whole(name)) if zero else _whole(name) for name in SHAPES}
     tensors = {name: _lay(layout, size, whole) for name, whole in wholes.items()}
     return {"model": tensors, "step": 0 if zero else 12}
 
