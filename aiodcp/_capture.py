@@ -224,6 +224,14 @@ def is_sharded(value: object) -> bool:
     return isinstance(value, DTensor | ShardedTensor)
 
 
+def shape_and_dtype(value: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    """Return those of the whole tensor; without the warning that a `ShardedTensor` gives for its attributes."""
+    if isinstance(value, ShardedTensor):
+        metadata = value.metadata()
+        return metadata.size, metadata.tensor_properties.dtype
+    return value.shape, value.dtype
+
+
 class _HoldsTensorsError(Exception):
     """The value has tensors inside: only `torch.save` knows how to write it."""
 

@@ -15,7 +15,7 @@ import torch
 from ._archive import find_tensor
 from ._arena import Arena
 from ._layout import ALIGNMENT, frame_value
-from ._plan import TensorRead
+from ._reads import TensorRead
 from ._stage import Checksum
 from .errors import CorruptError, UnsafeError
 

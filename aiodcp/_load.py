@@ -6,76 +6,33 @@ go; a large tensor that is contiguous in host memory is read straight into it.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import pickle
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
-from itertools import islice
-from operator import attrgetter
 from typing import Any
 
 import anyio
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner
-from torch.distributed.tensor import DTensor
 
 from ._archive import find_tensor
-from ._arena import Arena
-from ._capture import Path, PerRank, flatten
-from ._decode import Check, unpack
+from ._capture import flatten
+from ._decode import Check
 from ._engine import Threads, first_error, in_thread
-from ._layout import ALIGNMENT, NOT_COPIED, copyable
-from ._plan import LoadPlan, TensorRead, ValueRead, cut, plan_load, read_rows
 from ._planner import commit_loaded, plan_local_load, plan_reads
 from ._ranks import Operation, Row
+from ._reads import LoadPlan, TensorRead, ValueRead, plan_load, read_rows
+from ._spans import DIRECT_NBYTES, Scratch, Span, copy_in, memory_of, reads_direct, spans_of, without_overlaps
 from ._stage import Checksum, wait_for_marks
+from ._wanted import Wanted, find_holders, grow_optimizers
 from .errors import ArgumentError, CheckpointError, CorruptError, LoadError, NotACheckpointError, ReadError, StageError
-from .metadata import METADATA_NAME, Metadata, TensorStorageMetadata, gc_held_off, read_metadata
+from .metadata import METADATA_NAME, Metadata, gc_held_off, read_metadata
 from .storage import Reader, Storage
 
-SPAN_NBYTES = 16 << 20  # bytes read in one go: as in saving, enough that the turn at the GIL after it does not count
-GAP_NBYTES = 64 << 10  # bytes read for nothing rather than asked for apart: 30 us at 2 GB/s, the price of a request
-DIRECT_NBYTES = 1 << 20  # bytes from which a tensor is read straight into its place
 ENDS_NBYTES = 8 << 10  # of an archive: what torch.save writes before and after one tensor's bytes is 1.5 KiB
 READS_AT_ONCE = 3  # one is read, one is checked, one waits
-
-
-@dataclass(slots=True, kw_only=True)
-class _Span:
-    """Neighbouring items of one file, read together: bytes `start` to `stop`."""
-
-    file: str
-    start: int
-    stop: int
-    items: list[Any]
-
-
-@dataclass(slots=True, kw_only=True)
-class Wanted:
-    """What a load is to fill: the leaves of a state dict.
-
-    Attributes:
-        states: the state dict, `Stateful` values replaced by their state.
-        lazy: optimizers that have no state yet, by their key.
-        fqns, paths, values: the leaves, in step.
-        marks: tensors on CUDA devices are written when the device has come as far as these.
-        holders: of each leaf that is no tensor, by place, the container that holds it, and its key there.
-        loaded: new values of those leaves, by place.
-        planner: the caller's own, which puts everything into `states` itself.
-    """
-
-    states: dict[str, Any]
-    lazy: dict[str, torch.optim.Optimizer]
-    fqns: list[str]
-    paths: list[Path]
-    values: list[Any]
-    marks: list[torch.cuda.Event]
-    holders: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    loaded: dict[int, Any] = field(default_factory=dict)
-    planner: LoadPlanner | None = None
 
 
 class Loader:
@@ -262,13 +219,13 @@ class Loader:
     ) -> dict[int, Any]:
         loaded: dict[int, Any] = {}
 
-        def decode(span: _Span, memory: memoryview) -> None:
+        def decode(span: Span, memory: memoryview) -> None:
             for read in span.items:
                 start = read.offset - span.start
                 data = bytes(memory[start : start + read.nbytes])
                 loaded[read.place] = check.value(read.fqn, span.file, data) if decoded else data
 
-        for span in _spans(reads):
+        for span in spans_of(reads):
             memory = memoryview(bytearray(span.stop - span.start))
             await readers[span.file].read_into(span.start, [memory])
             await in_thread(self._threads.compute, decode, span, memory)
@@ -299,16 +256,16 @@ class Loader:
 
     async def _read_tensors(self, reads: Sequence[TensorRead], readers: Mapping[str, Reader], check: Check) -> None:
         with gc_held_off():
-            direct = _without_overlaps([read for read in reads if _reads_direct(read)], reads)
+            direct = without_overlaps([read for read in reads if reads_direct(read)], reads)
             apart = set(map(id, direct))
-            spans = _spans([read for read in reads if id(read) not in apart] if apart else reads)
-        scratch = _Scratch()
+            spans = spans_of([read for read in reads if id(read) not in apart] if apart else reads)
+        scratch = Scratch()
         limit = anyio.Semaphore(READS_AT_ONCE)
 
         async def read_direct(read: TensorRead) -> None:
             assert read.frame is not None
             async with limit:
-                payload = _memory_of(read.into)
+                payload = memory_of(read.into)
                 if read.bare:
                     torch.autograd.graph.increment_version(read.into)
                     await readers[read.file].read_into(read.offset, [payload])
@@ -318,11 +275,11 @@ class Loader:
                 await readers[read.file].read_into(read.offset, [head, payload])
                 await in_thread(self._threads.compute, check.framed, read, read.frame.head_crc, head, payload)
 
-        async def read_span(span: _Span) -> None:
+        async def read_span(span: Span) -> None:
             async with limit, scratch.take(span.stop - span.start) as arena:
                 memory = arena.memory[: span.stop - span.start]
                 await readers[span.file].read_into(span.start, [memory])
-                await in_thread(self._threads.compute, _copy_in, span, arena, check)
+                await in_thread(self._threads.compute, copy_in, span, arena, check)
 
         try:
             async with anyio.create_task_group() as group:
@@ -333,27 +290,6 @@ class Loader:
         except BaseExceptionGroup as errors:
             first = first_error(errors)
             raise first from first.__cause__
-
-
-class _Scratch:
-    """Memory for spans, used again and again within one load: memory that was touched before is quicker."""
-
-    def __init__(self) -> None:
-        self._free: list[Arena] = []
-
-    @asynccontextmanager
-    async def take(self, nbytes: int) -> AsyncIterator[Arena]:
-        large_enough = [arena for arena in self._free if arena.nbytes >= nbytes]
-        if large_enough:
-            arena = min(large_enough, key=attrgetter("nbytes"))
-            self._free.remove(arena)
-        else:
-            self._free.clear()  # too small: not kept beside the larger one
-            arena = Arena(max(nbytes, SPAN_NBYTES))
-        try:
-            yield arena
-        finally:
-            self._free.append(arena)
 
 
 def _agree_on_start(table: list[Row]) -> list[int]:
@@ -367,7 +303,7 @@ def _plan(data: bytes, path: str, wanted: Wanted, rank: int, checkpoint_id: str,
         try:
             metadata = read_metadata(data, path)
             if wanted.lazy:
-                _grow_optimizers(metadata, wanted)
+                grow_optimizers(metadata, wanted)
                 wanted.fqns, wanted.paths, wanted.values = flatten(wanted.states, rank)
             wanted.holders = find_holders(wanted.states, wanted.fqns, wanted.paths, wanted.values)
             planned = plan_load(
@@ -385,156 +321,6 @@ def _plan(data: bytes, path: str, wanted: Wanted, rank: int, checkpoint_id: str,
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CorruptError(path, "", f"contradicts itself: {error!r}") from error
         return planned
-
-
-def _grow_optimizers(metadata: Metadata, wanted: Wanted) -> None:
-    """Put into optimizer states that are still empty a place for everything that the checkpoint has for them."""
-    for fqn, steps in (metadata.planner_data or {}).items():
-        entry = metadata.state_dict_metadata.get(fqn)
-        if entry and len(steps) == 4 and steps[0] in wanted.lazy and steps[1] == "state" and str(steps[2]).isdecimal():
-            number = int(steps[2])  # of the parameter
-            room: torch.Tensor | None = None
-            if isinstance(entry, TensorStorageMetadata):
-                groups = wanted.lazy[steps[0]].param_groups
-                parameter = next(islice((each for group in groups for each in group["params"]), number, None), None)
-                if isinstance(parameter, DTensor) and parameter.shape == entry.size:  # sharded as its parameter is
-                    room = torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
-                else:
-                    room = torch.empty(entry.size, dtype=entry.properties.dtype)
-            wanted.states[steps[0]]["state"].setdefault(number, {})[steps[3]] = room
-
-
-def _copy_in(span: _Span, arena: Arena, check: Check) -> None:
-    """Check the items of a span that has been read into `arena`, and copy them to their targets."""
-    memory = arena.memory
-    typed: dict[torch.dtype, torch.Tensor] = {}
-    targets: list[torch.Tensor] = []
-    sources: list[torch.Tensor] = []
-
-    def as_typed(dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in typed:
-            typed[dtype] = arena.tensor[: arena.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
-        return typed[dtype]
-
-    with gc_held_off():
-        for read in span.items:
-            frame, dtype, into = read.frame, read.dtype, read.into
-            offset = read.offset - span.start
-            if frame is None:
-                tensor = unpack(read, arena, offset, check)
-            elif read.bare:
-                assert read.part is not None
-                rows, place = as_typed(dtype), offset // dtype.itemsize
-                if offset % dtype.itemsize:  # in files of DCP's, where items begin anywhere
-                    rows, place = arena.tensor[offset : offset + read.nbytes].clone().view(dtype), 0
-                tensor = rows.as_strided(read.part[1], frame.strides, place)
-            else:
-                start = offset + len(frame.head)
-                check.framed(read, frame.head_crc + offset, memory, memory[start : start + frame.nbytes])
-                tensor = as_typed(dtype).as_strided(frame.shape, frame.strides, start // dtype.itemsize)
-            if read.part is not None and not read.bare:
-                tensor = cut(tensor, read.part)
-            if dtype in NOT_COPIED:
-                tensor, into = copyable(tensor), copyable(into)
-            sources.append(tensor)
-            targets.append(into)
-    with torch.no_grad():
-        torch._foreach_copy_(targets, sources)
-    for device in {target.device for target in targets if target.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()  # before the memory is used again, and before the caller looks
-
-
-def _reads_direct(read: TensorRead) -> bool:
-    return (
-        read.frame is not None
-        and read.nbytes >= DIRECT_NBYTES
-        and (read.part is None or (read.bare and read.nbytes == read.into.nbytes))
-        and read.into.dtype is read.dtype
-        and read.into.is_cpu
-        and read.into.is_contiguous()
-        and not read.into.is_neg()
-        and not read.into.is_conj()
-    )
-
-
-def _is_in_memory(tensor: torch.Tensor) -> bool:
-    return tensor.is_cpu and tensor.layout is torch.strided
-
-
-def _without_overlaps(direct: list[TensorRead], reads: Sequence[TensorRead]) -> list[TensorRead]:
-    """Return those whose memory no other read writes: tied tensors are checked elsewhere before they are copied."""
-    if not direct:
-        return []
-    ranges = sorted((read.into.data_ptr(), number) for number, read in enumerate(reads) if _is_in_memory(read.into))
-    tied: set[int] = set()
-    stop, last = 0, -1
-    for start, number in ranges:
-        if start < stop:
-            tied |= {number, last}
-        into = reads[number].into
-        steps = sum((size - 1) * stride for size, stride in zip(into.shape, into.stride(), strict=True))
-        end = start + into.itemsize * (1 + steps)
-        if end > stop:
-            stop, last = end, number
-    apart = {id(reads[number]) for number in tied}
-    return [read for read in direct if id(read) not in apart]
-
-
-def _memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous host tensor; valid as long as the tensor is."""
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-
-
-def _spans(reads: Iterable[Any]) -> list[_Span]:
-    """Group reads that lie close together in one file."""
-    spans: list[_Span] = []
-    for read in sorted(reads, key=attrgetter("file", "offset")):
-        start, stop = read.offset // ALIGNMENT * ALIGNMENT, read.offset + read.nbytes
-        if spans:
-            last = spans[-1]
-            if (
-                read.file == last.file
-                and start <= last.stop + GAP_NBYTES
-                and max(stop, last.stop) - last.start <= SPAN_NBYTES
-            ):
-                last.stop = max(stop, last.stop)
-                last.items.append(read)
-                continue
-        spans.append(_Span(file=read.file, start=start, stop=stop, items=[read]))
-    return spans
-
-
-def find_holders(
-    state_dict: Mapping[str, Any], fqns: Sequence[str], paths: Sequence[Path], values: Sequence[Any]
-) -> dict[int, tuple[Any, Any]]:
-    """Return for every value that will be replaced, by its place, the container that holds it and its key there.
-
-    Raises:
-        ArgumentError: names a value in a container that takes no other.
-    """
-    keys: dict[int, dict[str, Any]] = {}  # of mappings whose keys are no strings: paths have them as text, as in DCP
-    holders: dict[int, tuple[Any, Any]] = {}
-    for number, (fqn, path, value) in enumerate(zip(fqns, paths, values, strict=True)):
-        if isinstance(value, torch.Tensor):
-            continue
-        holder: Any = None
-        key: Any = None
-        below: Any = state_dict
-        for step in path:
-            holder, key = below, step
-            if isinstance(holder, PerRank):
-                key = "value"
-                below = holder.value
-                continue
-            if isinstance(holder, Mapping) and step not in holder:
-                if id(holder) not in keys:
-                    keys[id(holder)] = {str(each): each for each in holder}
-                key = keys[id(holder)][str(step)]
-            below = holder[key]
-        if not isinstance(holder, MutableMapping | list | PerRank):
-            raise ArgumentError("state_dict", f"{fqn} is in a {type(holder).__name__}, which takes no new value")
-        holders[number] = holder, key
-    return holders
 
 
 @contextmanager

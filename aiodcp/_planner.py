@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Save
 from torch.distributed.checkpoint.planner import LoadPlan as DcpLoadPlan
 
 from ._capture import Capture, Frozen, call_stateful, freeze, is_plain
-from ._plan import LoadPlan, PieceFinder, ValueRead, loses
+from ._reads import LoadPlan, PieceFinder, ValueRead, loses
 from .errors import CaptureError, CorruptError, LoadError, MismatchError
 from .metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 

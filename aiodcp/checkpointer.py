@@ -19,11 +19,11 @@ import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ._capture import PerRank, call_stateful, capture, flatten
+from ._capture import PerRank, capture
 from ._commit import remove_files
 from ._engine import Engine
 from ._line import Line
-from ._load import Loader, Wanted
+from ._load import Loader
 from ._milestone import Milestone, Progress, ProgressLog
 from ._planner import capture_planned
 from ._ranks import Kind, Operation
@@ -31,10 +31,10 @@ from ._save import Job, Saver
 from ._skips import Skips
 from ._stage import Checksum, default_checksum, mark_streams
 from ._turns import give_turns, prompt_turns
+from ._wanted import Wanted, want
 from .errors import (
     ArgumentError,
     BusyError,
-    CaptureError,
     CheckpointError,
     ClosedError,
     LoadError,
@@ -551,12 +551,12 @@ class Checkpointer:
         self._check_open()
         place = ""
 
-        def want() -> Wanted:
+        def ask() -> Wanted:
             nonlocal place
             place = self._storage.resolve(_check_id(checkpoint_id))
-            return _want(state_dict, self._rank, planner)
+            return want(state_dict, self._rank, planner)
 
-        take = self._take(want)
+        take = self._take(ask)
         operation = Operation(self._line, Kind.LOAD, LoadError("the load was cancelled"))
         self._operations.add(operation)
 
@@ -632,25 +632,6 @@ class Checkpointer:
 
 async def _cancel(operation: Operation) -> None:
     operation.cancel()
-
-
-def _want(state_dict: MutableMapping[str, Any], rank: int, planner: LoadPlanner | None) -> Wanted:
-    if planner is not None and not isinstance(planner, LoadPlanner):
-        raise ArgumentError("planner", f"a {type(planner).__name__} is no LoadPlanner")
-    if not isinstance(state_dict, MutableMapping):
-        raise ArgumentError("state_dict", f"a {type(state_dict).__name__} takes no values: pass a dict")
-    try:
-        states = call_stateful(state_dict)
-    except CaptureError as error:
-        raise LoadError(str(error)) from error.__cause__
-    lazy = {
-        key: value
-        for key, value in state_dict.items()
-        if isinstance(value, torch.optim.Optimizer) and not states[key]["state"]
-    }
-    fqns, paths, values = flatten(states, rank)
-    marks = mark_streams(values)
-    return Wanted(states=states, lazy=lazy, fqns=fqns, paths=paths, values=values, marks=marks, planner=planner)
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -1,0 +1,158 @@
+"""Which reads go together, and how what was read reaches its places.
+
+Items that lie close together are one span, read into scratch memory and copied out in one go. A large tensor whose
+place is contiguous host memory needs none of that: it is read straight into it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from ._arena import Arena
+from ._chunks import cut
+from ._decode import Check, unpack
+from ._layout import ALIGNMENT, NOT_COPIED, copyable
+from ._reads import TensorRead
+from .metadata import gc_held_off
+
+SPAN_NBYTES = 16 << 20  # bytes read in one go: as in saving, enough that the turn at the GIL after it does not count
+GAP_NBYTES = 64 << 10  # bytes read for nothing rather than asked for apart: 30 us at 2 GB/s, the price of a request
+DIRECT_NBYTES = 1 << 20  # bytes from which a tensor is read straight into its place
+
+
+@dataclass(slots=True, kw_only=True)
+class Span:
+    """Neighbouring items of one file, read together: bytes `start` to `stop`."""
+
+    file: str
+    start: int
+    stop: int
+    items: list[Any]
+
+
+class Scratch:
+    """Memory for spans, used again and again within one load: memory that was touched before is quicker."""
+
+    def __init__(self) -> None:
+        self._free: list[Arena] = []
+
+    @asynccontextmanager
+    async def take(self, nbytes: int) -> AsyncIterator[Arena]:
+        large_enough = [arena for arena in self._free if arena.nbytes >= nbytes]
+        if large_enough:
+            arena = min(large_enough, key=attrgetter("nbytes"))
+            self._free.remove(arena)
+        else:
+            self._free.clear()  # too small: not kept beside the larger one
+            arena = Arena(max(nbytes, SPAN_NBYTES))
+        try:
+            yield arena
+        finally:
+            self._free.append(arena)
+
+
+def copy_in(span: Span, arena: Arena, check: Check) -> None:
+    """Check the items of a span that has been read into `arena`, and copy them to their targets."""
+    memory = arena.memory
+    typed: dict[torch.dtype, torch.Tensor] = {}
+    targets: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
+
+    def as_typed(dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in typed:
+            typed[dtype] = arena.tensor[: arena.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
+        return typed[dtype]
+
+    with gc_held_off():
+        for read in span.items:
+            frame, dtype, into = read.frame, read.dtype, read.into
+            offset = read.offset - span.start
+            if frame is None:
+                tensor = unpack(read, arena, offset, check)
+            elif read.bare:
+                assert read.part is not None
+                rows, place = as_typed(dtype), offset // dtype.itemsize
+                if offset % dtype.itemsize:  # in files of DCP's, where items begin anywhere
+                    rows, place = arena.tensor[offset : offset + read.nbytes].clone().view(dtype), 0
+                tensor = rows.as_strided(read.part[1], frame.strides, place)
+            else:
+                start = offset + len(frame.head)
+                check.framed(read, frame.head_crc + offset, memory, memory[start : start + frame.nbytes])
+                tensor = as_typed(dtype).as_strided(frame.shape, frame.strides, start // dtype.itemsize)
+            if read.part is not None and not read.bare:
+                tensor = cut(tensor, read.part)
+            if dtype in NOT_COPIED:
+                tensor, into = copyable(tensor), copyable(into)
+            sources.append(tensor)
+            targets.append(into)
+    with torch.no_grad():
+        torch._foreach_copy_(targets, sources)
+    for device in {target.device for target in targets if target.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()  # before the memory is used again, and before the caller looks
+
+
+def reads_direct(read: TensorRead) -> bool:
+    return (
+        read.frame is not None
+        and read.nbytes >= DIRECT_NBYTES
+        and (read.part is None or (read.bare and read.nbytes == read.into.nbytes))
+        and read.into.dtype is read.dtype
+        and read.into.is_cpu
+        and read.into.is_contiguous()
+        and not read.into.is_neg()
+        and not read.into.is_conj()
+    )
+
+
+def _is_in_memory(tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and tensor.layout is torch.strided
+
+
+def without_overlaps(direct: list[TensorRead], reads: Sequence[TensorRead]) -> list[TensorRead]:
+    """Return those whose memory no other read writes: tied tensors are checked elsewhere before they are copied."""
+    if not direct:
+        return []
+    ranges = sorted((read.into.data_ptr(), number) for number, read in enumerate(reads) if _is_in_memory(read.into))
+    tied: set[int] = set()
+    stop, last = 0, -1
+    for start, number in ranges:
+        if start < stop:
+            tied |= {number, last}
+        into = reads[number].into
+        steps = sum((size - 1) * stride for size, stride in zip(into.shape, into.stride(), strict=True))
+        end = start + into.itemsize * (1 + steps)
+        if end > stop:
+            stop, last = end, number
+    apart = {id(reads[number]) for number in tied}
+    return [read for read in direct if id(read) not in apart]
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous host tensor; valid as long as the tensor is."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def spans_of(reads: Iterable[Any]) -> list[Span]:
+    """Group reads that lie close together in one file."""
+    spans: list[Span] = []
+    for read in sorted(reads, key=attrgetter("file", "offset")):
+        start, stop = read.offset // ALIGNMENT * ALIGNMENT, read.offset + read.nbytes
+        if spans:
+            last = spans[-1]
+            if (
+                read.file == last.file
+                and start <= last.stop + GAP_NBYTES
+                and max(stop, last.stop) - last.start <= SPAN_NBYTES
+            ):
+                last.stop = max(stop, last.stop)
+                last.items.append(read)
+                continue
+        spans.append(Span(file=read.file, start=start, stop=stop, items=[read]))
+    return spans
