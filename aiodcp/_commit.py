@@ -26,7 +26,7 @@ from .metadata import (
 from .storage import Storage
 
 _log = logging.getLogger("aiodcp")
-_live: set[str] = set()  # data files that saves of this process are writing; their names are unique everywhere
+_live: set[str] = set()  # ids of the saves that are under way in this process; they are in their data files' names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +96,13 @@ def _refuse_incomplete(metadata: Metadata) -> None:
 
 
 @contextmanager
-def live(file: str) -> Iterator[None]:
-    """Keep other saves of this process from taking `file` for a leftover while the block runs."""
-    _live.add(file)
+def live(save_id: str) -> Iterator[None]:
+    """Keep other saves of this process from taking a save's files for leftovers while the block runs."""
+    _live.add(save_id)
     try:
         yield
     finally:
-        _live.discard(file)
+        _live.discard(save_id)
 
 
 async def commit(storage: Storage, checkpoint_id: str, record: bytes, files: set[str]) -> None:
@@ -114,9 +114,14 @@ async def commit(storage: Storage, checkpoint_id: str, record: bytes, files: set
     Cancellation: none; once it has begun it is finished.
     """
     with CancelScope(shield=True):
+        await _refuse_gone(storage, checkpoint_id, files)  # before what is there is replaced
         await storage.put(checkpoint_id, METADATA_NAME, record)
-        for file in sorted(files.difference(await storage.names(checkpoint_id))):
-            raise SaveError(f"{storage.locate(checkpoint_id, file)} is gone: does another process save there too?")
+        await _refuse_gone(storage, checkpoint_id, files)
+
+
+async def _refuse_gone(storage: Storage, checkpoint_id: str, files: set[str]) -> None:
+    for file in sorted(files.difference(await storage.names(checkpoint_id))):
+        raise SaveError(f"{storage.locate(checkpoint_id, file)} is gone: does another process save there too?")
 
 
 async def may_be_committed(storage: Storage, checkpoint_id: str, save_id: str) -> bool:
@@ -142,8 +147,11 @@ async def find_replaced(storage: Storage, checkpoint_id: str, files: set[str]) -
     Cancellation: none.
     """
     with CancelScope(shield=True), _told_in_the_log(storage, checkpoint_id):
-        kept = files | _live
-        return [name for name in await storage.names(checkpoint_id) if is_leftover(name) and name not in kept]
+        return [
+            name
+            for name in await storage.names(checkpoint_id)
+            if is_leftover(name) and name not in files and not any(save_id in name for save_id in _live)
+        ]
     return []
 
 

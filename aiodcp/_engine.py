@@ -35,19 +35,16 @@ class Threads:
     Attributes:
         staging: one thread, which copies tensors and waits for devices.
         compute: checksums, plans, pickles.
-        ranks: one thread, which talks to the store through which ranks find each other.
     """
 
     def __init__(self, copy_threads: int, compute_threads: int) -> None:
         self.staging = ThreadPoolExecutor(1, f"{NAME}-stage", _limit_torch, (copy_threads,))
         self.compute = ThreadPoolExecutor(compute_threads, f"{NAME}-compute", _limit_torch, (1,))
-        self.ranks = ThreadPoolExecutor(1, f"{NAME}-ranks")
 
     def close(self) -> None:
         """Wait for the threads to end."""
         self.staging.shutdown()
         self.compute.shutdown()
-        self.ranks.shutdown()
 
 
 async def in_thread(executor: Executor, function: Callable[[*Ts], T], *args: *Ts) -> T:

@@ -12,23 +12,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
 
-from ._engine import in_thread
+from ._engine import NAME
 
 ALARM_PERIOD_S = 1.0  # how often a rank that waits looks whether another one has found the line broken
 ROLL_CALL_S = 3.0  # for which the others may be silent before they count as missing: looked for, and noticed, in 1 s
+STORE_S = 10.0  # after which the store counts as out of reach
 _POLL_S = 0.02
+
+T = TypeVar("T")
 
 
 class LineCutError(Exception):
@@ -55,20 +59,18 @@ class Line:
         nbytes: bytes that went through this end since it was made.
     """
 
-    def __init__(self, group: dist.ProcessGroup, executor: Executor, *, root: int, timeout_s: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, root: int, timeout_s: float) -> None:
         self.rank = group.rank()
         self.size = group.size()
         self.root = root
         self.members = dist.get_process_group_ranks(group)
         self.timeout_s = timeout_s
         self.nbytes = 0
-        self._executor = executor
-        # A connection of our own: a wait on the training's would hold everybody else's use of it.
-        store = group.get_group_store().clone()  # type: ignore[attr-defined]
-        opened = store.add(f"aiodcp/{group.group_name}/{self.rank}", 1)  # ranks open their lines in the same order
-        self._store = PrefixStore(f"aiodcp/{group.group_name}/{opened}", store)
+        self._world: dist.ProcessGroup = group
+        self._store: Any = None  # a PrefixStore, of which torch types the constructor only
+        self._opened = 0
         self._generation = 0
-        self._group: Any = None  # a ProcessGroupGloo, of which torch types the constructor only
+        self._group: Any = None  # a ProcessGroupGloo, likewise
         self._abandoned: list[tuple[Any, ...]] = []  # collectives that did not end: their memory is gloo's until then
 
     async def connect(self) -> Any:
@@ -77,18 +79,35 @@ class Line:
         Raises:
             LineCutError: not all of them came in time.
 
-        Cancellation: takes effect when all have connected, or after `timeout_s`.
+        Cancellation: leaves a thread behind, for `timeout_s` at most.
         """
         if self._group is None:
             try:
-                self._group = await in_thread(self._executor, self._make_group)
+                self._group = await _in_thread(self._make_group, self.timeout_s + STORE_S)
             except RuntimeError as error:
+                if self._store is None:
+                    raise LineCutError(self._host()) from error
                 raise await self._cut() from error
         return self._group
 
     def _make_group(self) -> ProcessGroupGloo:
+        if self._store is None:
+            # A connection of our own: a wait on the training's would hold everybody else's use of it.
+            store = self._world.get_group_store().clone()  # type: ignore[attr-defined]
+            name = f"aiodcp/{self._world.group_name}"
+            # Ranks open their lines in the same order, so each may count for itself; but for those that came to
+            # nothing, which not all ranks need have tried to open.
+            number = store.add(f"{name}/{self.rank}", 1)
+            while store.check([f"{name}/{number}/failed"]):
+                number = store.add(f"{name}/{self.rank}", 1)
+            self._store = PrefixStore(f"{name}/{number}", store)
         prefix = PrefixStore(f"{self._generation}/gloo", self._store)
         return ProcessGroupGloo(prefix, self.rank, self.size, timedelta(seconds=self.timeout_s))
+
+    async def give_up_opening(self) -> None:
+        """Say that this line was never opened, so that nobody waits under its number."""
+        with suppress(RuntimeError):
+            await _in_thread(lambda: self._store.set("failed", ""), STORE_S)
 
     def close(self) -> None:
         """Let go of the group: whoever waits for this rank is told that it is gone."""
@@ -146,27 +165,45 @@ class Line:
             work = collective(*arguments)
             future = work.get_future()
             future.add_done_callback(wake)
-            while not finished.is_set():
-                with anyio.move_on_after(ALARM_PERIOD_S):
-                    await finished.wait()
-                if not finished.is_set() and await in_thread(self._executor, self._alarm):
-                    self._abandoned.append((self._group, work, arguments))
-                    raise await self._cut()
+            with anyio.move_on_after(ALARM_PERIOD_S):
+                await finished.wait()
+            if not finished.is_set() and await self._is_alarmed_before(finished):
+                self._abandoned.append((self._group, work, arguments))
+                raise await self._cut()
             future.value()
         except RuntimeError as error:
             raise await self._cut() from error
 
-    def _alarm(self) -> bool:
-        return bool(self._store.check([f"{self._generation}/alarm"]))
+    async def _is_alarmed_before(self, finished: anyio.Event) -> bool:
+        """Wait until a collective is done, or another rank has found the line broken; say whether it is the latter."""
+        alarmed = False
+
+        async def watch() -> None:
+            nonlocal alarmed
+            while not alarmed:
+                with suppress(RuntimeError):  # the store may be out of reach: gloo's own limit holds in any case
+                    alarmed = await _in_thread(lambda: self._store.check([f"{self._generation}/alarm"]), STORE_S)
+                await anyio.sleep(ALARM_PERIOD_S)
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch)
+            await finished.wait()
+            group.cancel_scope.cancel()
+        return alarmed and not finished.is_set()
 
     async def _cut(self) -> LineCutError:
         self._group = None  # closes the connections: whoever waits for this rank notices
         try:
-            missing = await in_thread(self._executor, self._call_roll)
-        except RuntimeError:  # the store is out of reach too, and with it the process that holds it: the first rank's
-            missing = () if self.members[self.rank] == 0 else (0,)
+            missing = await _in_thread(self._call_roll, ROLL_CALL_S * self.size + STORE_S)
+        except RuntimeError:
+            missing = self._host()
         self._generation += 1
         return LineCutError(missing)
+
+    def _host(self) -> tuple[int, ...]:
+        """Who is missing when the store is: the process that holds it, which is the first rank's."""
+        return (0,) if self.members[0] == 0 and self.rank != 0 else ()
 
     def _call_roll(self) -> tuple[int, ...]:
         """Check in, wait for the others to do so, and agree on who did not."""
@@ -183,3 +220,31 @@ class Line:
         missing = [rank for rank in range(self.size) if present < self.size and not roll.check([f"here/{rank}"])]
         agreed: Sequence[int] = json.loads(roll.compare_set("missing", "", json.dumps(missing)))
         return tuple(agreed)
+
+
+async def _in_thread(function: Callable[[], T], limit_s: float) -> T:
+    """Call what may never return, because the other side does not answer, in a thread that nobody waits for.
+
+    Raises:
+        RuntimeError: there was no answer for `limit_s` seconds.
+
+    Cancellation: leaves the thread behind.
+    """
+    loop = asyncio.get_running_loop()
+    finished = anyio.Event()
+    answer: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            answer.set_result(function())
+        except Exception as error:
+            answer.set_exception(error)
+        with suppress(RuntimeError):  # the engine has stopped meanwhile
+            loop.call_soon_threadsafe(finished.set)
+
+    threading.Thread(target=call, name=f"{NAME}-ranks", daemon=True).start()
+    with anyio.move_on_after(limit_s):
+        await finished.wait()
+    if not finished.is_set():
+        raise RuntimeError(f"no answer for {limit_s} s")
+    return answer.result()

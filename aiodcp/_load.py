@@ -88,7 +88,10 @@ class Loader:
             return await take(), await get_metadata()
 
         (wanted, data), answer = await operation.together(
-            "read metadata", get, facts=lambda got: [got[1] is None, place], decide=_agree_on_start
+            "read metadata",
+            get,
+            facts=lambda got: [got[1] is None, place, got[0].planner is not None],
+            decide=_agree_on_start,
         )
 
         async def plan(data: bytes) -> LoadPlan:
@@ -104,7 +107,7 @@ class Loader:
             if await self._fill(operation, metadata, plan, wanted, checkpoint_id, check):
                 return wanted
             data, answer = await operation.together(
-                "read metadata", get_metadata, facts=lambda got: [got is None, 0], decide=_agree_on_start
+                "read metadata", get_metadata, facts=lambda got: [got is None, 0, 0], decide=_agree_on_start
             )
 
     async def _fill(
@@ -140,18 +143,22 @@ class Loader:
             if answer[0] or readers is None:
                 return False
 
-            async def read() -> None:
+            async def read_values() -> dict[int, Any]:
+                with _read_errors(self._storage.locate(checkpoint_id)):
+                    return await self._read_values(planned.values, readers, check, decoded=wanted.planner is None)
+
+            async def read_tensors() -> None:
                 with _read_errors(self._storage.locate(checkpoint_id)), _memory_errors():
-                    loaded = await self._read_values(planned.values, readers, check, decoded=wanted.planner is None)
                     await self._narrow(planned.tensors, readers)
                     await in_thread(self._threads.compute, wait_for_marks, wanted.marks)
                     await self._read_tensors(planned.tensors, readers, check)
-                if wanted.planner is None:
-                    wanted.loaded = loaded
-                else:
+                if wanted.planner is not None:
                     await in_thread(self._threads.compute, commit_loaded, wanted.planner, planned, loaded)
 
-            await operation.together("read", read)
+            loaded, _ = await operation.together("read values", read_values)  # all of them before the first tensor
+            await operation.together("read tensors", read_tensors)
+            if wanted.planner is None:
+                wanted.loaded = loaded
         return True
 
     async def _ask_planner(
@@ -295,6 +302,8 @@ class Loader:
 def _agree_on_start(table: list[Row]) -> list[int]:
     if len({row[1] for row in table}) > 1:
         raise ArgumentError("checkpoint_id", "the ranks load from different places")
+    if len({row[2] for row in table}) > 1:
+        raise ArgumentError("planner", "some ranks have one, others have not")
     return [any(row[0] for row in table)]
 
 

@@ -17,6 +17,7 @@ import ctypes
 import json
 import time
 import traceback
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -62,6 +63,7 @@ class _Verdict(IntEnum):
     STOP = 2
     FAILED = 3
     OUT_OF_STEP = 4
+    BEHIND = 5
 
 
 class _Work(Generic[T]):
@@ -103,6 +105,7 @@ class Operation:
         self,
         line: Line | None,
         kind: Kind,
+        number: int,
         cancelled: CheckpointError,
         *,
         skips: Skips | None = None,
@@ -113,6 +116,7 @@ class Operation:
         Args:
             line: to the other ranks; None when there are none.
             kind: what is done; all ranks must do the same.
+            number: of the caller's call. A rank that is behind the others fails its operations until it has caught up.
             cancelled: raised when this rank gives up.
             skips: counted by the caller as under way; closed here, with the last verdict.
             on_failure: called when a failure is known and local work does not stop: who waits is told before.
@@ -120,10 +124,11 @@ class Operation:
         self.agreed = True
         self._line = line
         self._kind = kind
+        self._number = number
         self._given_up = cancelled
         self._skips = skips
         self._on_failure = on_failure
-        self._phase = 0
+        self._step = 0  # of the operation: every agreement and every exchange is one
         self._doing = ""
         self._cancelled = False
         self._scope: CancelScope | None = None
@@ -216,34 +221,69 @@ class Operation:
         decide: Decide | None,
         last: bool,
     ) -> Row:
-        self._phase += 1
         self._doing = phase
+        self._step += 1
         judge = Judge(line.timeout_s, decide)
         beat_s = FIRST_BEAT_S
         while True:
             with anyio.move_on_after(beat_s):
                 await work.finished.wait()
             beat_s = min(2 * beat_s, LAST_BEAT_S)
-            mine = _padded(facts(work.result[0]) if facts and work.result else ())
-            row = torch.tensor([self._kind, self._phase, work.state, *mine], dtype=torch.int64)
-            with self._cut_told(line, work.error):
-                table = await line.gather(row)
-                heard = torch.zeros(2 + FACTS, dtype=torch.int64)
-                if table is not None:
-                    verdict, *answer = judge.judge(table.tolist())
-                    heard = torch.tensor([verdict, self._skipped(_is_final(verdict, last)), *answer], dtype=torch.int64)
-                await line.broadcast(heard)
-            verdict, skipped, *answer = heard.tolist()
-            if not self.is_coordinator and self._skips:
-                self._skips.hear(skipped)
-            if _is_final(verdict, last):
-                self.close()
+            state = _State.STOPPED if self._cancelled and work.finished.is_set() and not last else work.state
+            mine = facts(work.result[0]) if facts and state is _State.DONE else ()
+            verdict, answer = await self._beat(line, phase, judge, state, mine, work.error, last=last)
             if verdict == _Verdict.ALL_DONE:
                 return answer
             if verdict == _Verdict.STOP:
                 work.scope.cancel()
-            if verdict in (_Verdict.FAILED, _Verdict.OUT_OF_STEP):
-                raise await self._tell(line, phase, work, judge)
+
+    async def _beat(
+        self,
+        line: Line,
+        step: str,
+        judge: Judge,
+        state: _State,
+        facts: Sequence[int],
+        error: Exception | None = None,
+        *,
+        last: bool = False,
+    ) -> tuple[int, Row]:
+        """Tell the coordinator this rank's state and facts; return its verdict and answer, unless it is a failure."""
+        doing = zlib.crc32(step.encode())
+        row = torch.tensor([self._number, self._kind, self._step, doing, state, *_padded(facts)], dtype=torch.int64)
+        with self._cut_told(line, error):
+            table = await line.gather(row)
+            heard = torch.zeros(2 + FACTS, dtype=torch.int64)
+            if table is not None:
+                verdict, *answer = judge.judge(table.tolist())
+                heard = torch.tensor([verdict, self._skipped(_is_final(verdict, last)), *answer], dtype=torch.int64)
+            await line.broadcast(heard)
+        verdict, skipped, *answer = heard.tolist()
+        if not self.is_coordinator and self._skips:
+            self._skips.hear(skipped)
+        if verdict == _Verdict.BEHIND:
+            if self._number == answer[0]:
+                return _Verdict.GO_ON, answer
+            behind = CheckpointError(f"this is call {self._number} of this rank, others are at call {answer[0]}")
+            raise RankError(self._doing, [_describe(line, behind)])
+        if _is_final(verdict, last):
+            self.close()
+        if verdict in (_Verdict.FAILED, _Verdict.OUT_OF_STEP):
+            raise await self._tell(line, error, judge)
+        return verdict, answer
+
+    async def _meet(self, line: Line, step: str, nbytes: int) -> int:
+        """Begin an exchange of bytes on all ranks, and return the largest number of them.
+
+        All that ranks send without having agreed before is a row of this one size: gloo ends the process when sizes
+        differ.
+        """
+        self._step += 1
+        judge = Judge(line.timeout_s, lambda table: [max(row[0] for row in table)])
+        while True:
+            verdict, answer = await self._beat(line, step, judge, _State.DONE, [nbytes])
+            if verdict == _Verdict.ALL_DONE:
+                return answer[0]
 
     def _skipped(self, final: bool) -> int:
         """Return, on the coordinator, what a verdict says of skipped saves."""
@@ -258,21 +298,25 @@ class Operation:
         skips, self._skips = self._skips, None
         return skips.close()
 
-    async def _tell(self, line: Line, phase: str, work: _Work[T], judge: Judge) -> RankError:
+    async def _tell(self, line: Line, error: Exception | None, judge: Judge) -> RankError:
         """Share what went wrong, and make one error of it."""
-        error: Exception | None = work.error
         if self._cancelled and error is None:
             error = self._given_up
         mine = json.dumps(_as_json(_describe(line, error))).encode() if error else b""
-        texts = await self.gather(mine)
-        told = b""
-        if texts:
-            failures = [json.loads(text) for text in texts if text]
-            if judge.error is not None:
-                failures.append(_as_json(_describe(line, judge.error)))
-            told = json.dumps([failures, [line.members[rank] for rank in judge.missing]]).encode()
-        failures, missing = json.loads(await self.broadcast(told))
-        return RankError(phase, [RankFailure(**failure) for failure in failures], missing)
+        with self._cut_told(line, error):
+            texts = await _gather(line, mine)
+            told = b""
+            if texts:
+                failures = [json.loads(text) for text in texts if text]
+                if judge.error is not None:
+                    failures.append(_as_json(_describe(line, judge.error)))
+                told = json.dumps([failures, judge.missing]).encode()
+            failures, missing = json.loads(await _broadcast(line, told))
+        if line.root in missing:  # it may still finish what it does, a commit too
+            self.agreed = False
+        return RankError(
+            self._doing, [RankFailure(**failure) for failure in failures], [line.members[rank] for rank in missing]
+        )
 
     @contextmanager
     def _cut_told(self, line: Line, error: Exception | None = None) -> Iterator[None]:
@@ -292,34 +336,26 @@ class Operation:
         line = self._line
         if line is None:
             return [data]
+        await self._meet(line, "gather", len(data))
         with self._cut_told(line):
-            lengths = await line.gather(torch.tensor([len(data)], dtype=torch.int64))
-            longest = lengths.max().reshape(1) if lengths is not None else torch.zeros(1, dtype=torch.int64)
-            await line.broadcast(longest)
-            row = torch.zeros(max(int(longest), 1), dtype=torch.uint8)
-            row[: len(data)] = _tensor_of(data)
-            table = await line.gather(row)
-        if table is None or lengths is None:
-            return []
-        return [_bytes_of(table[rank, : int(lengths[rank])]) for rank in range(line.size)]
+            return await _gather(line, data)
 
     async def scatter(self, parts: Sequence[bytes]) -> bytes:
         """Give each rank its part of the coordinator's `parts`, which nobody else looks at."""
         line = self._line
         if line is None:
             return parts[0]
+        longest = max(1, await self._meet(line, "scatter", max(map(len, parts), default=0)))
         with self._cut_told(line):
             lengths = torch.tensor([[len(part)] for part in parts], dtype=torch.int64) if parts else None
-            longest = lengths.max().reshape(1) if lengths is not None else torch.zeros(1, dtype=torch.int64)
-            await line.broadcast(longest)
             length = torch.zeros(1, dtype=torch.int64)
             await line.scatter(lengths, length)
             table = None
             if parts:
-                table = torch.zeros(line.size, max(int(longest), 1), dtype=torch.uint8)
+                table = torch.zeros(line.size, longest, dtype=torch.uint8)
                 for rank, part in enumerate(parts):
                     table[rank, : len(part)] = _tensor_of(part)
-            row = torch.zeros(max(int(longest), 1), dtype=torch.uint8)
+            row = torch.zeros(longest, dtype=torch.uint8)
             await line.scatter(table, row)
         return _bytes_of(row[: int(length)])
 
@@ -328,13 +364,30 @@ class Operation:
         line = self._line
         if line is None:
             return data
+        await self._meet(line, "broadcast", len(data))
         with self._cut_told(line):
-            length = torch.tensor([len(data)], dtype=torch.int64)
-            await line.broadcast(length)
-            row = _tensor_of(data) if self.is_coordinator else torch.zeros(int(length), dtype=torch.uint8)
-            if length:
-                await line.broadcast(row)
-        return _bytes_of(row)
+            return await _broadcast(line, data)
+
+
+async def _gather(line: Line, data: bytes) -> list[bytes]:
+    lengths = await line.gather(torch.tensor([len(data)], dtype=torch.int64))
+    longest = lengths.max().reshape(1) if lengths is not None else torch.zeros(1, dtype=torch.int64)
+    await line.broadcast(longest)
+    row = torch.zeros(max(int(longest), 1), dtype=torch.uint8)
+    row[: len(data)] = _tensor_of(data)
+    table = await line.gather(row)
+    if table is None or lengths is None:
+        return []
+    return [_bytes_of(table[rank, : int(lengths[rank])]) for rank in range(line.size)]
+
+
+async def _broadcast(line: Line, data: bytes) -> bytes:
+    length = torch.tensor([len(data)], dtype=torch.int64)
+    await line.broadcast(length)
+    row = _tensor_of(data) if line.rank == line.root else torch.zeros(int(length), dtype=torch.uint8)
+    if length:
+        await line.broadcast(row)
+    return _bytes_of(row)
 
 
 def _is_final(verdict: int, last: bool) -> bool:
@@ -354,14 +407,17 @@ class Judge:
     def judge(self, table: list[Row]) -> Row:
         """Return the verdict on one beat, and the answer, from all ranks' rows."""
         now = time.monotonic()
-        if any(row[:2] != table[0][:2] for row in table):
+        latest = max(row[0] for row in table)
+        if any(row[0] < latest for row in table):
+            return [_Verdict.BEHIND, *_padded([latest])]
+        if any(row[:4] != table[0][:4] for row in table):
             self.error = CheckpointError(_out_of_step(table))
             return _padded([_Verdict.OUT_OF_STEP], 1 + FACTS)
-        states = [row[2] for row in table]
+        states = [row[4] for row in table]
         working = [rank for rank, state in enumerate(states) if state == _State.WORKING]
         if not working and all(state == _State.DONE for state in states):
             try:
-                answer = self._decide([row[3:] for row in table]) if self._decide else ()
+                answer = self._decide([row[5:] for row in table]) if self._decide else ()
                 return [_Verdict.ALL_DONE, *_padded(answer)]
             except Exception as error:
                 self.error = error
@@ -378,7 +434,7 @@ class Judge:
 
 
 def _out_of_step(table: list[Row]) -> str:
-    doing = [f"rank {rank} is in phase {row[1]} of a {Kind(row[0]).name.lower()}" for rank, row in enumerate(table)]
+    doing = [f"rank {rank} is in step {row[2]} of a {Kind(row[1]).name.lower()}" for rank, row in enumerate(table)]
     return "the ranks do not do the same: " + ", ".join(doing[:8]) + (", ..." if len(doing) > 8 else "")
 
 

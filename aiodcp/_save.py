@@ -145,11 +145,14 @@ class Saver:
 
         halves = struct.unpack("<qq", uuid.uuid4().bytes)
         (job, kept), answer = await operation.together(
-            "capture", begin, facts=lambda begun: [*_numbers(begun[1]), place, *halves], decide=agree_on_start
+            "capture",
+            begin,
+            facts=lambda begun: [*_numbers(begun[1]), place, *halves, begun[0].planner is not None],
+            decide=agree_on_start,
         )
         save_id = struct.pack("<qq", *answer[1:3]).hex()
         file = data_file(operation.rank, save_id)
-        with live(file):
+        with live(save_id):
             record = await self._save(operation, job, kept.get(answer[0]), save_id, file)
             job.log.report("done")
             job.uploaded.reach()
@@ -411,6 +414,8 @@ def agree_on_start(table: list[Row]) -> list[int]:
     """Return the number of the plan that all have kept, or 0, and the coordinator's id for the save."""
     if len({row[KEPT_PLANS] for row in table}) > 1:
         raise ArgumentError("checkpoint_id", "the ranks save to different places")
+    if len({row[KEPT_PLANS + 3] for row in table}) > 1:
+        raise ArgumentError("planner", "some ranks have one, others have not")
     return [*_agree_on_plan(table), *table[0][KEPT_PLANS + 1 : KEPT_PLANS + 3]]
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
+from itertools import count
 from traceback import walk_tb
 from types import TracebackType
 from typing import Any, Literal, TypeVar, TypeVarTuple, overload
@@ -38,6 +39,7 @@ from .errors import (
     CheckpointError,
     ClosedError,
     LoadError,
+    RankError,
     SaveCancelled,
     SaveError,
 )
@@ -191,6 +193,7 @@ class Checkpointer:
         self._operations: WeakSet[Operation] = WeakSet()  # all that has been asked for and is not over
         self._last: Checkpoint | None = None
         self._line: Line | None = None
+        self._calls = count(1)  # the same call has the same number on all ranks
         self._saver: Saver
         self._loader: Loader
         self._skips: Skips
@@ -206,13 +209,14 @@ class Checkpointer:
         self._engine.start()
         try:
             if group is not None:
-                self._line = Line(group, self._engine.threads.ranks, root=self._coordinator, timeout_s=self._timeout)
+                self._line = Line(group, root=self._coordinator, timeout_s=self._timeout)
                 await self._on_engine(self._connect, self._line)
         except BaseException:
             self._line = None
             self._engine.stop()
             raise
         self._open = True
+        self._calls = count(1)
         self._slot = anyio.Semaphore(1)  # fair: saves go in the order in which they were asked for
         self._skips = Skips(decides=self._line is None or self._line.rank == self._line.root)
         self._saver = Saver(
@@ -235,12 +239,16 @@ class Checkpointer:
         return group if group.size() > 1 else None
 
     async def _connect(self, line: Line) -> None:
-        operation = Operation(line, Kind.OPEN, ClosedError("opening was cancelled"))
+        operation = Operation(line, Kind.OPEN, 0, ClosedError("opening was cancelled"))
 
         async def nothing() -> None:
             pass
 
-        await operation.together("open", nothing)
+        try:
+            await operation.together("open", nothing)
+        except RankError:
+            await line.give_up_opening()
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -351,6 +359,8 @@ class Checkpointer:
         Cancellation: while it waits its turn, gives the turn up.
         """
         self._check_open()
+        number = next(self._calls)
+        skipped = on_busy in ("skip", "raise") and await self._skips.ask()
         checkpoint: Checkpoint | None = None
         turn = Milestone("turn")
         asked: Future[Job] = Future()
@@ -361,11 +371,11 @@ class Checkpointer:
             if planner is not None and not isinstance(planner, SavePlanner):
                 raise ArgumentError("planner", f"a {type(planner).__name__} is no SavePlanner")
             self._raise_untold()
-            if on_busy != "wait" and await self._skips.ask():
-                if on_busy == "skip":
-                    return None
+            if skipped and on_busy == "skip":
+                return None
+            if skipped:
                 raise BusyError(self._last.checkpoint_id if self._last else place)
-            checkpoint = self._begin(place, checkpoint_id, turn, asked)
+            checkpoint = self._begin(number, place, checkpoint_id, turn, asked)
             await turn
             self._raise_untold()  # of the save that this one waited for
             checkpoint._log.restart()
@@ -388,12 +398,8 @@ class Checkpointer:
             self._last = checkpoint
         except BaseException as error:
             reason = error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
-            if (
-                checkpoint is None
-                and self._line is not None
-                and not isinstance(error, BusyError | asyncio.CancelledError)
-            ):
-                self._begin(str(checkpoint_id), checkpoint_id, turn, asked)  # the other ranks begin, and must be told
+            if checkpoint is None and self._line is not None and not skipped:
+                self._begin(number, str(checkpoint_id), checkpoint_id, turn, asked)  # the other ranks must be told
             _answer(asked, reason)
             raise
         finally:
@@ -405,11 +411,11 @@ class Checkpointer:
     def _rank(self) -> int:
         return self._line.rank if self._line else 0
 
-    def _begin(self, place: str, checkpoint_id: object, turn: Milestone, asked: Future[Job]) -> Checkpoint:
+    def _begin(self, number: int, place: str, checkpoint_id: object, turn: Milestone, asked: Future[Job]) -> Checkpoint:
         checkpoint = Checkpoint(place, self._engine)
         self._skips.open()
         operation = Operation(
-            self._line, Kind.SAVE, SaveCancelled(place), skips=self._skips, on_failure=checkpoint._fail
+            self._line, Kind.SAVE, number, SaveCancelled(place), skips=self._skips, on_failure=checkpoint._fail
         )
         self._operations.add(operation)
         checkpoint._operation = operation
@@ -477,7 +483,7 @@ class Checkpointer:
         """
         self._check_open()
         take = self._take(lambda: capture(state_dict, self._rank))
-        operation = Operation(self._line, Kind.PREPARE, ClosedError("the preparation was cancelled"))
+        operation = Operation(self._line, Kind.PREPARE, next(self._calls), ClosedError("the preparation was cancelled"))
         self._operations.add(operation)
 
         async def prepare_in_turn() -> None:
@@ -492,7 +498,7 @@ class Checkpointer:
         taken: Future[T] = Future()
         try:
             taken.set_result(function())
-        except CheckpointError as error:
+        except Exception as error:
             if self._line is None:
                 raise
             taken.set_exception(error)
@@ -523,8 +529,8 @@ class Checkpointer:
         caller's tensors changes, and all other values are read before the first tensor.
 
         With several ranks all of them call it, and the checkpoint may come from any number of them: each reads what
-        it holds. It begins on all ranks or on none, and a failure on one fails it on all. It waits for a save in
-        flight.
+        it holds. It begins on all ranks or on none, and a failure on one fails it on all, but for one of a
+        `load_state_dict()`, which comes last. It waits for a save in flight.
 
         Args:
             state_dict: what is wanted, with tensors of the right shapes on the devices where they are wanted.
@@ -557,7 +563,7 @@ class Checkpointer:
             return want(state_dict, self._rank, planner)
 
         take = self._take(ask)
-        operation = Operation(self._line, Kind.LOAD, LoadError("the load was cancelled"))
+        operation = Operation(self._line, Kind.LOAD, next(self._calls), LoadError("the load was cancelled"))
         self._operations.add(operation)
 
         async def load() -> Wanted:

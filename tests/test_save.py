@@ -493,7 +493,8 @@ async def test_two_checkpointers_that_save_to_one_place_leave_each_others_files_
         first = await one.save(make_state(1), "ckpt")
         await gate.wait_reached()
         assert slow.files["ckpt"] == {}
-        [being_written] = _commit._live
+        [save_id] = _commit._live
+        being_written = _commit.data_file(0, save_id)
         slow.files["ckpt"][being_written] = b"being written"
         async with Checkpointer(storage=quick) as other:
             await other.save(make_state(2), "ckpt")
