@@ -325,6 +325,7 @@ def _plan(data: bytes, path: str, wanted: Wanted, rank: int, checkpoint_id: str,
                 strict=strict,
                 cast=cast,
             )
+            del metadata  # before the collector is let in again
         except CheckpointError:  # ArgumentError is a ValueError
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
