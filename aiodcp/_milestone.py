@@ -96,6 +96,10 @@ class Milestone:
     def failed(self) -> bool:
         return self._future.done() and self._future.exception() is not None
 
+    def failed_with(self, error: BaseException) -> bool:
+        """Whether this very error is why it was not reached."""
+        return self._future.done() and self._future.exception() is error
+
     def untold(self) -> Exception | None:
         """Return the failure that nobody has seen yet or is about to see, if there is one."""
         if self._told or self._waiters or not self._future.done():

@@ -111,8 +111,13 @@ class Checkpoint:
         _let_go(error)
         cancelled = isinstance(error, SaveCancelled)
         self._log.report("cancelled" if cancelled else "failed")
+        # Who cancels a save need not be told that it was cancelled. And a failure that only comes of telling another
+        # rank of an earlier one is not told in its turn: ranks would fail each other's saves for ever.
+        retold = isinstance(error, RankError) and {each.kind for each in error.failures} == {
+            _EarlierFailureError.__name__
+        }
         for milestone in (self.staged, self.uploaded):
-            milestone.fail(error, told=cancelled)  # who cancels a save need not be told that it was cancelled
+            milestone.fail(error, told=cancelled or retold)
 
     def _untold(self) -> Exception | None:
         """The failure of this save, if no milestone has told anyone."""
@@ -120,6 +125,13 @@ class Checkpoint:
         if error is not None and self.staged.failed() and self.staged.untold() is None:
             return None
         return error
+
+
+class _EarlierFailureError(CheckpointError):
+    """A rank does not save, because it is told of an earlier save that failed."""
+
+
+_RETOLD_LENGTH = 1000  # characters
 
 
 class Checkpointer:
@@ -398,6 +410,8 @@ class Checkpointer:
             self._last = checkpoint
         except BaseException as error:
             reason = error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
+            if self._last is not None and self._last.uploaded.failed_with(error):
+                reason = _EarlierFailureError(f"told of an earlier save: {error!r}"[:_RETOLD_LENGTH])
             if checkpoint is None and self._line is not None and not skipped:
                 self._begin(number, str(checkpoint_id), checkpoint_id, turn, asked)  # the other ranks must be told
             _answer(asked, reason)

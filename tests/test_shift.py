@@ -233,3 +233,41 @@ def _open_alone(rank: int, size: int, path: Path) -> None:
 
 def test_after_one_rank_failed_to_open_alone_all_open_together(world: World, tmp_path: Path) -> None:
     world.run(2, _open_alone, tmp_path / "ckpt")
+
+
+def _fire_and_forget(rank: int, size: int, folder: Path) -> list[str]:
+    """Nobody awaits; a failure is told to one rank first, then to another, and then it is over."""
+
+    async def main() -> list[str]:
+        storage = Broken()
+        path = folder / "latest"
+        done: list[str] = []
+        async with Checkpointer(storage=storage, timeout=20) as checkpointer:
+
+            def fail(call: str) -> None:
+                if call == "write":
+                    raise OSError("once")
+
+            storage.fault = fail
+            first = await checkpointer.save(_state(rank, 1), path)
+            while rank == 1 and not first.uploaded.done():
+                await asyncio.sleep(0.01)
+            if rank == 1:  # rank 0 asks before it is known, this one after
+                storage.fault = lambda call: None
+            for step in range(2, 8):
+                try:
+                    await checkpointer.save(_state(rank, step), path)
+                    done.append("saved")
+                except CheckpointError:
+                    done.append("told")
+                storage.fault = lambda call: None
+            await _save_in_step(checkpointer, rank, size, path)
+        return done
+
+    return asyncio.run(main())
+
+
+def test_ranks_that_are_told_of_a_failure_do_not_fail_each_other_for_ever(world: World, tmp_path: Path) -> None:
+    for done in world.run(2, _fire_and_forget, tmp_path):
+        assert done[-2:] == ["saved", "saved"]
+        assert done.count("told") <= 2
