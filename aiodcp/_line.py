@@ -29,6 +29,7 @@ from ._engine import NAME
 
 ALARM_PERIOD_S = 1.0  # how often a rank that waits looks whether another one has found the line broken
 ROLL_CALL_S = 3.0  # for which the others may be silent before they count as missing: looked for, and noticed, in 1 s
+ROLL_CALL_LIMIT_S = 20.0  # in all
 STORE_S = 10.0  # after which the store counts as out of reach
 _POLL_S = 0.02
 
@@ -195,7 +196,7 @@ class Line:
     async def _cut(self) -> LineCutError:
         self._group = None  # closes the connections: whoever waits for this rank notices
         try:
-            missing = await _in_thread(self._call_roll, ROLL_CALL_S * self.size + STORE_S)
+            missing = await _in_thread(self._call_roll, ROLL_CALL_LIMIT_S)
         except RuntimeError:
             missing = self._host()
         self._generation += 1
