@@ -66,9 +66,6 @@ class _Aiodcp:
 
         return staged, uploaded
 
-    async def load(self, state: Mapping[str, Any], path: str) -> None:
-        raise NotImplementedError("loads are measured by the benchmark of one process")
-
     def staged_nbytes(self) -> int:
         assert self._last is not None
         return self._last.progress.bytes_staged
@@ -107,9 +104,6 @@ class _Dcp:
             await asyncio.wrap_future(future)
 
         return staged, uploaded
-
-    async def load(self, state: Mapping[str, Any], path: str) -> None:
-        raise NotImplementedError("loads are measured by the benchmark of one process")
 
     def staged_nbytes(self) -> int:
         return self._stager.nbytes

@@ -81,10 +81,15 @@ class Row:
 Waiter = Callable[[], Awaitable[None]]
 
 
-class System(Protocol):
+class Saving(Protocol):
     """Something that saves: `save` returns what waits for staging and what waits for the end."""
 
     async def save(self, state: State, path: str) -> tuple[Waiter, Waiter]: ...
+
+
+class System(Saving, Protocol):
+    """Something that saves and loads."""
+
     async def load(self, state: State, path: str) -> None: ...
     async def close(self) -> None: ...
 
@@ -197,7 +202,7 @@ class Lag:
             await self._task
 
 
-async def time_save(system: System, state: State, path: str) -> Row:
+async def time_save(system: Saving, state: State, path: str) -> Row:
     """Save while the caller's loop has nothing else to do."""
     cpu = time.process_time()
     async with Lag() as lag:
