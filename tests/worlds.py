@@ -19,7 +19,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-LIMIT_S = 30.0  # for one function on all ranks: beyond it the processes are told to print their stacks and end
+LIMIT_S = 60.0  # for one function on all ranks: beyond it the processes are told to print their stacks and end
 
 
 class Killed:
