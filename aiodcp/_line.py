@@ -72,7 +72,6 @@ class Line:
         self._opened = 0
         self._generation = 0
         self._group: Any = None  # a ProcessGroupGloo, likewise
-        self._abandoned: list[tuple[Any, ...]] = []  # collectives that did not end: their memory is gloo's until then
 
     async def connect(self) -> Any:
         """Connect with all others, if that is not done yet, and return the group.
@@ -164,14 +163,17 @@ class Line:
 
         try:
             work = collective(*arguments)
-            future = work.get_future()
-            future.add_done_callback(wake)
-            with anyio.move_on_after(ALARM_PERIOD_S):
-                await finished.wait()
-            if not finished.is_set() and await self._is_alarmed_before(finished):
-                self._abandoned.append((self._group, work, arguments))
-                raise await self._cut()
-            future.value()
+            try:
+                future = work.get_future()
+                future.add_done_callback(wake)
+                with anyio.move_on_after(ALARM_PERIOD_S):
+                    await finished.wait()
+                if not finished.is_set() and await self._is_alarmed_before(finished):
+                    raise await self._cut()
+                future.value()
+            finally:
+                if not finished.is_set():
+                    _keep_until_done(work, collective, arguments)
         except RuntimeError as error:
             raise await self._cut() from error
 
@@ -221,6 +223,20 @@ class Line:
         missing = [rank for rank in range(self.size) if present < self.size and not roll.check([f"here/{rank}"])]
         agreed: Sequence[int] = json.loads(roll.compare_set("missing", "", json.dumps(missing)))
         return tuple(agreed)
+
+
+def _keep_until_done(work: Any, *used: object) -> None:
+    """Hold on to a collective that was given up: its memory is gloo's until it ends, at its own time limit.
+
+    Its group too: a group's destructor waits for its last collective, in whatever thread frees it. Seen: the cycle
+    collector, on the engine's loop, waiting for `timeout`.
+    """
+
+    def keep(work: Any, used: tuple[object, ...]) -> None:
+        with suppress(RuntimeError):  # how it ended is of no interest any more
+            work.wait()
+
+    threading.Thread(target=keep, args=(work, used), name=f"{NAME}-ranks", daemon=True).start()
 
 
 async def _in_thread(function: Callable[[], T], limit_s: float) -> T:

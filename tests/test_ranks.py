@@ -315,16 +315,8 @@ def _load_after_death(rank: int, size: int, path: Path) -> float:
 
 @pytest.mark.parametrize(("victim", "moment"), [(2, "write"), (0, "put"), (0, "sync")])
 def test_a_killed_rank_is_named_by_the_survivors_and_the_old_checkpoint_stays(
-    tmp_path: Path, victim: int, moment: str
+    world: World, tmp_path: Path, victim: int, moment: str
 ) -> None:
-    world = World()  # of its own: survivors of a death are not used again
-    try:
-        _kill_and_load(world, tmp_path, victim, moment)
-    finally:
-        world.close()
-
-
-def _kill_and_load(world: World, tmp_path: Path, victim: int, moment: str) -> None:
     results = world.run(4, _be_killed, tmp_path / "ckpt", victim, moment, killed=True)
     assert isinstance(results.pop(victim), Killed)
     for missing, seconds in results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from aiodcp import Checkpointer, CheckpointError, PerRank, RankError, SaveCancelled, SaveError
+from aiodcp._line import Line, LineCutError
 
 from .test_ranks import Broken
 from .worlds import World
@@ -271,3 +273,25 @@ def test_ranks_that_are_told_of_a_failure_do_not_fail_each_other_for_ever(world:
     for done in world.run(2, _fire_and_forget, tmp_path):
         assert done[-2:] == ["saved", "saved"]
         assert done.count("told") <= 2
+
+
+def _abandon(rank: int, size: int) -> None:
+    async def main() -> None:
+        line = Line(dist.group.WORLD, root=0, timeout_s=600)
+        group = await line.connect()
+        dist.barrier()
+        if rank == 1:  # finds the line broken, and has its end of the group open still
+            assert (await line._cut()).missing == ()
+            dist.barrier()
+        else:
+            with pytest.raises(LineCutError):
+                await line.gather(torch.zeros(1))
+            del line, group
+            gc.collect()  # frees what it finds, which must not wait for the collective
+            dist.barrier()
+
+    asyncio.run(main())
+
+
+def test_a_collective_that_was_given_up_holds_nobody_who_frees_its_group(world: World) -> None:
+    world.run(2, _abandon)
