@@ -19,6 +19,7 @@ from .errors import (
     SaveCancelled,
     SaveError,
     StageError,
+    TornSnapshotError,
     UnsafeError,
     WriteError,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "SaveError",
     "StageError",
     "Storage",
+    "TornSnapshotError",
     "UnsafeError",
     "WriteError",
 ]

@@ -80,6 +80,10 @@ class Milestone:
             self._told = True
             raise error
 
+    def settle(self) -> None:
+        """Block this thread until the milestone is reached or will never be: no failure counts as told."""
+        self._future.exception()
+
     def done(self) -> bool:
         """Whether the milestone is reached, or will never be."""
         return self._future.done()

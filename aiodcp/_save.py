@@ -41,7 +41,16 @@ from ._milestone import Milestone, ProgressLog
 from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
 from ._ranks import Operation, Row
 from ._stage import Checksum, Stage, wait_for_marks
-from .errors import ArgumentError, CaptureError, CheckpointError, SaveError, StageError, WriteError
+from ._watch import Watch
+from .errors import (
+    ArgumentError,
+    CaptureError,
+    CheckpointError,
+    SaveError,
+    StageError,
+    TornSnapshotError,
+    WriteError,
+)
 from .metadata import METADATA_NAME, gc_held_off
 from .storage import Storage, Writer
 
@@ -81,11 +90,16 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One save: what was captured, by whose planner, where it goes, and whom to tell."""
+    """One save: what was captured, by whose planner, where it goes, and whom to tell.
+
+    Attributes:
+        watch: sees whether the captured tensors change before they are staged; None not to look.
+    """
 
     taken: Capture
     planner: SavePlanner | None
     marks: list[torch.cuda.Event]
+    watch: Watch | None
     checkpoint_id: str
     staged: Milestone
     uploaded: Milestone
@@ -334,6 +348,8 @@ class Saver:
                 job.log.report(staged=segment.stop - segment.start)
                 if segment.stop <= HEAD_START * stage.layout.tail:
                     loop.call_soon_threadsafe(event.set)
+            if job.watch is not None and (changed := job.watch.changed()):
+                raise TornSnapshotError(changed)
             stage.put_tail(tail)
             job.log.report("write", staged=round_up(len(tail), BLOCK))
             job.staged.reach()

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ._capture import PerRank, capture
 from ._commit import remove_files
 from ._engine import Engine
+from ._guard import Guard, Guards
 from ._line import Line
 from ._load import Loader
 from ._milestone import Milestone, Progress, ProgressLog
@@ -33,6 +34,7 @@ from ._skips import Skips
 from ._stage import Checksum, default_checksum, mark_streams
 from ._turns import give_turns, prompt_turns
 from ._wanted import Wanted, want
+from ._watch import Watch
 from .errors import (
     ArgumentError,
     BusyError,
@@ -68,6 +70,7 @@ class Checkpoint:
         self._engine = engine
         self._log = ProgressLog()
         self._operation: Operation | None = None
+        self._watch: Watch | None = None
 
     def __repr__(self) -> str:
         latest = self.progress
@@ -91,6 +94,13 @@ class Checkpoint:
         The last one's phase is "done", "failed" or "cancelled"; a failure is raised by the milestones, not here.
         """
         return self._log.follow()
+
+    def fence(self) -> None:
+        """Block this thread until the tensors may change: `staged`, for code without an event loop.
+
+        A save that fails lets go too; the failure is told by the milestones, not here.
+        """
+        self.staged.settle()
 
     def cancel(self) -> None:
         """Ask for the save to stop. Returns at once; from any thread.
@@ -156,6 +166,9 @@ class Checkpointer:
         keep_buffers: keep the staging buffer, which is as large as this rank's part of the checkpoint, from save to
             save. False gives the memory back after each, and the next save takes longer to stage: fresh memory must
             be touched first.
+        check_torn: fail a save whose tensors changed before they were staged, with `TornSnapshotError`. It is seen by
+            their version counters, and by optimizers that begin a step; not seen are writes through `.data` and
+            `numpy()`. False does not look.
         copy_threads: cores that copy host tensors while a save is staged; by default all, up to four, which is what
             it takes to fill the memory's bandwidth. Under torchrun the ranks of a host share them.
         io_threads: threads that read and write files.
@@ -171,6 +184,7 @@ class Checkpointer:
         no_dist: bool = False,
         timeout: float = 600.0,
         keep_buffers: bool = True,
+        check_torn: bool = True,
         copy_threads: int | None = None,
         io_threads: int = 4,
         checksum: Checksum | None = None,
@@ -196,6 +210,7 @@ class Checkpointer:
         self._no_dist = no_dist
         self._timeout = float(timeout)
         self._keep_buffers = keep_buffers
+        self._check_torn = check_torn
         self._checksum = checksum or default_checksum()
         self._engine = Engine(copy_threads=copy_threads, io_threads=io_threads)
         self._open = False
@@ -208,6 +223,7 @@ class Checkpointer:
         self._calls = count(1)  # the same call has the same number on all ranks
         self._saver: Saver
         self._loader: Loader
+        self._guards: Guards
         self._skips: Skips
         self._slot: anyio.Semaphore
 
@@ -235,6 +251,7 @@ class Checkpointer:
             self._storage, self._engine.threads, keep_buffers=self._keep_buffers, checksum=self._checksum
         )
         self._loader = Loader(self._storage, self._engine.threads, checksum=self._checksum)
+        self._guards = Guards(self._on_step)
         return self
 
     def _find_group(self) -> torch.distributed.ProcessGroup | None:
@@ -273,6 +290,7 @@ class Checkpointer:
                 self._line.close()
             self._engine.stop()
             self._line = None
+            self._guards.close()
             del self._saver, self._loader  # and with them the host memory
         untold = self._take_untold()
         self._last = None
@@ -346,9 +364,10 @@ class Checkpointer:
     ) -> Checkpoint | None:
         """Begin to save `state_dict`, and return as soon as it is captured.
 
-        Until `staged` is reached the tensors must not change; all other values are taken as they are now. The values
-        of the top level may be `Stateful` (with `state_dict()` and `load_state_dict()`), as in DCP. An existing
-        checkpoint at the same place is replaced when the new one is complete, and not before.
+        Until `staged` is reached the tensors must not change, or the save fails with `TornSnapshotError`; all other
+        values are taken as they are now. The values of the top level may be `Stateful` (with `state_dict()` and
+        `load_state_dict()`), as in DCP. An existing checkpoint at the same place is replaced when the new one is
+        complete, and not before.
 
         With several ranks all of them call it. Sharded tensors are saved by those who hold their parts, everything
         else by one of its holders, each rank about as many bytes. A failure on one rank, here too, fails the save on
@@ -395,10 +414,14 @@ class Checkpointer:
                 taken = capture(state_dict, self._rank)
             else:
                 taken = capture_planned(state_dict, planner, is_coordinator=self._skips.decides)
+            if self._check_torn:
+                checkpoint._watch = Watch(taken)
+                self._guards.arm()
             job = Job(
                 taken=taken,
                 planner=planner,
                 marks=mark_streams(taken.values),
+                watch=checkpoint._watch,
                 checkpoint_id=place,
                 staged=checkpoint.staged,
                 uploaded=checkpoint.uploaded,
@@ -469,6 +492,32 @@ class Checkpointer:
         finally:
             operation.close()
             self._operations.discard(operation)
+
+    def guard(self, *optimizers: torch.optim.Optimizer) -> Guard:
+        """Make optimizers wait, before each step, for the staging that is in flight.
+
+            checkpointer.guard(optimizer)  # from here on there is no need to await `staged`
+
+        Their `step()` then blocks the thread that calls it, for as long as `await ckpt.staged` would have taken; a
+        save that fails lets them go on. Works in loops with and without asyncio.
+
+        Args:
+            optimizers: which; by default all of the process.
+
+        Returns:
+            The guard. It is removed by its `remove()`, on leaving a `with` block of it, and with the Checkpointer.
+        """
+        self._check_open()
+        return self._guards.add(optimizers)
+
+    def _on_step(self, optimizer: torch.optim.Optimizer, guarded: bool) -> None:
+        last = self._last
+        if last is None or last.staged.done():
+            return
+        if guarded:
+            last.fence()
+        elif last._watch is not None:
+            last._watch.begins_step(optimizer)
 
     def _raise_untold(self) -> None:
         untold = self._take_untold()

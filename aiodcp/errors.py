@@ -7,6 +7,7 @@
     ├── SaveError                            a save failed; nothing was committed
     │   ├── CaptureError                     the state dict cannot be saved as it is: names the fqn
     │   ├── StageError                       host memory could not be had, or a copy into it failed
+    │   ├── TornSnapshotError                tensors changed before they were staged: names their fqns
     │   ├── WriteError                       storage refused: names the path, the OSError is its cause
     │   └── SaveCancelled                    `Checkpoint.cancel()` was called; nothing was committed
     ├── RankError (a SaveError and LoadError) a rank failed or is missing: the same error on all ranks
@@ -102,6 +103,25 @@ class StageError(SaveError):
 
     def __str__(self) -> str:
         return f"staging {self.nbytes} bytes: {self.problem}"
+
+
+class TornSnapshotError(SaveError):
+    """Tensors changed between `save` and `staged`: what was staged is no state that ever was.
+
+    Attributes:
+        fqns: the tensors that changed, in the order of the state dict.
+    """
+
+    SHOWN = 5
+
+    def __init__(self, fqns: Sequence[str]) -> None:
+        super().__init__(tuple(fqns))
+        self.fqns = tuple(fqns)
+
+    def __str__(self) -> str:
+        more = f" and {len(self.fqns) - self.SHOWN} more" if len(self.fqns) > self.SHOWN else ""
+        names = ", ".join(self.fqns[: self.SHOWN])
+        return f"changed before they were staged: {names}{more}; wait for `staged` before changing tensors, or guard()"
 
 
 class WriteError(SaveError):

@@ -124,6 +124,7 @@ async def train(out: Path, steps: int) -> None:
     trainer = Trainer()
     ckpt: aiodcp.Checkpoint | None = None
     async with aiodcp.Checkpointer() as checkpointer:
+        checkpointer.guard(trainer.optimizer)  # its step waits until the weights are staged
         for step in range(1, steps + 1):
             loss = trainer.forward_and_backward()
             trainer.update()
@@ -131,8 +132,7 @@ async def train(out: Path, steps: int) -> None:
                 if ckpt is not None:
                     await ckpt.uploaded  # one save at a time
                 ckpt = await checkpointer.save({"app": trainer.app}, out / f"step-{step}")
-                await ckpt.staged  # the next update may change the weights
-                say(f"step {step}: loss {loss:.4f}, {ckpt.progress.bytes_staged} bytes of this rank staged")
+                say(f"step {step}: loss {loss:.4f}, saving to {ckpt.checkpoint_id}")
         if ckpt is not None:
             await ckpt.uploaded
             await check(checkpointer, trainer, out / f"step-{trainer.app.step}")

@@ -15,6 +15,11 @@ EXAMPLES: list[tuple[CheckpointError, str]] = [
     (errors.CaptureError("model.w", "is meta"), "model.w: is meta"),
     (errors.CaptureError("", "is no mapping"), "is no mapping"),
     (errors.StageError(12, "no memory"), "staging 12 bytes: no memory"),
+    (
+        errors.TornSnapshotError([f"w{number}" for number in range(7)]),
+        "changed before they were staged: w0, w1, w2, w3, w4 and 2 more; wait for `staged` before changing tensors, "
+        "or guard()",
+    ),
     (errors.WriteError("a/b", "No space left"), "cannot write a/b: No space left"),
     (errors.SaveCancelled("ckpt/1"), "the save to 'ckpt/1' was cancelled"),
     (

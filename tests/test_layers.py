@@ -10,11 +10,11 @@ PACKAGE = Path(aiodcp.__file__).parent
 # Each line may import from the lines above it, never from its own or from below.
 LAYERS = [
     ["errors", "_layout", "_turns", "storage.base"],
-    ["storage.memory", "storage.local", "metadata", "_milestone", "_arena", "_archive"],
+    ["_guard", "storage.memory", "storage.local", "metadata", "_milestone", "_arena", "_archive"],
     ["storage", "_engine", "_skips"],
     ["_capture", "_stage", "_line"],
     ["_chunks", "_ranks"],
-    ["_plan", "_reads", "_wanted"],
+    ["_plan", "_reads", "_wanted", "_watch"],
     ["_commit", "_decode", "_planner"],
     ["_spans"],
     ["_save", "_load"],

@@ -277,6 +277,7 @@ def test_ranks_that_are_told_of_a_failure_do_not_fail_each_other_for_ever(world:
 
 def _abandon(rank: int, size: int) -> None:
     async def main() -> None:
+        assert dist.group.WORLD is not None
         line = Line(dist.group.WORLD, root=0, timeout_s=600)
         group = await line.connect()
         dist.barrier()
