@@ -16,7 +16,9 @@ from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from aiodcp import Checkpointer
 
@@ -138,3 +140,45 @@ def test_every_layout_of_every_world_is_loaded_into_this_one(world: World, saved
     counts = world.run(size, _load_all, saved)
     assert counts[0] >= 44
     assert len(set(counts)) == 1
+
+
+def _parallel_model(size: int) -> torch.nn.Module:
+    """FSDP2 over tensor parallel: columns that both shard have the placement `_StridedShard`."""
+    torch.manual_seed(7)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.ReLU(), torch.nn.Linear(12, 8))
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    return model
+
+
+def _save_parallel(rank: int, size: int, path: Path) -> dict[str, torch.Tensor]:
+    async def main() -> dict[str, torch.Tensor]:
+        model = _parallel_model(size)
+        async with Checkpointer() as checkpointer:
+            await (await checkpointer.save({"model": model}, path)).uploaded
+            whole = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+            await checkpointer.load({"model": model}, path)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor.full_tensor(), whole[name]), name
+        assert any("Strided" in str(tensor.placements) for tensor in model.state_dict().values())
+        again = {"model": {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}}
+        dcp.load(again, checkpoint_id=path)
+        for name, tensor in again["model"].items():
+            assert isinstance(tensor, DTensor)
+            assert torch.equal(tensor.full_tensor(), whole[name]), name
+        return {name: tensor.detach() for name, tensor in whole.items()}
+
+    return asyncio.run(main())
+
+
+async def test_a_model_under_fsdp_and_tensor_parallel_is_loaded_by_one_process(world: World, tmp_path: Path) -> None:
+    whole = (await asyncio.to_thread(world.run, 4, _save_parallel, tmp_path / "ckpt"))[0]
+    target = {"model": {name: torch.zeros_like(tensor) for name, tensor in whole.items()}}
+    async with Checkpointer() as checkpointer:
+        await checkpointer.load(target, tmp_path / "ckpt")
+    for name, tensor in target["model"].items():
+        assert torch.equal(tensor, whole[name]), name
