@@ -1,7 +1,9 @@
 """Asyncio-native checkpoints for PyTorch, in `torch.distributed.checkpoint`'s own format."""
 
 from ._capture import PerRank
+from ._guard import Guard
 from ._milestone import Milestone, Progress
+from ._timeline import Span, Timeline
 from .checkpointer import Checkpoint, Checkpointer
 from .errors import (
     ArgumentError,
@@ -34,6 +36,7 @@ __all__ = [
     "Checkpointer",
     "ClosedError",
     "CorruptError",
+    "Guard",
     "LoadError",
     "LocalStorage",
     "MemoryStorage",
@@ -47,8 +50,10 @@ __all__ = [
     "ReadError",
     "SaveCancelled",
     "SaveError",
+    "Span",
     "StageError",
     "Storage",
+    "Timeline",
     "TornSnapshotError",
     "UnsafeError",
     "WriteError",

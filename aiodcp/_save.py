@@ -11,6 +11,7 @@ import logging
 import pickle
 import struct
 import threading
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from ._milestone import Milestone, ProgressLog
 from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
 from ._ranks import Operation, Row
 from ._stage import Checksum, Stage, wait_for_marks
+from ._timeline import Timeline
 from ._watch import Watch
 from .errors import (
     ArgumentError,
@@ -94,6 +96,7 @@ class Job:
 
     Attributes:
         watch: sees whether the captured tensors change before they are staged; None not to look.
+        captured_s: when the capture was done, by `time.perf_counter()`.
     """
 
     taken: Capture
@@ -104,6 +107,8 @@ class Job:
     staged: Milestone
     uploaded: Milestone
     log: ProgressLog
+    timeline: Timeline
+    captured_s: float
 
 
 class Saver:
@@ -178,15 +183,17 @@ class Saver:
         self, operation: Operation, job: Job, kept: Prepared | None, save_id: str, file: str
     ) -> CommitRecord | None:
         writing = written = committing = False
+        voting = 0.0
 
         async def write(prepared: Prepared) -> list[Item]:
-            nonlocal writing, written
+            nonlocal writing, written, voting
             tail, places = _lay_tail(prepared, job.taken)
             stage = await self._take_stage(prepared, len(tail))
             job.log.report("stage", total=_file_nbytes(prepared, tail))
             writing = True
             await self._transfer(job, prepared, stage, tail, file)
             written = True
+            voting = time.perf_counter()
             return places
 
         async def commit_all(prepared: Prepared) -> None:
@@ -199,6 +206,7 @@ class Saver:
 
         try:
             prepared = kept or await self._plan(operation, job.taken, job.planner)
+            job.timeline.add("plan", job.captured_s)
             places, answer = await operation.together(
                 "write",
                 lambda: write(prepared),
@@ -207,9 +215,11 @@ class Saver:
             )
             if answer[0]:
                 await self._share_places(operation, prepared, places)
+            job.timeline.add("vote", voting)
             job.log.report("commit")
             committing = True
-            await operation.together("commit", lambda: commit_all(prepared), last=True)
+            with job.timeline.record("commit"):
+                await operation.together("commit", lambda: commit_all(prepared), last=True)
         except BaseException:
             if not operation.agreed:
                 self._kept.clear()  # the others may not have kept the same
@@ -341,7 +351,8 @@ class Saver:
                 if stop.is_set():
                     return
                 try:
-                    stage.copy(number, values)
+                    with job.timeline.record("stage"):
+                        stage.copy(number, values)
                 except Exception as error:
                     raise StageError(stage.layout.tail, f"the copy failed: {error!r}") from error
                 segment = stage.layout.segments[number]
@@ -371,11 +382,12 @@ class Saver:
     async def _write_segment(self, job: Job, stage: Stage, number: int, ready: Event, writer: Writer) -> None:
         await ready.wait()
         async with self._writing:
-            await in_thread(self._threads.compute, stage.checksum, number, self._checksum)
+            with job.timeline.record("checksum"):
+                await in_thread(self._threads.compute, stage.checksum, number, self._checksum)
             await self._write(job, writer, *stage.file_range(number))
 
     async def _write(self, job: Job, writer: Writer, offset: int, data: memoryview) -> None:
-        with _write_errors(self._storage.locate(job.checkpoint_id)):
+        with _write_errors(self._storage.locate(job.checkpoint_id)), job.timeline.record("write"):
             await writer.write(offset, data)
         job.log.report(written=data.nbytes)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from hashlib import blake2b
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from itertools import count
+from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
 from typing import Any, Literal, TypeVar, TypeVarTuple, overload
@@ -32,6 +34,7 @@ from ._ranks import Kind, Operation
 from ._save import Job, Saver
 from ._skips import Skips
 from ._stage import Checksum, default_checksum, mark_streams
+from ._timeline import Timeline, Trace
 from ._turns import give_turns, prompt_turns
 from ._wanted import Wanted, want
 from ._watch import Watch
@@ -61,12 +64,14 @@ class Checkpoint:
         staged: reached when the state may change again: all of it is in host memory.
         uploaded: reached when the checkpoint is committed and durable. Fails if the save fails, as `staged` does if
             it was not reached before.
+        timeline: when each phase began and ended, and for how long the caller was held.
     """
 
     def __init__(self, checkpoint_id: str, engine: Engine) -> None:
         self.checkpoint_id = checkpoint_id
         self.staged = Milestone("staged")
         self.uploaded = Milestone("uploaded")
+        self.timeline = Timeline()
         self._engine = engine
         self._log = ProgressLog()
         self._operation: Operation | None = None
@@ -100,7 +105,9 @@ class Checkpoint:
 
         A save that fails lets go too; the failure is told by the milestones, not here.
         """
-        self.staged.settle()
+        if not self.staged.done():
+            with self.timeline.record("fence"):
+                self.staged.settle()
 
     def cancel(self) -> None:
         """Ask for the save to stop. Returns at once; from any thread.
@@ -224,6 +231,7 @@ class Checkpointer:
         self._saver: Saver
         self._loader: Loader
         self._guards: Guards
+        self._trace = Trace()
         self._skips: Skips
         self._slot: anyio.Semaphore
 
@@ -410,10 +418,11 @@ class Checkpointer:
             await turn
             self._raise_untold()  # of the save that this one waited for
             checkpoint._log.restart()
-            if planner is None:
-                taken = capture(state_dict, self._rank)
-            else:
-                taken = capture_planned(state_dict, planner, is_coordinator=self._skips.decides)
+            with checkpoint.timeline.record("capture"):
+                if planner is None:
+                    taken = capture(state_dict, self._rank)
+                else:
+                    taken = capture_planned(state_dict, planner, is_coordinator=self._skips.decides)
             if self._check_torn:
                 checkpoint._watch = Watch(taken)
                 self._guards.arm()
@@ -426,11 +435,14 @@ class Checkpointer:
                 staged=checkpoint.staged,
                 uploaded=checkpoint.uploaded,
                 log=checkpoint._log,
+                timeline=checkpoint.timeline,
+                captured_s=time.perf_counter(),
             )
             if not _answer(asked, job):
                 await checkpoint.uploaded  # another rank has failed: raises that
                 raise ClosedError("the Checkpointer was closed before this save was captured")
             self._last = checkpoint
+            self._trace.add(place, checkpoint.timeline)
         except BaseException as error:
             reason = error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
             if self._last is not None and self._last.uploaded.failed_with(error):
@@ -509,6 +521,18 @@ class Checkpointer:
         """
         self._check_open()
         return self._guards.add(optimizers)
+
+    def step(self, number: int) -> AbstractContextManager[None]:
+        """Tell of a step of the caller's, which `write_trace` shows beside the saves: `with checkpointer.step(n):`."""
+        return self._trace.step(number)
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write what all saves of this rank have done, and when, as a Chrome trace: https://ui.perfetto.dev opens it.
+
+        The last thousand saves are in it, and the last ten thousand of the caller's steps. Times are the host's wall
+        clock's, so that the traces of several ranks fit together. Blocks, for some milliseconds.
+        """
+        Path(path).write_text(self._trace.render(torch.distributed.get_rank() if self._line else 0))
 
     def _on_step(self, optimizer: torch.optim.Optimizer, guarded: bool) -> None:
         last = self._last

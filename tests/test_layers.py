@@ -10,7 +10,7 @@ PACKAGE = Path(aiodcp.__file__).parent
 # Each line may import from the lines above it, never from its own or from below.
 LAYERS = [
     ["errors", "_layout", "_turns", "storage.base"],
-    ["_guard", "storage.memory", "storage.local", "metadata", "_milestone", "_arena", "_archive"],
+    ["_guard", "_timeline", "storage.memory", "storage.local", "metadata", "_milestone", "_arena", "_archive"],
     ["storage", "_engine", "_skips"],
     ["_capture", "_stage", "_line"],
     ["_chunks", "_ranks"],

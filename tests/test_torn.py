@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -355,6 +356,34 @@ async def test_an_optimizer_of_other_tensors_may_step(tmp_path: Path, slow: Slow
         optimizer.step()
         slow.let_go.set()
         await ckpt.uploaded
+
+
+async def test_a_parameter_without_a_gradient_is_not_stepped(tmp_path: Path, slow: SlowCopy) -> None:
+    model, _ = _net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    model.bias.grad = None
+    async with Checkpointer() as checkpointer:
+        ckpt = await checkpointer.save({"model": {"bias": model.bias}}, tmp_path)
+        assert await asyncio.to_thread(slow.reached.wait, 30)
+        optimizer.step()
+        slow.let_go.set()
+        await ckpt.uploaded
+
+
+async def test_a_forked_child_has_nothing_to_wait_for(tmp_path: Path, slow: SlowCopy) -> None:
+    model, optimizer = _net()
+    async with Checkpointer() as checkpointer:
+        checkpointer.guard(optimizer)
+        ckpt = await checkpointer.save({"model": model}, tmp_path)
+        assert await asyncio.to_thread(slow.reached.wait, 30)
+        real = os.getpid()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: real + 1)
+            optimizer.step()
+        assert not ckpt.staged.done()
+        slow.let_go.set()
+        with pytest.raises(TornSnapshotError):  # it was this process after all
+            await ckpt.uploaded
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, of torch.jit
