@@ -2,6 +2,7 @@
 
     python examples/train.py                # a quarter of a minute on two cores
     python examples/train.py --resume       # goes on after the newest checkpoint, bit for bit
+    python examples/train.py --trace trace.json     # what happened when, to look at in https://ui.perfetto.dev
 
 The loop is asyncio; a training step blocks it, as steps do. A save is begun after an optimizer step. Its staging runs
 under the next forward and backward pass and is awaited before the next optimizer step, which is the first moment at
@@ -17,7 +18,7 @@ import os
 import shutil
 import sysconfig
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,34 +123,28 @@ Span = tuple[float, float]
 
 @dataclass
 class Save:
-    """One save as the loop saw it: seconds of `time.perf_counter`."""
+    """One save as the loop saw it."""
 
     step: int
     checkpoint: aiodcp.Checkpoint
-    began: float
-    stall_s: float = 0.0
-    spans: dict[str, Span] = field(default_factory=dict)
+    stall_s: float
 
     async def follow(self, compute: list[Span]) -> None:
-        """Collect the progress of the save, and print its line when it is durable."""
-        starts: dict[str, float] = {}
-        async for progress in self.checkpoint.events():
-            now = self.began + progress.elapsed_s
-            starts.setdefault(progress.phase, now)
-            if progress.bytes_written:
-                starts.setdefault("first bytes", now)
+        """Print the save's line when it is durable."""
         await self.checkpoint.uploaded
-        self.spans["staging"] = starts["stage"], starts["write"]
-        self.spans["writing"] = starts.get("first bytes", starts["write"]), starts["done"]
-        upload_s = starts["done"] - self.began
-        under = sum(max(0.0, min(stop, starts["done"]) - max(start, self.began)) for start, stop in compute)
-        nbytes = self.checkpoint.progress.bytes_total
+        timeline, nbytes = self.checkpoint.timeline, self.checkpoint.progress.bytes_total
+        upload_s = timeline.spans[-1].ended_s - timeline.spans[0].began_s
         print(
             f"  saved step {self.step}: {nbytes / 1e6:.1f} MB, stalled {1e3 * self.stall_s:.1f} ms, "
-            f"durable after {1e3 * upload_s:.0f} ms ({nbytes / 1e9 / upload_s:.2f} GB/s), "
-            f"{100 * under / upload_s:.0f} % of it under compute",
+            f"durable after {1e3 * upload_s:.0f} ms ({nbytes / 1e9 / upload_s:.2f} GB/s); under compute: "
+            f"{timeline.under('stage', compute):.0%} of staging, {timeline.under('write', compute):.0%} of writing",
             flush=True,
         )
+
+    def between(self, phase: str) -> Span:
+        span = self.checkpoint.timeline.between(phase)
+        assert span is not None, "the save is not done"
+        return span
 
 
 async def train(options: argparse.Namespace) -> None:
@@ -172,9 +167,10 @@ async def train(options: argparse.Namespace) -> None:
 
         for step in range(app.step + 1, options.steps + 1):
             began = time.perf_counter()
-            tokens, targets = batch_of(text, step, device)
-            loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
+            with checkpointer.step(step):
+                tokens, targets = batch_of(text, step, device)
+                loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+                loss.backward()  # type: ignore[no-untyped-call]
             compute.append((began, time.perf_counter()))
 
             if saves:
@@ -193,15 +189,17 @@ async def train(options: argparse.Namespace) -> None:
             if step % options.save_every == 0 or step == options.steps:
                 began = time.perf_counter()
                 checkpoint = await checkpointer.save({"app": app}, options.out / f"step-{step}")
-                saves.append(Save(step, checkpoint, began, stall_s=time.perf_counter() - began))
+                saves.append(Save(step, checkpoint, stall_s=time.perf_counter() - began))
                 group.create_task(saves[-1].follow(compute))
                 remove_old(options.out)
             await asyncio.sleep(0)  # everything else that lives on this loop has its turn
         for save in saves:
             await save.checkpoint.uploaded
+        if options.trace:
+            checkpointer.write_trace(options.trace)
 
     if saves:
-        print(draw([save for save in saves if save.spans], compute))
+        print(draw(saves, compute))
     print(f"weights {app.digest()} after step {app.step}")
 
 
@@ -224,8 +222,9 @@ def remove_old(out: Path, kept: int = KEPT) -> None:
 def draw(saves: list[Save], compute: list[Span], width: int = 72) -> str:
     """The time around the last saves as text: a column is filled where the row was at work for some of it."""
     shown = saves[-2:]
-    start = max((begin for begin, _ in compute if begin < shown[0].began), default=shown[0].began)
-    stop = max(save.spans["writing"][1] for save in shown)
+    began = shown[0].between("capture")[0]
+    start = max((begin for begin, _ in compute if begin < began), default=began)
+    stop = max(save.between("commit")[1] for save in shown)
     column_s = (stop - start) / width
 
     def row(spans: list[Span]) -> str:
@@ -234,7 +233,11 @@ def draw(saves: list[Save], compute: list[Span], width: int = 72) -> str:
             for n in range(width)
         )
 
-    rows = {"compute": compute, **{name: [save.spans[name] for save in shown] for name in ("staging", "writing")}}
+    rows = {
+        "compute": compute,
+        "staging": [save.between("stage") for save in shown],
+        "writing": [save.between("write") for save in shown],
+    }
     steps = " and ".join(str(save.step) for save in shown)
     head = f"the saves of step {steps}: {1e3 * (stop - start):.0f} ms from left to right"
     return "\n".join([head, *(f"{name:>8} {row(spans)}" for name, spans in rows.items())])
@@ -249,6 +252,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on after the newest checkpoint")
     parser.add_argument("--width", type=int, default=256, help="of the model: a multiple of 32")
     parser.add_argument("--layers", type=int, default=4, help="of the model")
+    parser.add_argument("--trace", type=Path, help="write what happened when, for https://ui.perfetto.dev")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
