@@ -49,7 +49,7 @@ class _Record:
     crc: int
 
 
-def find_tensor(archive: memoryview, crc32: Callable[[memoryview], int] | None) -> StoredTensor | None:
+def find_tensor(archive: memoryview, crc32: Callable[[memoryview, int], int] | None) -> StoredTensor | None:
     """Return where the one tensor of an archive lies; None if it is not of that kind, or not as it was saved.
 
     Args:
@@ -59,7 +59,7 @@ def find_tensor(archive: memoryview, crc32: Callable[[memoryview], int] | None) 
     try:
         records = _read_directory(archive)
         prefix = next(name for name in records if name.endswith("/data.pkl")).removesuffix("data.pkl")
-        if crc32 and any(crc32(archive[r.start : r.start + r.nbytes]) != r.crc for r in records.values()):
+        if crc32 and any(crc32(archive[r.start : r.start + r.nbytes], 0) != r.crc for r in records.values()):
             return None
         order = records.get(f"{prefix}byteorder")
         if order and bytes(archive[order.start : order.start + order.nbytes]) != b"little":

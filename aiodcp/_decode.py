@@ -30,7 +30,7 @@ class Check:
 
     def framed(self, read: TensorRead, place: int, head: memoryview, payload: memoryview) -> None:
         """Compare a payload with the CRC32 at `place` of `head`."""
-        if self.crc32 is not None and self.crc32(payload) != int.from_bytes(head[place : place + 4], "little"):
+        if self.crc32 is not None and self.crc32(payload, 0) != int.from_bytes(head[place : place + 4], "little"):
             raise self._damaged(read.fqn, read.file)
 
     def archive(self, fqn: str, file: str, data: bytes) -> Any:

@@ -20,12 +20,13 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from ._archive import find_tensor
 from ._capture import flatten
 from ._decode import Check
+from ._devices import Crossing
 from ._engine import Threads, first_error, in_thread
 from ._planner import commit_loaded, plan_local_load, plan_reads
 from ._ranks import Operation, Row
 from ._reads import LoadPlan, TensorRead, ValueRead, plan_load, read_rows
 from ._spans import DIRECT_NBYTES, Scratch, Span, copy_in, memory_of, reads_direct, spans_of, without_overlaps
-from ._stage import Checksum, wait_for_marks
+from ._stage import Checksum
 from ._wanted import Wanted, find_holders, grow_optimizers
 from .errors import ArgumentError, CheckpointError, CorruptError, LoadError, NotACheckpointError, ReadError, StageError
 from .metadata import METADATA_NAME, Metadata, gc_held_off, read_metadata
@@ -150,8 +151,8 @@ class Loader:
             async def read_tensors() -> None:
                 with _read_errors(self._storage.locate(checkpoint_id)), _memory_errors():
                     await self._narrow(planned.tensors, readers)
-                    await in_thread(self._threads.compute, wait_for_marks, wanted.marks)
-                    await self._read_tensors(planned.tensors, readers, check)
+                    wanted.crossing.start()
+                    await self._read_tensors(planned.tensors, readers, check, wanted.crossing)
                 if wanted.planner is not None:
                     await in_thread(self._threads.compute, commit_loaded, wanted.planner, planned, loaded)
 
@@ -261,12 +262,14 @@ class Loader:
                 if read.frame is None and read.part is not None and read.nbytes >= DIRECT_NBYTES:
                     group.start_soon(narrow, read)
 
-    async def _read_tensors(self, reads: Sequence[TensorRead], readers: Mapping[str, Reader], check: Check) -> None:
+    async def _read_tensors(
+        self, reads: Sequence[TensorRead], readers: Mapping[str, Reader], check: Check, crossing: Crossing
+    ) -> None:
         with gc_held_off():
             direct = without_overlaps([read for read in reads if reads_direct(read)], reads)
             apart = set(map(id, direct))
             spans = spans_of([read for read in reads if id(read) not in apart] if apart else reads)
-        scratch = Scratch()
+        scratch = Scratch(pin=bool(crossing))
         limit = anyio.Semaphore(READS_AT_ONCE)
 
         async def read_direct(read: TensorRead) -> None:
@@ -286,7 +289,7 @@ class Loader:
             async with limit, scratch.take(span.stop - span.start) as arena:
                 memory = arena.memory[: span.stop - span.start]
                 await readers[span.file].read_into(span.start, [memory])
-                await in_thread(self._threads.compute, copy_in, span, arena, check)
+                await in_thread(self._threads.compute, copy_in, span, arena, check, crossing)
 
         try:
             async with anyio.create_task_group() as group:

@@ -6,11 +6,9 @@ the one after it staged. Nothing that is written counts before the commit.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import pickle
 import struct
-import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -19,9 +17,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import anyio
-import torch
 import torch.distributed.checkpoint.planner as dcp
-from anyio import Event
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from ._capture import Capture
@@ -36,37 +32,25 @@ from ._commit import (
     may_be_committed,
     remove_files,
 )
-from ._engine import Threads, first_error, in_thread
-from ._layout import ALIGNMENT, BLOCK, Layout, round_up
-from ._milestone import Milestone, ProgressLog
+from ._devices import is_on_device
+from ._engine import Threads, in_thread
+from ._layout import ALIGNMENT, Layout, round_up
 from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
 from ._ranks import Operation, Row
-from ._stage import Checksum, Stage, wait_for_marks
-from ._timeline import Timeline
-from ._watch import Watch
+from ._transfer import Job, Transfer, write_errors
 from .errors import (
     ArgumentError,
-    CaptureError,
     CheckpointError,
     SaveError,
-    StageError,
-    TornSnapshotError,
-    WriteError,
 )
 from .metadata import METADATA_NAME, gc_held_off
-from .storage import Storage, Writer
+from .storage import Storage
 
 _log = logging.getLogger("aiodcp")
 
 WARNED_NAMES = 8  # named in one warning
 KEPT_PLANS = 4  # structures remembered: a run saves one or two, and each costs a few MB for 10,000 tensors
 TAIL_SLACK = 64 << 10  # bytes kept free for frozen values to grow in, before the arena must be made anew
-# The part of the file whose writing may begin while the rest is still staged. Writing takes memory bandwidth and
-# cores from the copy that the caller waits for, and without a head start the disk has nothing to do meanwhile.
-# Measured interleaved, 1 GiB on two cores, staged as a ratio to a bare copy, durable to a bare write: a quarter 1.19
-# and 1.12, a third 1.21 and 1.01, a half 1.30 and 1.02.
-HEAD_START = 1 / 3
-SEGMENTS_AT_ONCE = 2  # one is written while the next is checksummed: one O_DIRECT write fills a disk
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,39 +74,15 @@ class Prepared:
         return self.plan.share.layout
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One save: what was captured, by whose planner, where it goes, and whom to tell.
-
-    Attributes:
-        watch: sees whether the captured tensors change before they are staged; None not to look.
-        captured_s: when the capture was done, by `time.perf_counter()`.
-    """
-
-    taken: Capture
-    planner: SavePlanner | None
-    marks: list[torch.cuda.Event]
-    watch: Watch | None
-    checkpoint_id: str
-    staged: Milestone
-    uploaded: Milestone
-    log: ProgressLog
-    timeline: Timeline
-    captured_s: float
-
-
 class Saver:
     """Plans and host memory kept from save to save. One flow at a time: its user holds the semaphore."""
 
-    def __init__(self, storage: Storage, threads: Threads, *, keep_buffers: bool, checksum: Checksum) -> None:
+    def __init__(self, storage: Storage, threads: Threads, transfer: Transfer) -> None:
         self._storage = storage
         self._threads = threads
-        self._keep_buffers = keep_buffers
-        self._checksum = checksum
+        self._transfer = transfer
         self._kept: list[Prepared] = []
         self._plans = 0
-        self._stage: tuple[Prepared, Stage] | None = None
-        self._writing = anyio.Semaphore(SEGMENTS_AT_ONCE)
         self._warned: set[str] = set()  # fqns on which the ranks disagree: told once
 
     async def prepare(self, operation: Operation, take: Callable[[], Awaitable[Capture]]) -> None:
@@ -139,7 +99,7 @@ class Saver:
 
         async def have_stage() -> None:
             tail, _ = _lay_tail(prepared, taken)
-            await self._take_stage(prepared, len(tail))
+            await self._transfer.make_room(prepared.plan, len(tail), pin=is_on_device(taken.values))
 
         await operation.together("stage", have_stage)
 
@@ -188,10 +148,9 @@ class Saver:
         async def write(prepared: Prepared) -> list[Item]:
             nonlocal writing, written, voting
             tail, places = _lay_tail(prepared, job.taken)
-            stage = await self._take_stage(prepared, len(tail))
-            job.log.report("stage", total=_file_nbytes(prepared, tail))
+            room = await self._transfer.make_room(prepared.plan, len(tail), pin=bool(job.crossing))
             writing = True
-            await self._transfer(job, prepared, stage, tail, file)
+            await self._transfer.run(job, prepared.plan, room, tail, file)
             written = True
             voting = time.perf_counter()
             return places
@@ -201,7 +160,7 @@ class Saver:
                 await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
                 places = [prepared.places[rank] for rank in range(operation.size)]
                 record = prepared.record.render(job.checkpoint_id, save_id, places)
-                with _write_errors(self._storage.locate(job.checkpoint_id, METADATA_NAME)):
+                with write_errors(self._storage.locate(job.checkpoint_id, METADATA_NAME)):
                     await commit(self._storage, job.checkpoint_id, record, prepared.record.files(save_id))
 
         try:
@@ -232,8 +191,7 @@ class Saver:
             await forget_empty(self._storage, job.checkpoint_id)
             raise
         finally:
-            if not self._keep_buffers:
-                self._stage = None
+            self._transfer.done()
         return prepared.record
 
     def _find_kept(self, taken: Capture) -> dict[int, Prepared]:
@@ -298,98 +256,6 @@ class Saver:
             numbers = struct.iter_unpack("<qq", data)
             prepared.places[rank] = [Item(offset=offset, nbytes=nbytes) for offset, nbytes in numbers]
         prepared.places[operation.rank] = places
-
-    async def _take_stage(self, prepared: Prepared, tail_nbytes: int) -> Stage:
-        if self._stage is not None:
-            kept_for, stage = self._stage
-            if kept_for is prepared and stage.room() >= tail_nbytes:
-                return stage
-            del stage
-        self._stage = None  # first give back the memory of the old one
-        room = 2 * tail_nbytes + TAIL_SLACK
-        stage = await in_thread(self._threads.staging, Stage, prepared.layout, prepared.plan.staged, room)
-        self._stage = prepared, stage
-        return stage
-
-    async def _transfer(self, job: Job, prepared: Prepared, stage: Stage, tail: bytes, file: str) -> None:
-        """Stage, checksum and write every segment, each as soon as it can be, into a durable file."""
-        if not stage.layout.segments and not tail:  # all that this rank holds is written by others
-            job.taken.values.clear()
-            job.log.report("write")
-            job.staged.reach()
-            return
-        ready = [Event() for _ in stage.layout.segments]
-        staged = Event()
-        try:
-            async with anyio.create_task_group() as staging:
-                staging.start_soon(self._stage_all, job, prepared, stage, tail, ready, staged)
-                with _write_errors(self._storage.locate(job.checkpoint_id, file)):
-                    async with self._storage.create(job.checkpoint_id, file) as writer:
-                        async with anyio.create_task_group() as writing:
-                            for number, event in enumerate(ready):
-                                writing.start_soon(self._write_segment, job, stage, number, event, writer)
-                        await staged.wait()
-                        if tail:
-                            await self._write(job, writer, *stage.tail_range(len(tail)))
-        except BaseExceptionGroup as errors:
-            first = first_error(errors)
-            raise first from first.__cause__
-
-    async def _stage_all(
-        self, job: Job, prepared: Prepared, stage: Stage, tail: bytes, ready: Sequence[Event], staged: Event
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        stop = threading.Event()
-        values = job.taken.values
-
-        def copy() -> None:
-            for place, item in zip(prepared.plan.staged, prepared.plan.share.staged, strict=True):
-                if values[place].data_ptr() == 0 and values[place].numel():  # to copy it would crash the process
-                    raise CaptureError(item.index.fqn, "its storage has been freed")
-            wait_for_marks(job.marks)
-            for number, event in enumerate(ready):
-                if stop.is_set():
-                    return
-                try:
-                    with job.timeline.record("stage"):
-                        stage.copy(number, values)
-                except Exception as error:
-                    raise StageError(stage.layout.tail, f"the copy failed: {error!r}") from error
-                segment = stage.layout.segments[number]
-                job.log.report(staged=segment.stop - segment.start)
-                if segment.stop <= HEAD_START * stage.layout.tail:
-                    loop.call_soon_threadsafe(event.set)
-            if job.watch is not None and (changed := job.watch.changed()):
-                raise TornSnapshotError(changed)
-            stage.put_tail(tail)
-            job.log.report("write", staged=round_up(len(tail), BLOCK))
-            job.staged.reach()
-
-        async def stop_when_cancelled() -> None:
-            try:
-                await anyio.sleep_forever()
-            finally:
-                stop.set()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(stop_when_cancelled)
-            await in_thread(self._threads.staging, copy)
-            group.cancel_scope.cancel()
-        values.clear()  # from here on the caller may free them
-        for event in (*ready, staged):
-            event.set()
-
-    async def _write_segment(self, job: Job, stage: Stage, number: int, ready: Event, writer: Writer) -> None:
-        await ready.wait()
-        async with self._writing:
-            with job.timeline.record("checksum"):
-                await in_thread(self._threads.compute, stage.checksum, number, self._checksum)
-            await self._write(job, writer, *stage.file_range(number))
-
-    async def _write(self, job: Job, writer: Writer, offset: int, data: memoryview) -> None:
-        with _write_errors(self._storage.locate(job.checkpoint_id)), job.timeline.record("write"):
-            await writer.write(offset, data)
-        job.log.report(written=data.nbytes)
 
 
 def _plan_here(taken: Capture, alone: bool) -> tuple[LocalPlan, bytes]:
@@ -459,15 +325,3 @@ def _lay_tail(prepared: Prepared, taken: Capture) -> tuple[bytes, list[Item]]:
         pieces.append(data.ljust(filled, b"\0"))
         position += filled
     return b"".join(pieces), items
-
-
-def _file_nbytes(prepared: Prepared, tail: bytes) -> int:
-    return prepared.layout.tail + round_up(len(tail), BLOCK)
-
-
-@contextmanager
-def _write_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(path, str(error)) from error

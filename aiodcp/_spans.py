@@ -18,6 +18,7 @@ import torch
 from ._arena import Arena
 from ._chunks import cut
 from ._decode import Check, unpack
+from ._devices import Crossing, wait_for
 from ._layout import ALIGNMENT, NOT_COPIED, copyable
 from ._reads import TensorRead
 from .metadata import gc_held_off
@@ -40,7 +41,8 @@ class Span:
 class Scratch:
     """Memory for spans, used again and again within one load: memory that was touched before is quicker."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pin: bool) -> None:
+        self._pin = pin
         self._free: list[Arena] = []
 
     @asynccontextmanager
@@ -52,13 +54,15 @@ class Scratch:
         else:
             self._free.clear()  # too small: not kept beside the larger one
             arena = Arena(max(nbytes, SPAN_NBYTES))
+            if self._pin:
+                arena.pin()
         try:
             yield arena
         finally:
             self._free.append(arena)
 
 
-def copy_in(span: Span, arena: Arena, check: Check) -> None:
+def copy_in(span: Span, arena: Arena, check: Check, crossing: Crossing) -> None:
     """Check the items of a span that has been read into `arena`, and copy them to their targets."""
     memory = arena.memory
     typed: dict[torch.dtype, torch.Tensor] = {}
@@ -92,10 +96,7 @@ def copy_in(span: Span, arena: Arena, check: Check) -> None:
                 tensor, into = copyable(tensor), copyable(into)
             sources.append(tensor)
             targets.append(into)
-    with torch.no_grad():
-        torch._foreach_copy_(targets, sources)
-    for device in {target.device for target in targets if target.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()  # before the memory is used again, and before the caller looks
+    wait_for(crossing.copy(targets, sources))  # before the memory is used again, and before the caller looks
 
 
 def reads_direct(read: TensorRead) -> bool:

@@ -10,24 +10,29 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ._arena import Arena
-from ._layout import BLOCK, NOT_COPIED, Layout, Segment, copyable, round_up
+from ._devices import Crossing
+from ._layout import BLOCK, NOT_COPIED, Layout, copyable, round_up
 
-_CRC = struct.Struct("<I")
+CRC = struct.Struct("<I")
 
-Checksum = Callable[[memoryview], int]
+
+class Checksum(Protocol):
+    """A CRC32, as zlib's: of some bytes, going on from that of the bytes before them."""
+
+    def __call__(self, data: memoryview, value: int, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Copies:
-    """How one segment is staged and checksummed.
+class Copies:
+    """How some records are staged and checksummed.
 
     Attributes:
-        pick: takes the segment's tensors out of the leaves of a state dict.
+        pick: takes their tensors out of the leaves of a state dict.
         targets: where in the arena each of them goes.
         odd: whether some of them can only be copied as bytes.
         payloads: the bytes of every record.
@@ -40,6 +45,47 @@ class _Copies:
     payloads: list[memoryview]
     heads: list[int]
     feet: list[int]
+
+    def sources(self, values: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        picked = self.pick(values)
+        return tuple(copyable(source) for source in picked) if self.odd else picked
+
+    def checksum(self, memory: memoryview, crc32: Checksum) -> None:
+        """Compute the CRC32 of each record, and write it into the two places of its frame."""
+        for payload, head, foot in zip(self.payloads, self.heads, self.feet, strict=True):
+            crc = crc32(payload, 0)
+            CRC.pack_into(memory, head, crc)
+            CRC.pack_into(memory, foot, crc)
+
+
+def plan_copies(arena: Arena, layout: Layout, records: Sequence[int], leaves: Sequence[int], shift: int = 0) -> Copies:
+    """Plan the copies of `records`, whose bytes lie in the arena `shift` bytes after their place in the file."""
+    places: list[int] = []
+    targets: list[torch.Tensor] = []
+    payloads: list[memoryview] = []
+    odd = False
+    heads: list[int] = []
+    feet: list[int] = []
+    for record in records:
+        frame, offset = layout.frames[record], layout.offsets[record] + shift
+        start = offset + len(frame.head)
+        stop = start + frame.nbytes
+        payloads.append(arena.memory[start:stop])
+        heads.append(offset + frame.head_crc)
+        feet.append(stop + frame.foot_crc)
+        places.append(leaves[record])
+        targets.append(copyable(arena.tensor[start:stop].view(frame.dtype).view(frame.shape)))
+        odd = odd or frame.dtype in NOT_COPIED
+    return Copies(pick=_picker(places), targets=targets, odd=odd, payloads=payloads, heads=heads, feet=feet)
+
+
+def put_frames(memory: memoryview, layout: Layout, records: Sequence[int], shift: int = 0) -> None:
+    """Write what is around the payloads of `records`, but for their checksums."""
+    for record in records:
+        frame, offset = layout.frames[record], layout.offsets[record] + shift
+        start = offset + len(frame.head)
+        memory[offset:start] = frame.head
+        memory[start + frame.nbytes : offset + frame.item_nbytes] = frame.foot
 
 
 class Stage:
@@ -62,67 +108,35 @@ class Stage:
             StageError: there is not enough host memory.
         """
         self.layout = layout
-        self.arena = Arena(layout.tail + round_up(max(tail_nbytes, 1), BLOCK))
+        self.arena = Arena(stage_nbytes(layout, tail_nbytes))
         self.arena.populate()
-        memory = self.arena.memory
-        for frame, offset in zip(layout.frames, layout.offsets, strict=True):
-            start = offset + len(frame.head)
-            memory[offset:start] = frame.head
-            memory[start + frame.nbytes : offset + frame.item_nbytes] = frame.foot
-        self._copies = [self._plan_copies(segment, leaves) for segment in layout.segments]
+        put_frames(self.arena.memory, layout, range(len(layout.frames)))
+        self._copies = [
+            plan_copies(self.arena, layout, range(segment.first, segment.stop_record), leaves)
+            for segment in layout.segments
+        ]
 
-    def _plan_copies(self, segment: Segment, leaves: Sequence[int]) -> _Copies:
-        places: list[int] = []
-        targets: list[torch.Tensor] = []
-        payloads: list[memoryview] = []
-        odd = False
-        heads: list[int] = []
-        feet: list[int] = []
-        for record in range(segment.first, segment.stop_record):
-            frame, offset = self.layout.frames[record], self.layout.offsets[record]
-            start = offset + len(frame.head)
-            stop = start + frame.nbytes
-            payloads.append(self.arena.memory[start:stop])
-            heads.append(offset + frame.head_crc)
-            feet.append(stop + frame.foot_crc)
-            places.append(leaves[record])
-            targets.append(copyable(self.arena.tensor[start:stop].view(frame.dtype).view(frame.shape)))
-            odd = odd or frame.dtype in NOT_COPIED
-        return _Copies(
-            pick=_picker(places),
-            targets=targets,
-            odd=odd,
-            payloads=payloads,
-            heads=heads,
-            feet=feet,
-        )
+    def copy(self, number: int, values: Sequence[Any], crossing: Crossing) -> list[torch.Event]:
+        """Copy segment `number` from the leaves of a state dict. Blocks; releases the GIL while bytes move.
 
-    def copy(self, number: int, values: Sequence[Any]) -> None:
-        """Copy segment `number` from the leaves of a state dict. Blocks; releases the GIL while bytes move."""
+        Returns:
+            What to wait for, if bytes come from a device.
+        """
         copies = self._copies[number]
-        with torch.no_grad():
-            sources = copies.pick(values)
-            if copies.odd:
-                sources = tuple(copyable(source) for source in sources)
-            torch._foreach_copy_(copies.targets, sources)
+        return crossing.copy(copies.targets, copies.sources(values))
 
     def checksum(self, number: int, crc32: Checksum) -> None:
         """Compute the CRC32 of each record of a segment, and write it into the two places of its frame."""
-        copies = self._copies[number]
-        memory = self.arena.memory
-        for payload, head, foot in zip(copies.payloads, copies.heads, copies.feet, strict=True):
-            crc = crc32(payload)
-            _CRC.pack_into(memory, head, crc)
-            _CRC.pack_into(memory, foot, crc)
+        self._copies[number].checksum(self.arena.memory, crc32)
 
     def put_tail(self, tail: bytes) -> None:
         """Lay the frozen values behind the last segment; they are complete with their checksums."""
         filled = tail.ljust(round_up(len(tail), BLOCK), b"\0")  # nothing of an earlier save behind it
         self.arena.memory[self.layout.tail : self.layout.tail + len(filled)] = filled
 
-    def room(self) -> int:
-        """Return how many bytes of tail fit."""
-        return self.arena.nbytes - self.layout.tail
+    def holds(self, tail_nbytes: int) -> bool:
+        """Whether a tail of so many bytes fits."""
+        return self.arena.nbytes - self.layout.tail >= tail_nbytes
 
     def file_range(self, number: int) -> tuple[int, memoryview]:
         """Return where segment `number` begins in the file, and its bytes."""
@@ -135,29 +149,14 @@ class Stage:
         return start, self.arena.memory[start : start + round_up(nbytes, BLOCK)]
 
 
-def mark_streams(values: Sequence[Any]) -> list[torch.cuda.Event]:
-    """Mark on every CUDA device among `values` how far the caller's stream has come.
-
-    A thread that waits for the marks sees what the caller had computed, on whatever stream, when it set them.
-    """
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return []
-    devices = {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}
-    marks = []
-    for device in sorted(devices, key=str):
-        mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        mark.record(torch.cuda.current_stream(device))
-        marks.append(mark)
-    return marks
-
-
-def wait_for_marks(marks: Sequence[torch.cuda.Event]) -> None:
-    """Block until every device has come as far as its mark."""
-    for mark in marks:
-        mark.synchronize()
+def stage_nbytes(layout: Layout, tail_nbytes: int) -> int:
+    """Return how many bytes a `Stage` takes."""
+    return layout.tail + round_up(max(tail_nbytes, 1), BLOCK)
 
 
 def _picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
+    if not places:
+        return lambda values: ()
     if len(places) == 1:
         [place] = places
         return lambda values: (values[place],)

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.tensor import DTensor
 
 from ._capture import Path, PerRank, call_stateful, flatten
-from ._stage import mark_streams
+from ._devices import CopyStreams, Crossing
 from .errors import ArgumentError, CaptureError, LoadError
 from .metadata import Metadata, TensorStorageMetadata
 
@@ -25,7 +25,7 @@ class Wanted:
         states: the state dict, `Stateful` values replaced by their state.
         lazy: optimizers that have no state yet, by their key.
         fqns, paths, values: the leaves, in step.
-        marks: tensors on CUDA devices are written when the device has come as far as these.
+        crossing: brings tensors to devices.
         holders: of each leaf that is no tensor, by place, the container that holds it, and its key there.
         loaded: new values of those leaves, by place.
         planner: the caller's own, which puts everything into `states` itself.
@@ -36,7 +36,7 @@ class Wanted:
     fqns: list[str]
     paths: list[Path]
     values: list[Any]
-    marks: list[torch.cuda.Event]
+    crossing: Crossing
     holders: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     loaded: dict[int, Any] = field(default_factory=dict)
     planner: LoadPlanner | None = None
@@ -92,7 +92,7 @@ def find_holders(
     return holders
 
 
-def want(state_dict: MutableMapping[str, Any], rank: int, planner: LoadPlanner | None) -> Wanted:
+def want(state_dict: MutableMapping[str, Any], rank: int, planner: LoadPlanner | None, streams: CopyStreams) -> Wanted:
     if planner is not None and not isinstance(planner, LoadPlanner):
         raise ArgumentError("planner", f"a {type(planner).__name__} is no LoadPlanner")
     if not isinstance(state_dict, MutableMapping):
@@ -107,5 +107,12 @@ def want(state_dict: MutableMapping[str, Any], rank: int, planner: LoadPlanner |
         if isinstance(value, torch.optim.Optimizer) and not states[key]["state"]
     }
     fqns, paths, values = flatten(states, rank)
-    marks = mark_streams(values)
-    return Wanted(states=states, lazy=lazy, fqns=fqns, paths=paths, values=values, marks=marks, planner=planner)
+    return Wanted(
+        states=states,
+        lazy=lazy,
+        fqns=fqns,
+        paths=paths,
+        values=values,
+        crossing=streams.begin(values),
+        planner=planner,
+    )

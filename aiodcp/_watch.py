@@ -21,11 +21,19 @@ class Watch:
 
     def __init__(self, taken: Capture) -> None:
         self._taken = taken
+        self._whole = {place: value for place, value in taken.sharded.items() if isinstance(value, DTensor)}
         self._versions = self._read()
         self._stepped: dict[str, None] = {}
+        self._closed: list[str] | None = None
+
+    def close(self) -> None:
+        """Watch no longer: what changes from now on may do so."""
+        self._closed = self.changed()
 
     def changed(self) -> list[str]:
         """Return the names of the tensors that have changed, in the order of the state dict."""
+        if self._closed is not None:
+            return self._closed
         now = self._read()
         if now == self._versions and not self._stepped:
             return []
@@ -37,7 +45,7 @@ class Watch:
     def begins_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the captured parameters of an optimizer as changed."""
         values = list(self._taken.values)  # emptied when all is staged, by another thread
-        if not values:
+        if not values or self._closed is not None:
             return
         names = {
             value.untyped_storage().data_ptr(): name
@@ -53,8 +61,8 @@ class Watch:
                         self._stepped[name] = None
 
     def _read(self) -> list[int]:
-        """Return the versions of all values, and of the sharded tensors themselves: 0.1 us each."""
-        watched = [*self._taken.values, *self._taken.sharded.values()] if self._taken.sharded else self._taken.values
+        """Return the versions of all values, and of `DTensor`s beside those of their local tensors: 0.1 us each."""
+        watched = [*self._taken.values, *self._whole.values()] if self._whole else self._taken.values
         try:
             return [value._version if isinstance(value, torch.Tensor) else 0 for value in watched]
         except RuntimeError:  # one of them is an inference tensor
@@ -67,7 +75,7 @@ class Watch:
         names = list(fqns)
         for place in range(len(fqns), len(self._taken.values)):
             names.append(starts.get(place, names[-1]))
-        return [*names, *(fqns[place] for place in self._taken.sharded)]
+        return [*names, *(fqns[place] for place in self._whole)]
 
 
 def _version_of(value: Any) -> int:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ._capture import PerRank, capture
 from ._commit import remove_files
+from ._devices import CopyStreams, Crossing
 from ._engine import Engine
 from ._guard import Guard, Guards
 from ._line import Line
@@ -31,13 +32,15 @@ from ._load import Loader
 from ._milestone import Milestone, Progress, ProgressLog
 from ._planner import capture_planned
 from ._ranks import Kind, Operation
-from ._save import Job, Saver
+from ._save import Saver
 from ._skips import Skips
-from ._stage import Checksum, default_checksum, mark_streams
+from ._stage import Checksum, default_checksum
 from ._timeline import Timeline, Trace
+from ._transfer import Job, Transfer
 from ._turns import give_turns, prompt_turns
 from ._wanted import Wanted, want
 from ._watch import Watch
+from ._windows import MIN_NBYTES
 from .errors import (
     ArgumentError,
     BusyError,
@@ -76,6 +79,9 @@ class Checkpoint:
         self._log = ProgressLog()
         self._operation: Operation | None = None
         self._watch: Watch | None = None
+        self._crossing = Crossing()
+        self._fenced = False
+        self._queued = Milestone("queued")
 
     def __repr__(self) -> str:
         latest = self.progress
@@ -101,13 +107,23 @@ class Checkpoint:
         return self._log.follow()
 
     def fence(self) -> None:
-        """Block this thread until the tensors may change: `staged`, for code without an event loop.
+        """Let this thread go on to change the tensors as soon as that does no harm: `staged`, without an event loop.
 
-        A save that fails lets go too; the failure is told by the milestones, not here.
+        Tensors on devices may still be on their way then: the thread's current streams wait for the copies, so that
+        kernels queued from now on run after them, and `staged` comes later. For tensors in host memory, and until all
+        copies are queued, the thread itself waits. A save that fails lets go too; the milestones tell the failure.
         """
-        if not self.staged.done():
-            with self.timeline.record("fence"):
+        if self.staged.done() or self._fenced:
+            return
+        with self.timeline.record("fence"):
+            if not self._crossing:
                 self.staged.settle()
+                return
+            self._queued.settle()
+            if self._watch is not None:
+                self._watch.close()
+            self._crossing.fence()
+            self._fenced = True
 
     def cancel(self) -> None:
         """Ask for the save to stop. Returns at once; from any thread.
@@ -133,6 +149,7 @@ class Checkpoint:
         retold = isinstance(error, RankError) and {each.kind for each in error.failures} == {
             _EarlierFailureError.__name__
         }
+        self._queued.fail(error, told=True)
         for milestone in (self.staged, self.uploaded):
             milestone.fail(error, told=cancelled or retold)
 
@@ -173,13 +190,16 @@ class Checkpointer:
         keep_buffers: keep the staging buffer, which is as large as this rank's part of the checkpoint, from save to
             save. False gives the memory back after each, and the next save takes longer to stage: fresh memory must
             be touched first.
+        max_host_bytes: of staging memory on this rank. A checkpoint that is larger goes through it in windows, and
+            `staged` comes when the last window is copied: when most of it is written. By default as much as it takes.
         check_torn: fail a save whose tensors changed before they were staged, with `TornSnapshotError`. It is seen by
             their version counters, and by optimizers that begin a step; not seen are writes through `.data` and
             `numpy()`. False does not look.
         copy_threads: cores that copy host tensors while a save is staged; by default all, up to four, which is what
             it takes to fill the memory's bandwidth. Under torchrun the ranks of a host share them.
         io_threads: threads that read and write files.
-        checksum: computes the CRC32 of bytes; by default isal's if the extra `fast` is installed, else zlib's.
+        checksum: computes CRC32s, with the arguments of `zlib.crc32`; by default isal's if the extra `fast` is
+            installed, else zlib's.
     """
 
     def __init__(
@@ -191,6 +211,7 @@ class Checkpointer:
         no_dist: bool = False,
         timeout: float = 600.0,
         keep_buffers: bool = True,
+        max_host_bytes: int | None = None,
         check_torn: bool = True,
         copy_threads: int | None = None,
         io_threads: int = 4,
@@ -201,6 +222,8 @@ class Checkpointer:
         for name, value in (("copy_threads", copy_threads), ("io_threads", io_threads)):
             if type(value) is not int or value < 1:
                 raise ArgumentError(name, f"{value!r} is not a number of threads")
+        if max_host_bytes is not None and (type(max_host_bytes) is not int or max_host_bytes < MIN_NBYTES):
+            raise ArgumentError("max_host_bytes", f"{max_host_bytes!r} is not a number of bytes from {MIN_NBYTES} on")
         if storage is not None and (isinstance(storage, type) or not isinstance(storage, Storage)):
             raise ArgumentError("storage", f"{storage!r} has not the methods of aiodcp.Storage")
         if checksum is not None and not callable(checksum):
@@ -217,6 +240,7 @@ class Checkpointer:
         self._no_dist = no_dist
         self._timeout = float(timeout)
         self._keep_buffers = keep_buffers
+        self._max_host_bytes = max_host_bytes
         self._check_torn = check_torn
         self._checksum = checksum or default_checksum()
         self._engine = Engine(copy_threads=copy_threads, io_threads=io_threads)
@@ -231,6 +255,7 @@ class Checkpointer:
         self._saver: Saver
         self._loader: Loader
         self._guards: Guards
+        self._streams: CopyStreams
         self._trace = Trace()
         self._skips: Skips
         self._slot: anyio.Semaphore
@@ -255,9 +280,15 @@ class Checkpointer:
         self._calls = count(1)
         self._slot = anyio.Semaphore(1)  # fair: saves go in the order in which they were asked for
         self._skips = Skips(decides=self._line is None or self._line.rank == self._line.root)
-        self._saver = Saver(
-            self._storage, self._engine.threads, keep_buffers=self._keep_buffers, checksum=self._checksum
+        transfer = Transfer(
+            self._storage,
+            self._engine.threads,
+            keep_buffers=self._keep_buffers,
+            max_host_nbytes=self._max_host_bytes,
+            checksum=self._checksum,
         )
+        self._streams = CopyStreams()
+        self._saver = Saver(self._storage, self._engine.threads, transfer)
         self._loader = Loader(self._storage, self._engine.threads, checksum=self._checksum)
         self._guards = Guards(self._on_step)
         return self
@@ -423,15 +454,17 @@ class Checkpointer:
                     taken = capture(state_dict, self._rank)
                 else:
                     taken = capture_planned(state_dict, planner, is_coordinator=self._skips.decides)
+            checkpoint._crossing = self._streams.begin(taken.values)
             if self._check_torn:
                 checkpoint._watch = Watch(taken)
                 self._guards.arm()
             job = Job(
                 taken=taken,
                 planner=planner,
-                marks=mark_streams(taken.values),
+                crossing=checkpoint._crossing,
                 watch=checkpoint._watch,
                 checkpoint_id=place,
+                queued=checkpoint._queued,
                 staged=checkpoint.staged,
                 uploaded=checkpoint.uploaded,
                 log=checkpoint._log,
@@ -536,7 +569,7 @@ class Checkpointer:
 
     def _on_step(self, optimizer: torch.optim.Optimizer, guarded: bool) -> None:
         last = self._last
-        if last is None or last.staged.done():
+        if last is None or last.staged.done() or last._fenced:
             return
         if guarded:
             last.fence()
@@ -647,7 +680,7 @@ class Checkpointer:
         def ask() -> Wanted:
             nonlocal place
             place = self._storage.resolve(_check_id(checkpoint_id))
-            return want(state_dict, self._rank, planner)
+            return want(state_dict, self._rank, planner, self._streams)
 
         take = self._take(ask)
         operation = Operation(self._line, Kind.LOAD, next(self._calls), LoadError("the load was cancelled"))

@@ -179,7 +179,7 @@ def assert_equal(one: Any, other: Any, path: str = "") -> None:
         assert one.dtype is other.dtype, path
         assert one.shape == other.shape, path
         if not one.is_quantized and one.layout is torch.strided:
-            flat, same = (each.detach().contiguous().reshape(-1) for each in (one, other))
+            flat, same = (each.detach().resolve_conj().contiguous().reshape(-1) for each in (one, other))
             if flat.numel():
                 flat, same = flat.view(torch.uint8), same.view(torch.uint8)
             assert torch.equal(flat, same), path

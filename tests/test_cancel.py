@@ -77,11 +77,11 @@ async def test_giving_up_while_the_tensors_are_copied(tmp_path: Path, monkeypatc
     copied: list[int] = []
     real = Stage.copy
 
-    def slow(self: Stage, number: int, values: Any) -> None:
+    def slow(self: Stage, number: int, *args: Any) -> Any:
         reached.set()
         assert go_on.wait(30)
         copied.append(number)
-        real(self, number, values)
+        return real(self, number, *args)
 
     async with Checkpointer() as checkpointer:
         await checkpointer.prepare(state)

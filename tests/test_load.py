@@ -1,7 +1,6 @@
 import asyncio
 import io
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +27,7 @@ from aiodcp import (
     ReadError,
     UnsafeError,
 )
+from aiodcp._stage import Checksum
 from aiodcp.metadata import StorageInfo
 
 from .conftest import FaultyStorage, Gate, assert_equal, blank, make_state
@@ -407,7 +407,7 @@ async def test_loads_may_run_while_a_save_is_in_flight(faulty: FaultyStorage) ->
 
 @pytest.mark.parametrize("checksum", ["zlib", "isal"])
 async def test_both_checksums_write_and_check_the_same(checksum: str) -> None:
-    functions: dict[str, Callable[[Any], int]] = {}
+    functions: dict[str, Checksum] = {}
     import zlib
 
     from isal import isal_zlib

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ class SlowCopy:
         self.let_go = threading.Event()
         copy = Stage.copy
 
-        def held(stage: Stage, number: int, values: Sequence[Any]) -> None:
+        def held(stage: Stage, number: int, *args: Any) -> Any:
             if number == len(stage.layout.segments) - 1:
                 self.reached.set()
                 assert self.let_go.wait(30)
-            copy(stage, number, values)
+            return copy(stage, number, *args)
 
         patch.setattr(Stage, "copy", held)
 
@@ -312,7 +312,7 @@ async def test_a_save_that_fails_lets_a_guarded_optimizer_go_on_and_is_told_all_
 ) -> None:
     model, optimizer = _net()
 
-    def copy(stage: Stage, number: int, values: Sequence[Any]) -> None:
+    def copy(*_: object) -> None:
         raise RuntimeError("no copy today")
 
     monkeypatch.setattr(Stage, "copy", copy)
