@@ -100,25 +100,33 @@ class CopyStreams:
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.Stream] = {}
 
-    def begin(self, values: Sequence[Any]) -> Crossing:
+    def begin(self, values: Sequence[Any], fqns: Sequence[str]) -> Crossing:
         """Mark how far the caller's streams have come, on every device among `values`. In the caller's thread.
 
+        Args:
+            values: the leaves of a state dict, and what belongs to them.
+            fqns: the names of the leaves.
+
         Raises:
-            ArgumentError: tensors are on a device that has no streams to copy on.
+            ArgumentError: a tensor is on a device that has no streams to copy on; names it.
         """
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is None or (accelerator.type == "cuda" and not torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
             return Crossing()  # nothing can be on a device: 10,000 tensors need not be asked
-        devices = {value.device for value in values if isinstance(value, torch.Tensor)}
-        return Crossing([self._lane(device) for device in sorted(devices, key=str) if device.type not in _HOST])
+        first: dict[torch.device, int] = {}
+        for place, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                first.setdefault(value.device, place)
+        names = {device: fqns[min(place, len(fqns) - 1)] for device, place in first.items() if device.type not in _HOST}
+        return Crossing([self._lane(device, names[device]) for device in sorted(names, key=str)])
 
-    def _lane(self, device: torch.device) -> Lane:
+    def _lane(self, device: torch.device, fqn: str) -> Lane:
         try:
             if device not in self._streams:
                 self._streams[device] = torch.Stream(device)
             mark = _recorded(device, torch.accelerator.current_stream(device))
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            problem = f"tensors on {device} cannot be copied: torch has no streams and events for it ({error})"
+            problem = f"{fqn} is on {device}, for which torch has no streams and events to copy with: {error}"
             raise ArgumentError("state_dict", problem) from error
         return Lane(device=device, stream=self._streams[device], mark=mark)
 

@@ -113,6 +113,6 @@ def want(state_dict: MutableMapping[str, Any], rank: int, planner: LoadPlanner |
         fqns=fqns,
         paths=paths,
         values=values,
-        crossing=streams.begin(values),
+        crossing=streams.begin(values, fqns),
         planner=planner,
     )

@@ -454,7 +454,7 @@ class Checkpointer:
                     taken = capture(state_dict, self._rank)
                 else:
                     taken = capture_planned(state_dict, planner, is_coordinator=self._skips.decides)
-            checkpoint._crossing = self._streams.begin(taken.values)
+            checkpoint._crossing = self._streams.begin(taken.values, taken.fqns)
             if self._check_torn:
                 checkpoint._watch = Watch(taken)
                 self._guards.arm()
