@@ -20,6 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     bench.add_argument("--repeat", type=_positive_int, default=5, help="rounds that count (default: 5)")
     bench.add_argument("--plan", type=_positive_int, metavar="RANKS", help="measure planning, for simulated ranks")
+    bench.add_argument(
+        "--device", default="cpu", help="where the state is; cuda measures what a save holds up on host and device"
+    )
     bench.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
 
@@ -28,6 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
         from . import _bench_plan
 
         _bench_plan.run(options.plan, as_json=options.json)
+    elif options.device != "cpu":
+        from . import _bench_device
+
+        _bench_device.run(options.device, options.directory, repeat=options.repeat, as_json=options.json)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from . import _bench_ranks
 

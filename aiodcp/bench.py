@@ -323,6 +323,9 @@ class Floors:
         began = time.perf_counter()
         torch._foreach_copy_(targets, sources)
         self.memcpy_s.append(time.perf_counter() - began)
+        self.measure_writes(arena, directory)
+
+    def measure_writes(self, arena: Arena, directory: Path) -> None:
         self.write_buffered_s.append(_raw_write(arena, directory, 0))
         with suppress(OSError):  # a file system without O_DIRECT has no such floor
             self.write_direct_s.append(_raw_write(arena, directory, os.O_DIRECT))

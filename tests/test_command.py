@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from aiodcp import bench
+from aiodcp import ArgumentError, _bench_device, bench
 from aiodcp.__main__ import main
 
 
@@ -76,3 +77,27 @@ def test_under_torchrun_the_bench_tells_what_each_rank_stages(tmp_path: Path) ->
         assert float(sharded[:-1]) < 1.1
         assert abs(float(whole[:-1]) - float(replicated[:-1])) < 0.1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_bench_of_a_device_measures_every_system(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path_factory.mktemp("bench")
+    shape = _bench_device.Shape(name="tiny", tensors=3, nbytes=8192)
+    _bench_device.run("cpu", str(place), repeat=1, as_json=True, shapes=(shape,))  # the host stands in for a device
+    [result] = json.loads(capsys.readouterr().out)["shapes"]
+    assert set(result["rows"]) == {"aiodcp, staged", "aiodcp, fence", "dcp, cached", "dcp + DefaultStager"}
+    for row in result["rows"].values():
+        assert 0 < row["held_s"] < row["durable_s"]
+        assert 0 < row["copied_s"] < row["durable_s"]
+        assert row["slowdown"] > 0
+    text = _bench_device.format_result(result)
+    assert "best dcp held / ours" in text
+    assert "copied / floor" in text
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
+def test_the_bench_of_a_device_needs_one(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(ArgumentError, match="no accelerator"):
+        main(["bench", str(tmp_path_factory.mktemp("bench")), "--device", "cuda"])

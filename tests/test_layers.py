@@ -30,7 +30,7 @@ LAYERS = [
     ["_save", "_load"],
     ["checkpointer"],
     ["bench", ""],
-    ["_bench_ranks", "_bench_plan"],
+    ["_bench_device", "_bench_ranks", "_bench_plan"],
     ["__main__"],
 ]
 
