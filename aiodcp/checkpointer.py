@@ -115,13 +115,14 @@ class Checkpoint:
         """
         if self.staged.done() or self._fenced:
             return
+        watch = self._watch
         with self.timeline.record("fence"):
             if not self._crossing:
                 self.staged.settle()
                 return
             self._queued.settle()
-            if self._watch is not None:
-                self._watch.close()
+            if watch is not None:
+                watch.close()
             self._crossing.fence()
             self._fenced = True
 
@@ -526,6 +527,7 @@ class Checkpointer:
                     failure = SaveError(repr(error))
                     failure.__cause__ = error
                     checkpoint._fail(failure)
+        checkpoint._watch = None  # and with it what it held of the state
         # Removing a large file takes long (0.2 s a GiB on ext4): the next save need not wait for it.
         await remove_files(self._storage, checkpoint.checkpoint_id, replaced)
 
@@ -573,8 +575,8 @@ class Checkpointer:
             return
         if guarded:
             last.fence()
-        elif last._watch is not None:
-            last._watch.begins_step(optimizer)
+        elif (watch := last._watch) is not None:
+            watch.begins_step(optimizer)
 
     def _raise_untold(self) -> None:
         untold = self._take_untold()

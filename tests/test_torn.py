@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -401,3 +403,24 @@ async def test_a_compiled_step_is_guarded_too(tmp_path: Path) -> None:
             await checkpointer.load({"model": target}, tmp_path)
             assert_equal(target, before)
             assert not torch.equal(model.weight, before["weight"])
+
+
+def _free_sharded(rank: int, size: int, path: Path) -> None:
+    async def main() -> None:
+        mesh = init_device_mesh("cpu", (size,))
+        async with Checkpointer() as checkpointer:
+            weight = distribute_tensor(torch.zeros(8, 2), mesh, [Shard(0)])
+            assert isinstance(weight, DTensor)
+            here = weakref.ref(weight)
+            ckpt = await checkpointer.save({"w": weight}, path)
+            del weight
+            await ckpt.uploaded
+            await checkpointer.load({"w": torch.zeros(8, 2)}, path)  # the save has wound up by then
+            gc.collect()
+            assert here() is None
+
+    asyncio.run(main())
+
+
+def test_a_save_that_is_over_holds_nothing_of_the_state(world: World, tmp_path: Path) -> None:
+    world.run(2, _free_sharded, tmp_path / "ckpt")
