@@ -69,7 +69,7 @@ def plan_windows(layout: Layout, slot_nbytes: int) -> list[Window]:
 
     for record, (frame, offset) in enumerate(zip(layout.frames, layout.offsets, strict=True)):
         end = offset + frame.item_nbytes
-        if end > window.start + slot_nbytes and frame.item_nbytes + BLOCK <= slot_nbytes:
+        if end > window.start + slot_nbytes and frame.item_nbytes <= slot_nbytes:
             window = close(offset)
         if end <= window.start + slot_nbytes:
             window.whole.append(record)

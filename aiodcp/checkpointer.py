@@ -571,7 +571,7 @@ class Checkpointer:
 
     def _on_step(self, optimizer: torch.optim.Optimizer, guarded: bool) -> None:
         last = self._last
-        if last is None or last.staged.done() or last._fenced:
+        if last is None or last.staged.done():
             return
         if guarded:
             last.fence()

@@ -62,6 +62,7 @@ class Device:
         self.compute.go.set()
         self.queued = threading.Event()
         self.error: Exception | None = None
+        self.log: list[str] = []
 
     def begin(self, *_: object) -> Crossing:
         return _Crossing(self)
@@ -81,11 +82,13 @@ class _Crossing(Crossing):
         return True
 
     def start(self) -> None:
+        self._device.log.append("start")
         self._device.copies.submit(self._mark.synchronize)
 
     def copy(self, targets: Any, sources: Any) -> list[Any]:
-        if self._device.error is not None:
+        if self._device.error is not None and self._device.log[-1] == "copy":  # the second one
             raise self._device.error
+        self._device.log.append("copy")
 
         def move() -> None:
             with torch.no_grad():
@@ -230,6 +233,7 @@ async def test_what_was_queued_before_the_save_is_in_it(device: Device, faulty: 
         target = blank(state)
         await checkpointer.load(target, "a")
     assert float(target["w1"][-1]) == 9.0
+    assert device.log[:2] == ["start", "copy"]
 
 
 async def test_a_save_that_is_cancelled_ends_when_no_copy_uses_its_memory_any_more(
@@ -252,11 +256,14 @@ async def test_a_copy_that_cannot_be_queued_fails_the_save_and_lets_a_fence_go(
     device.error = RuntimeError("CUDA error: out of memory")
     async with Checkpointer(storage=faulty) as checkpointer:
         ckpt = await checkpointer.save(_state(), "a")
+        assert await asyncio.to_thread(device.queued.wait, 30)
+        await asyncio.to_thread(_engine_has_turned, checkpointer)
+        assert not ckpt.uploaded.done()  # the first segment is still being copied into the arena
+        device.copies.go.set()
         ckpt.fence()
         with pytest.raises(StageError, match="out of memory"):
             await ckpt.uploaded
         device.error = None
-        device.copies.go.set()
         await (await checkpointer.save(_state(), "a")).uploaded
 
 

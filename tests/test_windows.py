@@ -153,6 +153,7 @@ def _large_state() -> dict[str, Any]:
     return {
         **make_state(3),
         "small": [torch.randn(50 + n, generator=generator) for n in range(600)],
+        "many": [torch.randn(80_000 + n, generator=generator) for n in range(12)],  # each larger than a slot
         "large": torch.randn(500, 1000, generator=generator),
         "turned": torch.randn(300, 500, generator=generator).t(),
         "half": torch.randn(4, 100_000, generator=generator).to(torch.bfloat16)[:, ::2],
@@ -211,6 +212,11 @@ async def test_staged_comes_when_the_last_window_is_copied(faulty: FaultyStorage
         await ckpt.uploaded
 
 
+def _no_space(call: str) -> None:
+    if call == "write":
+        raise OSError(28, "No space left on device")
+
+
 @pytest.mark.parametrize("how", ["cancel", "fail", "torn"])
 async def test_a_save_that_ends_among_its_windows_leaves_nothing_and_the_next_one_works(
     faulty: FaultyStorage, how: str
@@ -218,25 +224,21 @@ async def test_a_save_that_ends_among_its_windows_leaves_nothing_and_the_next_on
     state = _large_state()
     errors = {"cancel": SaveCancelled, "fail": WriteError, "torn": TornSnapshotError}
     async with Checkpointer(storage=faulty, max_host_bytes=MIN_NBYTES) as checkpointer:
-        gate = Gate("write")
-        faulty.gate = gate
-        ckpt = await checkpointer.save(state, "a")
-        await gate.wait_reached()
-        if how == "cancel":
-            ckpt.cancel()
-        elif how == "torn":
-            state["small"][0].add_(1)
-        else:
-
-            def fail(call: str) -> None:
-                if call == "write":
-                    raise OSError(28, "No space left on device")
-
-            faulty.gate = fail
-        gate.open()
-        with pytest.raises(errors[how]):
-            await ckpt.uploaded
-        assert not faulty.files.get("a")
+        for _ in range(9):  # more often than there are blocks to hold back
+            gate = Gate("write")
+            faulty.gate = gate
+            ckpt = await checkpointer.save(state, "a")
+            await gate.wait_reached()
+            if how == "cancel":
+                ckpt.cancel()
+            elif how == "torn":
+                state["small"][0].add_(1)
+            else:
+                faulty.gate = _no_space
+            gate.open()
+            with pytest.raises(errors[how]):
+                await ckpt.uploaded
+            assert not faulty.files.get("a")
         faulty.gate = lambda call: None
         await (await checkpointer.save(state, "a")).uploaded
         target = blank(state)
