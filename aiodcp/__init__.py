@@ -1,10 +1,11 @@
 """Asyncio-native checkpoints for PyTorch, in `torch.distributed.checkpoint`'s own format."""
 
 from ._capture import PerRank
+from ._checkpoint import Checkpoint
 from ._guard import Guard
 from ._milestone import Milestone, Progress
 from ._timeline import Span, Timeline
-from .checkpointer import Checkpoint, Checkpointer
+from .checkpointer import Checkpointer
 from .errors import (
     ArgumentError,
     BusyError,

@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from ._checkpoint import Checkpoint
 from .bench import Waiter, ms, time_save
-from .checkpointer import Checkpoint, Checkpointer
+from .checkpointer import Checkpointer
 
 TENSORS = 64
 

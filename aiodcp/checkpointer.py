@@ -1,18 +1,16 @@
-"""What a user holds: the `Checkpointer`, which saves and loads, and a `Checkpoint`, which is one save under way."""
+"""What a user holds: the `Checkpointer`, which saves and loads."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, contextmanager, suppress
 from hashlib import blake2b
-from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from itertools import count
 from pathlib import Path
-from traceback import walk_tb
 from types import TracebackType
 from typing import Any, Literal, TypeVar, TypeVarTuple, overload
 from weakref import WeakSet
@@ -23,19 +21,20 @@ from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ._capture import PerRank, capture
+from ._checkpoint import Checkpoint, EarlierFailureError
 from ._commit import remove_files
-from ._devices import CopyStreams, Crossing
+from ._devices import CopyStreams
 from ._engine import Engine
 from ._guard import Guard, Guards
 from ._line import Line
 from ._load import Loader
-from ._milestone import Milestone, Progress, ProgressLog
+from ._milestone import Milestone
 from ._planner import capture_planned
 from ._ranks import Kind, Operation
 from ._save import Saver
 from ._skips import Skips
 from ._stage import Checksum, default_checksum
-from ._timeline import Timeline, Trace
+from ._timeline import Trace
 from ._transfer import Job, Transfer
 from ._turns import give_turns, prompt_turns
 from ._wanted import Wanted, want
@@ -57,113 +56,6 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 CheckpointId = str | os.PathLike[str]
-
-
-class Checkpoint:
-    """One save under way, or done.
-
-    Attributes:
-        checkpoint_id: where it goes.
-        staged: reached when the state may change again: all of it is in host memory.
-        uploaded: reached when the checkpoint is committed and durable. Fails if the save fails, as `staged` does if
-            it was not reached before.
-        timeline: when each phase began and ended, and for how long the caller was held.
-    """
-
-    def __init__(self, checkpoint_id: str, engine: Engine) -> None:
-        self.checkpoint_id = checkpoint_id
-        self.staged = Milestone("staged")
-        self.uploaded = Milestone("uploaded")
-        self.timeline = Timeline()
-        self._engine = engine
-        self._log = ProgressLog()
-        self._operation: Operation | None = None
-        self._watch: Watch | None = None
-        self._crossing = Crossing()
-        self._fenced = False
-        self._queued = Milestone("queued")
-
-    def __repr__(self) -> str:
-        latest = self.progress
-        return (
-            f"<Checkpoint {self.checkpoint_id!r} {latest.phase}: "
-            f"{latest.bytes_staged} staged, {latest.bytes_written} written of {latest.bytes_total} bytes>"
-        )
-
-    def __await__(self) -> Generator[Any, None, None]:
-        """Wait for `uploaded`."""
-        return self.uploaded.__await__()
-
-    @property
-    def progress(self) -> Progress:
-        """How far the save has come, now."""
-        return self._log.latest
-
-    def events(self) -> AsyncIterator[Progress]:
-        """Iterate over the progress from the beginning to the end of the save, as it is made.
-
-        The last one's phase is "done", "failed" or "cancelled"; a failure is raised by the milestones, not here.
-        """
-        return self._log.follow()
-
-    def fence(self) -> None:
-        """Let this thread go on to change the tensors as soon as that does no harm: `staged`, without an event loop.
-
-        Tensors on devices may still be on their way then: the thread's current streams wait for the copies, so that
-        kernels queued from now on run after them, and `staged` comes later. For tensors in host memory, and until all
-        copies are queued, the thread itself waits. A save that fails lets go too; the milestones tell the failure.
-        """
-        if self.staged.done() or self._fenced:
-            return
-        watch = self._watch
-        with self.timeline.record("fence"):
-            if not self._crossing:
-                self.staged.settle()
-                return
-            self._queued.settle()
-            if watch is not None:
-                watch.close()
-            self._crossing.fence()
-            self._fenced = True
-
-    def cancel(self) -> None:
-        """Ask for the save to stop. Returns at once; from any thread.
-
-        Both milestones then fail with `SaveCancelled` and what was written is removed, unless the commit has already
-        begun: then the save is finished, and `uploaded` is reached.
-        """
-        with suppress(ClosedError):  # the engine has stopped, and with it every save
-            self._engine.call_soon(self._cancel)
-
-    async def _cancel(self) -> None:
-        if self._operation is not None:
-            self._operation.cancel()
-
-    def _fail(self, error: Exception) -> None:
-        if self.uploaded.done():  # told already, before all of this rank's work had stopped
-            return
-        _let_go(error)
-        cancelled = isinstance(error, SaveCancelled)
-        self._log.report("cancelled" if cancelled else "failed")
-        # Who cancels a save need not be told that it was cancelled. And a failure that only comes of telling another
-        # rank of an earlier one is not told in its turn: ranks would fail each other's saves for ever.
-        retold = isinstance(error, RankError) and {each.kind for each in error.failures} == {
-            _EarlierFailureError.__name__
-        }
-        self._queued.fail(error, told=True)
-        for milestone in (self.staged, self.uploaded):
-            milestone.fail(error, told=cancelled or retold)
-
-    def _untold(self) -> Exception | None:
-        """The failure of this save, if no milestone has told anyone."""
-        error = self.uploaded.untold()
-        if error is not None and self.staged.failed() and self.staged.untold() is None:
-            return None
-        return error
-
-
-class _EarlierFailureError(CheckpointError):
-    """A rank does not save, because it is told of an earlier save that failed."""
 
 
 _RETOLD_LENGTH = 1000  # characters
@@ -480,7 +372,7 @@ class Checkpointer:
         except BaseException as error:
             reason = error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
             if self._last is not None and self._last.uploaded.failed_with(error):
-                reason = _EarlierFailureError(f"told of an earlier save: {error!r}"[:_RETOLD_LENGTH])
+                reason = EarlierFailureError(f"told of an earlier save: {error!r}"[:_RETOLD_LENGTH])
             if checkpoint is None and self._line is not None and not skipped:
                 self._begin(number, str(checkpoint_id), checkpoint_id, turn, asked)  # the other ranks must be told
             _answer(asked, reason)
@@ -760,20 +652,6 @@ class Checkpointer:
 
 async def _cancel(operation: Operation) -> None:
     operation.cancel()
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Clear the frames that an error's tracebacks hold: in their variables is the staging buffer.
-
-    But not coroutines of others: an error of `capture` has the caller's in its traceback, and clearing ends it.
-    """
-    while error is not None:
-        for frame, _ in walk_tb(error.__traceback__):
-            ours = frame.f_globals.get("__name__", "").startswith(f"{__package__}.")
-            if ours or not frame.f_code.co_flags & (CO_COROUTINE | CO_GENERATOR | CO_ASYNC_GENERATOR):
-                with suppress(RuntimeError):  # it is still running
-                    frame.clear()
-        error = error.__cause__ or error.__context__
 
 
 def _ranks_on_this_host() -> int:

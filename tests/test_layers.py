@@ -27,7 +27,7 @@ LAYERS = [
     ["_plan", "_reads", "_wanted", "_watch"],
     ["_commit", "_decode", "_planner", "_transfer"],
     ["_spans"],
-    ["_save", "_load"],
+    ["_save", "_load", "_checkpoint"],
     ["checkpointer"],
     ["bench", ""],
     ["_bench_device", "_bench_ranks", "_bench_plan"],
