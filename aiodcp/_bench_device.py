@@ -28,38 +28,24 @@ from statistics import median
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
 from ._arena import Arena
-from .bench import Floors, ms
+from .bench import Floors, Shape, State, ms
 from .checkpointer import Checkpointer
 from .errors import ArgumentError
-
-State = dict[str, Tensor]
 
 WIDTH, LAYERS, CONTEXT, BATCH = 1024, 8, 512, 8  # of the transformer: a step takes tens of milliseconds on an H100
 STEPS_ALONE = 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A state of `tensors` float32 tensors of `nbytes` bytes each."""
-
-    name: str
-    tensors: int
-    nbytes: int
-
-    def make(self, device: torch.device) -> State:
-        return {f"w{n}": torch.randn(self.nbytes // 4, device=device) for n in range(self.tensors)}
-
-
 SHAPES = (
-    Shape(name="8 GiB in 300 tensors", tensors=300, nbytes=(8 << 30) // 300 // 4096 * 4096),
-    Shape(name="20000 tensors of 16 KiB", tensors=20_000, nbytes=16 << 10),
+    Shape(name="8 GiB in 300 tensors", tensors=300, elements=(8 << 30) // 300 // 4096 * 1024),
+    Shape(name="20000 tensors of 16 KiB", tensors=20_000, elements=4 << 10),
 )
 
 
@@ -263,7 +249,7 @@ async def run_shape(
 ) -> dict[str, Any]:
     """Measure one shape: floors and rows."""
     state = shape.make(device)
-    arena = Arena(-(-shape.tensors * shape.nbytes // 4096) * 4096)
+    arena = Arena(-(-shape.nbytes // 4096) * 4096)
     arena.populate()
     arena.pin()
     systems = _systems(device)
@@ -281,7 +267,7 @@ async def run_shape(
         for system in systems.values():
             await system.close()
     return {
-        "shape": asdict(shape),
+        "shape": asdict(shape) | {"nbytes": shape.nbytes},
         "floors": {"copy_s": median(copies[1:])} | floors.medians(),
         "rows": {name: asdict(_middle(row[1:])) for name, row in costs.items()},
     }
@@ -317,7 +303,7 @@ def _name(device: torch.device) -> str:
 
 def format_result(result: Mapping[str, Any]) -> str:
     """Return one shape's table as text, and the ratios that a promise is made of."""
-    nbytes = result["shape"]["tensors"] * result["shape"]["nbytes"]
+    nbytes = result["shape"]["nbytes"]
     floors, rows = result["floors"], result["rows"]
     lines = ["", result["shape"]["name"], "-" * len(result["shape"]["name"])]
     lines += [f"floor  {name.removesuffix('_s').replace('_', ' '):<16}{ms(s):>10}" for name, s in floors.items()]

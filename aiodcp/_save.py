@@ -1,7 +1,7 @@
 """The save flow: capture, plan, stage, checksum, write, vote, commit. Runs on the engine's loop.
 
-Segments of the data file go through it like cars through a wash: while one is written the next is checksummed and
-the one after it staged. Nothing that is written counts before the commit.
+Stage, checksum and write are each rank's own (`_transfer`), all else is done together. Nothing that is written counts
+before the commit.
 """
 
 from __future__ import annotations
@@ -38,11 +38,7 @@ from ._layout import ALIGNMENT, Layout, round_up
 from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
 from ._ranks import Operation, Row
 from ._transfer import Job, Transfer, write_errors
-from .errors import (
-    ArgumentError,
-    CheckpointError,
-    SaveError,
-)
+from .errors import ArgumentError, CheckpointError, SaveError
 from .metadata import METADATA_NAME, gc_held_off
 from .storage import Storage
 
@@ -50,7 +46,6 @@ _log = logging.getLogger("aiodcp")
 
 WARNED_NAMES = 8  # named in one warning
 KEPT_PLANS = 4  # structures remembered: a run saves one or two, and each costs a few MB for 10,000 tensors
-TAIL_SLACK = 64 << 10  # bytes kept free for frozen values to grow in, before the arena must be made anew
 
 
 @dataclass(slots=True, kw_only=True)
@@ -165,7 +160,9 @@ class Saver:
 
         try:
             prepared = kept or await self._plan(operation, job.taken, job.planner)
-            job.timeline.add("plan", job.captured_s)
+            captured = job.timeline.between("capture")
+            assert captured is not None
+            job.timeline.add("plan", captured[1])
             places, answer = await operation.together(
                 "write",
                 lambda: write(prepared),

@@ -51,7 +51,6 @@ class Job:
         crossing: brings tensors from devices.
         watch: sees whether the captured tensors change before they are staged; None not to look.
         queued: reached when all copies from devices are queued, or no tensor must be waited for.
-        captured_s: when the capture was done, by `time.perf_counter()`.
     """
 
     taken: Capture
@@ -64,7 +63,6 @@ class Job:
     uploaded: Milestone
     log: ProgressLog
     timeline: Timeline
-    captured_s: float
 
     def let_go(self) -> None:
         """Tell the caller that the tensors may change and be freed."""
@@ -245,8 +243,7 @@ class Transfer:
                         number = len(windows) + start // windows.slot_nbytes
                         await take_slot(number)
                         piece = tail[start : start + windows.slot_nbytes]
-                        memory = windows.slot(number)[: round_up(len(piece), BLOCK)]
-                        memory[:] = piece.ljust(len(memory), b"\0")
+                        memory = await in_thread(self._threads.staging, windows.put, number, piece)
                         job.log.report(staged=len(memory))
                         writing.start_soon(write, number, [(windows.layout.tail + start, memory)])
 

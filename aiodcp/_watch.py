@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ._capture import Capture
+from ._capture import Capture, is_plain
 
 
 class Watch:
@@ -22,7 +22,8 @@ class Watch:
     def __init__(self, taken: Capture) -> None:
         self._taken = taken
         self._whole = {place: value for place, value in taken.sharded.items() if isinstance(value, DTensor)}
-        self._versions = self._read()
+        self._versions = self._read(taken.values)
+        self._count = len(taken.values)
         self._stepped: dict[str, None] = {}
         self._closed: list[str] | None = None
 
@@ -34,8 +35,9 @@ class Watch:
         """Return the names of the tensors that have changed, in the order of the state dict."""
         if self._closed is not None:
             return self._closed
-        now = self._read()
-        if now == self._versions and not self._stepped:
+        values = list(self._taken.values)  # emptied when all is staged, perhaps by another thread and just now
+        now = self._read(values)
+        if (now == self._versions and not self._stepped) or not values:
             return []
         names = self._names()
         changed = {name for name, one, other in zip(names, now, self._versions, strict=True) if one != other}
@@ -44,25 +46,25 @@ class Watch:
 
     def begins_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the captured parameters of an optimizer as changed."""
-        values = list(self._taken.values)  # emptied when all is staged, by another thread
-        if not values or self._closed is not None:
+        if self._closed is not None:
             return
         names = {
             value.untyped_storage().data_ptr(): name
-            for name, value in zip(self._names(), values, strict=False)
-            if isinstance(value, torch.Tensor) and not value.is_meta and value.layout is torch.strided
+            for name, value in zip(self._names(), list(self._taken.values), strict=False)
+            if isinstance(value, torch.Tensor) and is_plain(value)
         }
+        names.pop(0, None)  # where nothing is stored, nothing changes
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+                held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+                if parameter.grad is not None and is_plain(held):
                     name = names.get(held.untyped_storage().data_ptr())
-                    if name is not None and held.numel():
+                    if name is not None:
                         self._stepped[name] = None
 
-    def _read(self) -> list[int]:
+    def _read(self, values: list[Any]) -> list[int]:
         """Return the versions of all values, and of `DTensor`s beside those of their local tensors: 0.1 us each."""
-        watched = [*self._taken.values, *self._whole.values()] if self._whole else self._taken.values
+        watched = [*values, *self._whole.values()] if self._whole else values
         try:
             return [value._version if isinstance(value, torch.Tensor) else 0 for value in watched]
         except RuntimeError:  # one of them is an inference tensor
@@ -73,7 +75,7 @@ class Watch:
         fqns = self._taken.fqns
         starts = {start: fqns[place] for place, start in self._taken.parts.items()}  # the parts follow all leaves
         names = list(fqns)
-        for place in range(len(fqns), len(self._taken.values)):
+        for place in range(len(fqns), self._count):
             names.append(starts.get(place, names[-1]))
         return [*names, *(fqns[place] for place in self._whole)]
 

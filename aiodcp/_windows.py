@@ -242,10 +242,12 @@ class Windows:
         """Whether a tail of so many bytes fits: it takes the slots as windows do."""
         return True
 
-    def slot(self, number: int) -> memoryview:
-        """Return the memory of slot `number`, for bytes that are no tensors'."""
+    def put(self, number: int, data: bytes) -> memoryview:
+        """Lay bytes that are no tensors' into the slot of window `number`; return them, filled up to a whole block."""
         start = number % self.slots * self.slot_nbytes
-        return self.arena.memory[start : start + self.slot_nbytes]
+        memory = self.arena.memory[start : start + round_up(len(data), BLOCK)]
+        memory[:] = data.ljust(len(memory), b"\0")
+        return memory
 
 
 def strips_of(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:

@@ -52,9 +52,12 @@ class Shape:
     tensors: int
     elements: int
 
-    def make(self) -> State:
-        generator = torch.Generator().manual_seed(0)
-        return {f"layers.{n}.weight": torch.randn(self.elements, generator=generator) for n in range(self.tensors)}
+    def make(self, device: str | torch.device = "cpu") -> State:
+        generator = torch.Generator(device).manual_seed(0)
+        return {
+            f"layers.{n}.weight": torch.randn(self.elements, generator=generator, device=device)
+            for n in range(self.tensors)
+        }
 
     @property
     def nbytes(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -35,7 +34,7 @@ from ._save import Saver
 from ._skips import Skips
 from ._stage import Checksum, default_checksum
 from ._timeline import Trace
-from ._transfer import Job, Transfer
+from ._transfer import Job, Transfer, write_errors
 from ._turns import give_turns, prompt_turns
 from ._wanted import Wanted, want
 from ._watch import Watch
@@ -347,10 +346,10 @@ class Checkpointer:
                     taken = capture(state_dict, self._rank)
                 else:
                     taken = capture_planned(state_dict, planner, is_coordinator=self._skips.decides)
-            checkpoint._crossing = self._streams.begin(taken.values, taken.fqns)
-            if self._check_torn:
-                checkpoint._watch = Watch(taken)
-                self._guards.arm()
+                checkpoint._crossing = self._streams.begin(taken.values, taken.fqns)
+                if self._check_torn:
+                    checkpoint._watch = Watch(taken)
+                    self._guards.arm()
             job = Job(
                 taken=taken,
                 planner=planner,
@@ -362,7 +361,6 @@ class Checkpointer:
                 uploaded=checkpoint.uploaded,
                 log=checkpoint._log,
                 timeline=checkpoint.timeline,
-                captured_s=time.perf_counter(),
             )
             if not _answer(asked, job):
                 await checkpoint.uploaded  # another rank has failed: raises that
@@ -458,8 +456,12 @@ class Checkpointer:
 
         The last thousand saves are in it, and the last ten thousand of the caller's steps. Times are the host's wall
         clock's, so that the traces of several ranks fit together. Blocks, for some milliseconds.
+
+        Raises:
+            WriteError: the file cannot be written.
         """
-        Path(path).write_text(self._trace.render(torch.distributed.get_rank() if self._line else 0))
+        with write_errors(os.fspath(path)):
+            Path(path).write_text(self._trace.render(torch.distributed.get_rank() if self._line else 0))
 
     def _on_step(self, optimizer: torch.optim.Optimizer, guarded: bool) -> None:
         last = self._last

@@ -83,7 +83,7 @@ def test_the_bench_of_a_device_measures_every_system(
     tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = tmp_path_factory.mktemp("bench")
-    shape = _bench_device.Shape(name="tiny", tensors=3, nbytes=8192)
+    shape = bench.Shape(name="tiny", tensors=3, elements=2048)
     _bench_device.run("cpu", str(place), repeat=1, as_json=True, shapes=(shape,))  # the host stands in for a device
     [result] = json.loads(capsys.readouterr().out)["shapes"]
     assert set(result["rows"]) == {"aiodcp, staged", "aiodcp, fence", "dcp, cached", "dcp + DefaultStager"}

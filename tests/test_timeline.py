@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from aiodcp import Checkpointer, Span, Timeline
+from aiodcp import Checkpointer, Span, Timeline, WriteError
 from aiodcp._timeline import KEPT_STEPS, Trace
 
 from .conftest import FaultyStorage, Gate, make_state
@@ -156,3 +156,9 @@ def test_every_rank_has_a_trace_of_its_own(world: World, tmp_path: Path) -> None
         events = _check_trace(tmp_path / f"trace-{rank}.json", rank)
         assert events[0]["args"]["name"] == f"rank {rank}"
         assert any(event["name"] == "commit" for event in events)
+
+
+async def test_a_trace_that_cannot_be_written_is_told_with_its_path(faulty: FaultyStorage, tmp_path: Path) -> None:
+    async with Checkpointer(storage=faulty) as checkpointer:
+        with pytest.raises(WriteError, match=r"no-such-folder/trace\.json"):
+            checkpointer.write_trace(tmp_path / "no-such-folder" / "trace.json")

@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from aiodcp import ArgumentError, Checkpoint, Checkpointer, ClosedError, RankError, StageError, TornSnapshotError
+from aiodcp._capture import capture
 from aiodcp._stage import Stage
+from aiodcp._watch import Watch
 
 from .conftest import FaultyStorage, assert_equal, blank
 from .worlds import World
@@ -424,3 +426,25 @@ def _free_sharded(rank: int, size: int, path: Path) -> None:
 
 def test_a_save_that_is_over_holds_nothing_of_the_state(world: World, tmp_path: Path) -> None:
     world.run(2, _free_sharded, tmp_path / "ckpt")
+
+
+def test_a_watch_is_over_when_the_values_are_let_go() -> None:
+    """By the engine's thread, at any moment: also between a caller's look at `staged` and its fence."""
+    model, optimizer = _net()
+    taken = capture({"model": model})
+    watch = Watch(taken)
+    taken.values.clear()
+    watch.begins_step(optimizer)
+    watch.close()
+    assert watch.changed() == []
+
+
+def test_a_step_of_parameters_without_storage_changes_nothing() -> None:
+    """Those of FSDP1 between two uses: where nothing is stored lies every empty tensor, too."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    watch = Watch(capture({"empty": torch.zeros(0), "w": torch.ones(2)}))
+    weight.grad = torch.ones(3)
+    weight.untyped_storage().resize_(0)
+    watch.begins_step(optimizer)
+    assert watch.changed() == []
