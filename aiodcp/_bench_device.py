@@ -35,7 +35,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
 from ._arena import Arena
-from .bench import Floors, Shape, State, ms
+from ._floors import Floors
+from .bench import Shape, State, ms
 from .checkpointer import Checkpointer
 from .errors import ArgumentError
 

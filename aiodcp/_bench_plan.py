@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ._capture import Path
+from ._judge import FACTS, Judge
 from ._plan import LocalPlan
-from ._ranks import FACTS, Judge
 from ._save import agree_on_start, plan_for_all
 from .bench import ms
 

@@ -22,8 +22,9 @@ from ._capture import flatten
 from ._decode import Check
 from ._devices import Crossing
 from ._engine import Threads, first_error, in_thread
+from ._judge import Row
 from ._planner import commit_loaded, plan_local_load, plan_reads
-from ._ranks import Operation, Row
+from ._ranks import Operation
 from ._reads import LoadPlan, TensorRead, ValueRead, plan_load, read_rows
 from ._spans import DIRECT_NBYTES, Scratch, Span, copy_in, memory_of, reads_direct, spans_of, without_overlaps
 from ._stage import Checksum

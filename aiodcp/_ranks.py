@@ -15,55 +15,26 @@ from __future__ import annotations
 
 import ctypes
 import json
-import time
 import traceback
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import IntEnum
 from typing import Generic, TypeVar
 
 import anyio
 import torch
 from anyio import CancelScope, Event
 
+from ._judge import FACTS, STOP_GRACE_S, Decide, Judge, Kind, Row, State, Verdict, is_final, padded
 from ._line import Line, LineCutError
 from ._skips import Skips
 from .errors import CheckpointError, RankError, RankFailure
 
 T = TypeVar("T")
 
-Row = list[int]
-Decide = Callable[[list[Row]], Sequence[int]]
-
 FIRST_BEAT_S = 0.01
 LAST_BEAT_S = 0.25  # beats cost some 0.1 ms each on every rank: this often they are no load
-STOP_GRACE_S = 1.0  # for which a failure waits for those who are still stopping, to name all who failed
-FACTS = 8
 _TEXT_NBYTES = 16 << 10  # of each failure's text and traceback
-
-
-class Kind(IntEnum):
-    PREPARE = 1
-    SAVE = 2
-    LOAD = 3
-    OPEN = 4
-
-
-class _State(IntEnum):
-    WORKING = 0
-    DONE = 1
-    FAILED = 2
-    STOPPED = 3
-
-
-class _Verdict(IntEnum):
-    GO_ON = 0
-    ALL_DONE = 1
-    STOP = 2
-    FAILED = 3
-    OUT_OF_STEP = 4
-    BEHIND = 5
 
 
 class _Work(Generic[T]):
@@ -85,12 +56,12 @@ class _Work(Generic[T]):
             self.finished.set()
 
     @property
-    def state(self) -> _State:
+    def state(self) -> State:
         if not self.finished.is_set():
-            return _State.WORKING
+            return State.WORKING
         if self.error is not None:
-            return _State.FAILED
-        return _State.DONE if self.result else _State.STOPPED
+            return State.FAILED
+        return State.DONE if self.result else State.STOPPED
 
 
 class Operation:
@@ -186,8 +157,8 @@ class Operation:
                 raise work.error
             if not work.result:
                 raise self._given_up
-            table = [_padded(facts(work.result[0]) if facts else ())]
-            return work.result[0], _padded(decide(table) if decide else ())
+            table = [padded(facts(work.result[0]) if facts else ())]
+            return work.result[0], padded(decide(table) if decide else ())
         failure: RankError | None = None
         answer: Row = []
         try:
@@ -229,12 +200,12 @@ class Operation:
             with anyio.move_on_after(beat_s):
                 await work.finished.wait()
             beat_s = min(2 * beat_s, LAST_BEAT_S)
-            state = _State.STOPPED if self._cancelled and work.finished.is_set() and not last else work.state
-            mine = facts(work.result[0]) if facts and state is _State.DONE else ()
+            state = State.STOPPED if self._cancelled and work.finished.is_set() and not last else work.state
+            mine = facts(work.result[0]) if facts and state is State.DONE else ()
             verdict, answer = await self._beat(line, phase, judge, state, mine, work.error, last=last)
-            if verdict == _Verdict.ALL_DONE:
+            if verdict == Verdict.ALL_DONE:
                 return answer
-            if verdict == _Verdict.STOP:
+            if verdict == Verdict.STOP:
                 work.scope.cancel()
 
     async def _beat(
@@ -242,7 +213,7 @@ class Operation:
         line: Line,
         step: str,
         judge: Judge,
-        state: _State,
+        state: State,
         facts: Sequence[int],
         error: Exception | None = None,
         *,
@@ -250,25 +221,25 @@ class Operation:
     ) -> tuple[int, Row]:
         """Tell the coordinator this rank's state and facts; return its verdict and answer, unless it is a failure."""
         doing = zlib.crc32(step.encode())
-        row = torch.tensor([self._number, self._kind, self._step, doing, state, *_padded(facts)], dtype=torch.int64)
+        row = torch.tensor([self._number, self._kind, self._step, doing, state, *padded(facts)], dtype=torch.int64)
         with self._cut_told(line, error):
             table = await line.gather(row)
             heard = torch.zeros(2 + FACTS, dtype=torch.int64)
             if table is not None:
                 verdict, *answer = judge.judge(table.tolist())
-                heard = torch.tensor([verdict, self._skipped(_is_final(verdict, last)), *answer], dtype=torch.int64)
+                heard = torch.tensor([verdict, self._skipped(is_final(verdict, last)), *answer], dtype=torch.int64)
             await line.broadcast(heard)
         verdict, skipped, *answer = heard.tolist()
         if not self.is_coordinator and self._skips:
             self._skips.hear(skipped)
-        if verdict == _Verdict.BEHIND:
+        if verdict == Verdict.BEHIND:
             if self._number == answer[0]:
-                return _Verdict.GO_ON, answer
+                return Verdict.GO_ON, answer
             behind = CheckpointError(f"this is call {self._number} of this rank, others are at call {answer[0]}")
             raise RankError(self._doing, [_describe(line, behind)])
-        if _is_final(verdict, last):
+        if is_final(verdict, last):
             self.close()
-        if verdict in (_Verdict.FAILED, _Verdict.OUT_OF_STEP):
+        if verdict in (Verdict.FAILED, Verdict.OUT_OF_STEP):
             raise await self._tell(line, error, judge)
         return verdict, answer
 
@@ -281,8 +252,8 @@ class Operation:
         self._step += 1
         judge = Judge(line.timeout_s, lambda table: [max(row[0] for row in table)])
         while True:
-            verdict, answer = await self._beat(line, step, judge, _State.DONE, [nbytes])
-            if verdict == _Verdict.ALL_DONE:
+            verdict, answer = await self._beat(line, step, judge, State.DONE, [nbytes])
+            if verdict == Verdict.ALL_DONE:
                 return answer[0]
 
     def _skipped(self, final: bool) -> int:
@@ -390,54 +361,6 @@ async def _broadcast(line: Line, data: bytes) -> bytes:
     return _bytes_of(row)
 
 
-def _is_final(verdict: int, last: bool) -> bool:
-    return verdict in (_Verdict.FAILED, _Verdict.OUT_OF_STEP) or (last and verdict == _Verdict.ALL_DONE)
-
-
-class Judge:
-    """The coordinator's verdict on one phase, beat after beat."""
-
-    def __init__(self, timeout_s: float, decide: Decide | None) -> None:
-        self._decide = decide
-        self._deadline = time.monotonic() + timeout_s
-        self._stopped_at: float | None = None
-        self.missing: list[int] = []
-        self.error: Exception | None = None
-
-    def judge(self, table: list[Row]) -> Row:
-        """Return the verdict on one beat, and the answer, from all ranks' rows."""
-        now = time.monotonic()
-        latest = max(row[0] for row in table)
-        if any(row[0] < latest for row in table):
-            return [_Verdict.BEHIND, *_padded([latest])]
-        if any(row[:4] != table[0][:4] for row in table):
-            self.error = CheckpointError(_out_of_step(table))
-            return _padded([_Verdict.OUT_OF_STEP], 1 + FACTS)
-        states = [row[4] for row in table]
-        working = [rank for rank, state in enumerate(states) if state == _State.WORKING]
-        if not working and all(state == _State.DONE for state in states):
-            try:
-                answer = self._decide([row[5:] for row in table]) if self._decide else ()
-                return [_Verdict.ALL_DONE, *_padded(answer)]
-            except Exception as error:
-                self.error = error
-                return _padded([_Verdict.FAILED], 1 + FACTS)
-        late = bool(working) and now > self._deadline
-        if late and not self.missing:
-            self.missing = working
-        if late or any(state in (_State.FAILED, _State.STOPPED) for state in states):
-            if self._stopped_at is None:
-                self._stopped_at = now
-            over = not working or now > self._stopped_at + STOP_GRACE_S
-            return _padded([_Verdict.FAILED if over else _Verdict.STOP], 1 + FACTS)
-        return _padded([_Verdict.GO_ON], 1 + FACTS)
-
-
-def _out_of_step(table: list[Row]) -> str:
-    doing = [f"rank {rank} is in step {row[2]} of a {Kind(row[1]).name.lower()}" for rank, row in enumerate(table)]
-    return "the ranks do not do the same: " + ", ".join(doing[:8]) + (", ..." if len(doing) > 8 else "")
-
-
 def _describe(line: Line, error: Exception) -> RankFailure:
     try:
         text = str(error)
@@ -459,11 +382,6 @@ def _as_json(failure: RankFailure) -> dict[str, object]:
         "text": failure.text,
         "traceback": failure.traceback,
     }
-
-
-def _padded(values: Sequence[int], length: int = FACTS) -> Row:
-    assert len(values) <= length
-    return [*map(int, values), *[0] * (length - len(values))]
 
 
 def _tensor_of(data: bytes) -> torch.Tensor:

@@ -34,9 +34,10 @@ from ._commit import (
 )
 from ._devices import is_on_device
 from ._engine import Threads, in_thread
+from ._judge import Row
 from ._layout import ALIGNMENT, Layout, round_up
 from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
-from ._ranks import Operation, Row
+from ._ranks import Operation
 from ._transfer import Job, Transfer, write_errors
 from .errors import ArgumentError, CheckpointError, SaveError
 from .metadata import METADATA_NAME, gc_held_off

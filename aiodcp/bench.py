@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
 from ._arena import Arena
+from ._floors import Floors
 from ._timeline import Timeline
 from .checkpointer import Checkpointer
 
@@ -306,50 +307,6 @@ async def time_load(system: System, state: State, path: str) -> tuple[float, flo
     if any(not torch.equal(tensor, target[name]) for name, tensor in state.items()):
         raise AssertionError("what was loaded is not what was saved")
     return seconds[0], seconds[1], lag.seconds
-
-
-# --- floors
-
-
-@dataclass(slots=True, kw_only=True)
-class Floors:
-    """What the hardware takes for the same bytes, in seconds."""
-
-    memcpy_s: list[float] = field(default_factory=list)
-    write_buffered_s: list[float] = field(default_factory=list)
-    write_direct_s: list[float] = field(default_factory=list)
-
-    def measure(self, state: State, arena: Arena, directory: Path) -> None:
-        sources = list(state.values())
-        flat = arena.tensor.view(torch.float32)
-        targets = list(torch.split(flat[: sum(t.numel() for t in sources)], [t.numel() for t in sources]))
-        began = time.perf_counter()
-        torch._foreach_copy_(targets, sources)
-        self.memcpy_s.append(time.perf_counter() - began)
-        self.measure_writes(arena, directory)
-
-    def measure_writes(self, arena: Arena, directory: Path) -> None:
-        self.write_buffered_s.append(_raw_write(arena, directory, 0))
-        with suppress(OSError):  # a file system without O_DIRECT has no such floor
-            self.write_direct_s.append(_raw_write(arena, directory, os.O_DIRECT))
-
-    def medians(self) -> dict[str, float]:
-        return {name: median(values) for name, values in asdict(self).items() if values}
-
-
-def _raw_write(arena: Arena, directory: Path, flags: int) -> float:
-    path = directory / "floor"
-    began = time.perf_counter()
-    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | flags)
-    try:
-        offset = 0
-        while offset < arena.nbytes:
-            offset += os.pwrite(fd, arena.memory[offset : offset + (64 << 20)], offset)
-        os.fsync(fd)
-        return time.perf_counter() - began
-    finally:
-        os.close(fd)
-        path.unlink()
 
 
 # --- runs

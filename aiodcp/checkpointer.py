@@ -25,11 +25,12 @@ from ._commit import remove_files
 from ._devices import CopyStreams
 from ._engine import Engine
 from ._guard import Guard, Guards
+from ._judge import Kind
 from ._line import Line
 from ._load import Loader
 from ._milestone import Milestone
 from ._planner import capture_planned
-from ._ranks import Kind, Operation
+from ._ranks import Operation
 from ._save import Saver
 from ._skips import Skips
 from ._stage import Checksum, default_checksum

@@ -10,17 +10,8 @@ PACKAGE = Path(aiodcp.__file__).parent
 # Each line may import from the lines above it, never from its own or from below.
 LAYERS = [
     ["errors", "_layout", "_turns", "storage.base"],
-    [
-        "_devices",
-        "_guard",
-        "_timeline",
-        "storage.memory",
-        "storage.local",
-        "metadata",
-        "_milestone",
-        "_arena",
-        "_archive",
-    ],
+    ["_devices", "_guard", "_judge", "_timeline", "storage.memory", "storage.local", "metadata"],
+    ["_arena", "_archive", "_milestone"],
     ["storage", "_engine", "_skips"],
     ["_capture", "_stage", "_line"],
     ["_chunks", "_ranks", "_windows"],
@@ -29,6 +20,7 @@ LAYERS = [
     ["_spans"],
     ["_save", "_load", "_checkpoint"],
     ["checkpointer"],
+    ["_floors"],
     ["bench", ""],
     ["_bench_device", "_bench_ranks", "_bench_plan"],
     ["__main__"],
