@@ -10,18 +10,17 @@ stream of the computation. Host tensors need none of this, and cost nothing here
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ._mirror import Mirror, Tensors, copy_through
 from .errors import ArgumentError
 
 _HOST = {"cpu", "meta"}
-
-Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +65,35 @@ class Crossing:
             with torch.no_grad():
                 torch._foreach_copy_(targets, sources)
             return []
+        with self._queue():
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+        return self._copied
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device, if there is exactly one: then `mirror` and `copy_through` can be used."""
+        return self._lanes[0].device if len(self._lanes) == 1 else None
+
+    def mirror(self, nbytes: int) -> Mirror:
+        """Take memory on the device, for this crossing and later ones."""
+        with self._queue():  # the allocator gives it to the stream of the copies
+            return Mirror(self._lanes[0].device, nbytes)
+
+    def copy_through(
+        self, memory: torch.Tensor, places: Tensors, stretch: torch.Tensor, targets: Tensors, sources: Tensors
+    ) -> list[torch.Event]:
+        """As `copy`, by way of a mirror: see there."""
+        with self._queue():
+            copy_through(memory, places, stretch, targets, sources)
+        return self._copied
+
+    @contextmanager
+    def _queue(self) -> Iterator[None]:
         with torch.no_grad(), self._lock, ExitStack() as stack:
             for lane in self._lanes:
                 stack.enter_context(lane.stream)
-            torch._foreach_copy_(targets, sources, non_blocking=True)
+            yield
             self._copied = [_recorded(lane.device, lane.stream) for lane in self._lanes]
-            return self._copied
 
     def drain(self) -> None:
         """Block this thread until nothing that was queued is using memory any more."""

@@ -17,6 +17,7 @@ import torch
 from ._arena import Arena
 from ._devices import Crossing
 from ._layout import BLOCK, NOT_COPIED, Layout, copyable, round_up
+from ._mirror import SMALL_NBYTES, Mirror
 
 CRC = struct.Struct("<I")
 
@@ -115,6 +116,8 @@ class Stage:
             plan_copies(self.arena, layout, range(segment.first, segment.stop_record), leaves)
             for segment in layout.segments
         ]
+        self._mirror: tuple[torch.device, Mirror] | None = None
+        self._mirrored: dict[int, list[torch.Tensor]] = {}  # by segment, where in the mirror its tensors are gathered
 
     def copy(self, number: int, values: Sequence[Any], crossing: Crossing) -> list[torch.Event]:
         """Copy segment `number` from the leaves of a state dict. Blocks; releases the GIL while bytes move.
@@ -123,7 +126,33 @@ class Stage:
             What to wait for, if bytes come from a device.
         """
         copies = self._copies[number]
-        return crossing.copy(copies.targets, copies.sources(values))
+        sources = copies.sources(values)
+        places = self._places(number, crossing) if crossing and self._is_small(number) else []
+        if not places or self._mirror is None or self._mirror[1].memory is None:
+            return crossing.copy(copies.targets, sources)
+        return crossing.copy_through(self._mirror[1].memory, places, self._stretch(number), copies.targets, sources)
+
+    def _is_small(self, number: int) -> bool:
+        segment = self.layout.segments[number]
+        return segment.stop - segment.start < SMALL_NBYTES * (segment.stop_record - segment.first)
+
+    def _stretch(self, number: int) -> torch.Tensor:
+        segment = self.layout.segments[number]
+        return self.arena.tensor[segment.start : segment.stop]
+
+    def _places(self, number: int, crossing: Crossing) -> list[torch.Tensor]:
+        """Return where in the mirror a segment's tensors are gathered; none if there cannot be a mirror."""
+        device = crossing.device
+        if device is None:
+            return []
+        if self._mirror is None or self._mirror[0] != device:
+            small = [s.stop - s.start for n, s in enumerate(self.layout.segments) if self._is_small(n)]
+            self._mirror = device, crossing.mirror(max(small))
+            self._mirrored.clear()
+        mirror = self._mirror[1]
+        if number not in self._mirrored and mirror.memory is not None:
+            self._mirrored[number] = mirror.places(self._stretch(number), self._copies[number].targets)
+        return self._mirrored.get(number, [])
 
     def checksum(self, number: int, crc32: Checksum) -> None:
         """Compute the CRC32 of each record of a segment, and write it into the two places of its frame."""

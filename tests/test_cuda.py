@@ -8,6 +8,7 @@ import torch
 
 import aiodcp._arena
 from aiodcp import Checkpointer, TornSnapshotError
+from aiodcp._stage import Stage
 from aiodcp._windows import MIN_NBYTES
 
 pytestmark = [
@@ -103,6 +104,26 @@ async def test_a_step_without_a_fence_is_torn(tmp_path: Path) -> None:
         tensor.add_(1)
         with pytest.raises(TornSnapshotError):
             await ckpt.uploaded
+
+
+async def test_many_small_tensors_cross_together(tmp_path: Path) -> None:
+    state = {f"w{n}": torch.full((1000 + n % 7,), float(n), device="cuda" if n % 10 else "cpu") for n in range(3000)}
+    async with Checkpointer() as checkpointer:
+        await checkpointer.prepare(state)
+        for number in range(3):
+            ckpt = await checkpointer.save(state, tmp_path / str(number))
+            ckpt.fence()
+            torch._foreach_add_([tensor for tensor in state.values() if tensor.is_cuda], 1)
+            await ckpt.uploaded
+        room = checkpointer._saver._transfer._room
+        assert room is not None
+        assert isinstance(room[1], Stage)
+        assert room[1]._mirror is not None
+        for number in range(3):
+            target = {name: torch.full_like(tensor, -1.0) for name, tensor in state.items()}
+            await checkpointer.load(target, tmp_path / str(number))
+            for n, tensor in enumerate(target.values()):
+                assert bool((tensor == n + (number if n % 10 else 0)).all())
 
 
 async def test_memory_freed_right_after_the_fence_is_not_used_again_too_soon(tmp_path: Path) -> None:
