@@ -74,9 +74,9 @@ class FaultyStorage(MemoryStorage):
         await self._pass("get")
         return await super().get(checkpoint_id, name)
 
-    async def remove(self, checkpoint_id: str, name: str) -> None:
-        self.calls.append("remove")
-        await super().remove(checkpoint_id, name)
+    async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
+        await self._pass("remove")
+        await super().remove(checkpoint_id, name, durable=durable)
 
 
 class _FaultyWriter:

@@ -1,8 +1,12 @@
 """What every storage promises: one suite, run on each."""
 
+import asyncio
+import errno
 import mmap
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,3 +255,91 @@ async def test_data_is_durable_before_its_name_and_a_commit_before_it_counts(
         "rename .metadata",
         "fsync new",
     ]
+
+
+async def test_places_are_those_right_below(storage: Storage, tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    assert await storage.places(root) == []
+    for place in ("step-2", "step-10", "deep/inside"):
+        await storage.put(f"{root}/{place}", "file", b"1")
+    await storage.put(root, "no-place", b"1")
+    assert await storage.places(root) == ["deep", "step-10", "step-2"]
+    assert await storage.places(f"{root}/no-place") == []
+
+
+async def test_a_place_of_anyones_is_forgotten_when_asked_for(tmp_path: Path) -> None:
+    storage = LocalStorage()
+    await storage.discard(str(tmp_path))
+    assert tmp_path.exists()
+    (tmp_path / "mine").mkdir()
+    await storage.discard(str(tmp_path), made_by_anyone=True)
+    assert (tmp_path / "mine").exists()
+    await storage.discard(str(tmp_path / "mine"), made_by_anyone=True)
+    assert not (tmp_path / "mine").exists()
+
+
+async def test_claims_go_together_but_for_one_that_is_alone(storage: Storage, tmp_path: Path) -> None:
+    root = str(tmp_path)
+    async with storage.claim(root, alone=True) as first:
+        assert first
+        async with storage.claim(root, alone=True) as second:
+            assert not second
+        waiting = asyncio.ensure_future(_claimed(storage, root))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    assert await waiting
+    async with storage.claim(root, alone=False) as one, storage.claim(root, alone=False) as other:
+        assert one
+        assert other
+        async with storage.claim(root, alone=True) as alone:
+            assert not alone
+    async with storage.claim(root, alone=True) as again:
+        assert again
+
+
+async def _claimed(storage: Storage, root: str) -> bool:
+    async with storage.claim(root, alone=False) as held:
+        return held
+
+
+_HOLD = """
+import asyncio, sys
+from aiodcp import LocalStorage
+
+async def main():
+    async with LocalStorage().claim(sys.argv[1], alone=False) as held:
+        print(held, flush=True)
+        sys.stdin.read()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_claim_holds_against_other_processes_and_ends_with_them(tmp_path: Path) -> None:
+    storage, root = LocalStorage(), str(tmp_path)
+    other = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "True\n"
+    async with storage.claim(root, alone=False) as together:
+        assert together
+    async with storage.claim(root, alone=True) as alone:
+        assert not alone
+    other.kill()
+    other.communicate()
+    async with storage.claim(root, alone=True) as alone:
+        assert alone
+
+
+async def test_where_the_file_system_has_no_locks_nobody_is_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(local, "_lock", wrap(refuse))
+    async with LocalStorage().claim(str(tmp_path), alone=True) as alone:
+        assert not alone
+    async with LocalStorage().claim(str(tmp_path), alone=False) as together:
+        assert together

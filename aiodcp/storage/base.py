@@ -1,4 +1,4 @@
-"""What a storage must be able to do: ten verbs, and what each promises about durability.
+"""What a storage must be able to do: eleven verbs, and what each promises about durability.
 
 A storage holds checkpoints; a checkpoint is a flat set of named files. The save flow calls `create`, writes,
 leaves the `async with`, and then `put`s the commit record: the promises below are what makes that order safe.
@@ -73,8 +73,22 @@ class Storage(Protocol):
     async def names(self, checkpoint_id: str) -> list[str]:
         """Return the names of all files, sorted, leftovers included; empty for a place that does not exist."""
 
-    async def remove(self, checkpoint_id: str, name: str) -> None:
-        """Remove a file; one that is not there is no error."""
+    async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
+        """Remove a file; one that is not there is no error. If `durable`, no crash brings it back."""
 
-    async def discard(self, checkpoint_id: str) -> None:
-        """Forget the checkpoint's place if nothing is in it (a directory is removed, for example)."""
+    async def discard(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
+        """Forget the checkpoint's place if nothing is in it (a directory is removed, for example).
+
+        Unless `made_by_anyone` only a place that this storage has made: an empty directory may be the caller's own.
+        """
+
+    async def places(self, root: str) -> list[str]:
+        """Return the names of the places right below `root`, sorted; none if there is no such place."""
+
+    def claim(self, root: str, *, alone: bool) -> AbstractAsyncContextManager[bool]:
+        """Hold a claim on `root` while the block lasts, against all other processes that have the same storage.
+
+        Claims that are not `alone` go together; they wait for one that is. One that is `alone` does not wait: the
+        block's value is False if anybody else holds a claim, or if the storage cannot tell. A claim ends with its
+        process.
+        """

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -20,10 +22,12 @@ from pathlib import Path
 
 import aiofiles
 import aiofiles.os
+import anyio
 from aiofiles.os import wrap
 from aiofiles.threadpool.binary import AsyncFileIO
 from anyio import CancelScope
 
+from ._claims import Claims
 from .base import BLOCK
 
 # Bytes of one system call: under the kernel's limit of 0x7ffff000, and little enough to be done soon when the
@@ -32,6 +36,10 @@ CALL_NBYTES = 64 << 20
 IOV_MAX = 1024  # buffers of one preadv: the limit of Linux
 
 
+LOCK_NAME = ".aiodcp.lock"
+_LOCK_POLL_S = 0.05
+
+_claims = Claims()
 _temporaries: set[str] = set()  # that `put` is writing now, in this process: nobody's leftovers
 
 
@@ -125,9 +133,11 @@ class LocalStorage:
             return []
         return sorted(name for name in found if name not in _temporaries)
 
-    async def remove(self, checkpoint_id: str, name: str) -> None:
+    async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
         with CancelScope(shield=True):
             await _unlink(os.path.join(checkpoint_id, name))
+            if durable:
+                await _fsync_directory(checkpoint_id)
 
     async def _make(self, checkpoint_id: str) -> None:
         if await _make_durable_directory(checkpoint_id):
@@ -141,8 +151,8 @@ class LocalStorage:
         finally:
             _temporaries.discard(temporary)
 
-    async def discard(self, checkpoint_id: str) -> None:
-        if checkpoint_id not in self._made:  # the caller's own
+    async def discard(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
+        if checkpoint_id not in self._made and not made_by_anyone:
             return
         with CancelScope(shield=True):
             try:
@@ -150,6 +160,29 @@ class LocalStorage:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
                     raise
+
+    async def places(self, root: str) -> list[str]:
+        return await _directories(root)
+
+    @asynccontextmanager
+    async def claim(self, root: str, *, alone: bool) -> AsyncIterator[bool]:
+        """By a lock on a file of `root`'s, which the system takes back when the process ends, however it ends.
+
+        A POSIX record lock: children that are forked do not inherit it, and network file systems know it. Within a
+        process it does not hold, hence `_claims` beside it. Source: fcntl_locking(2).
+        """
+        async with _claims.hold(root, alone=alone) as free:
+            if not free:
+                yield False
+                return
+            with CancelScope(shield=True):
+                await _make_durable_directory(root)
+                lock = await _locks.open(os.path.join(root, LOCK_NAME))
+            try:
+                yield await _wait_for_lock(lock, alone=alone)
+            finally:
+                with CancelScope(shield=True):
+                    await _locks.close(os.path.join(root, LOCK_NAME))
 
 
 class _LocalWriter:
@@ -270,6 +303,63 @@ def _make_durable_directory(path: str) -> bool:
             raise NotADirectoryError(errno.ENOTDIR, "is a file, not a directory", str(new)) from None
         _fsync_directory_now(str(new.parent))
     return bool(missing)
+
+
+@wrap
+def _directories(root: str) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+class _Locks:
+    """One descriptor for each lock file: to close any other one would let all of the process's locks on it go."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._open: dict[str, tuple[int, int]] = {}  # descriptor and number of users, by path
+
+    @wrap
+    def open(self, path: str) -> int:
+        with self._mutex:
+            lock, users = self._open.get(path, (-1, 0))
+            if not users:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._open[path] = lock, users + 1
+            return lock
+
+    @wrap
+    def close(self, path: str) -> None:
+        with self._mutex:
+            lock, users = self._open.pop(path)
+            if users > 1:
+                self._open[path] = lock, users - 1
+            else:
+                os.close(lock)
+
+
+_locks = _Locks()
+
+
+async def _wait_for_lock(lock: int, *, alone: bool) -> bool:
+    """Lock, at once or not at all if `alone`. On a file system without locks all may go on, but nobody alone."""
+    while True:
+        try:
+            await _lock(lock, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+            return True
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                return not alone
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            if alone:
+                return False
+        await anyio.sleep(_LOCK_POLL_S)
+
+
+_lock = wrap(fcntl.lockf)
 
 
 @wrap

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from ._claims import Claims
+
 
 class MemoryStorage:
     """Keep checkpoints in this process's memory. Copies what it is given; one object may serve many Checkpointers.
@@ -16,6 +18,7 @@ class MemoryStorage:
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = defaultdict(dict)
+        self._claims = Claims()
 
     def resolve(self, checkpoint_id: str) -> str:
         return checkpoint_id
@@ -47,12 +50,23 @@ class MemoryStorage:
     async def names(self, checkpoint_id: str) -> list[str]:
         return sorted(self.files[checkpoint_id])
 
-    async def remove(self, checkpoint_id: str, name: str) -> None:
+    async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
         self.files[checkpoint_id].pop(name, None)
 
-    async def discard(self, checkpoint_id: str) -> None:
+    async def discard(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
         if not self.files[checkpoint_id]:
             del self.files[checkpoint_id]
+
+    async def places(self, root: str) -> list[str]:
+        below = [
+            place[len(root) + 1 :] for place, files in self.files.items() if files and place.startswith(f"{root}/")
+        ]
+        return sorted({place.split("/")[0] for place in below})
+
+    @asynccontextmanager
+    async def claim(self, root: str, *, alone: bool) -> AsyncIterator[bool]:
+        async with self._claims.hold(root, alone=alone) as held:
+            yield held
 
 
 class _MemoryWriter:
