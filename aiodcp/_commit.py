@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from anyio import CancelScope
 
+from ._names import METADATA_NAME, data_file, is_leftover
 from ._plan import GlobalPlan
 from .errors import SaveError
 from .metadata import (
-    METADATA_NAME,
     Field,
     Metadata,
     MetadataIndex,
@@ -21,7 +21,6 @@ from .metadata import (
     Template,
     TensorStorageMetadata,
     build_metadata,
-    is_leftover,
 )
 from .storage import Storage
 
@@ -79,11 +78,6 @@ class CommitRecord:
     def files(self, save_id: str) -> set[str]:
         """Return the names of all data files of a save."""
         return {data_file(rank, save_id) for rank in self._writers}
-
-
-def data_file(rank: int, save_id: str) -> str:
-    """Return a rank's data file: a name that no other save has, so that the old checkpoint's files stay whole."""
-    return f"__{rank}_{save_id}.distcp"
 
 
 def _refuse_incomplete(metadata: Metadata) -> None:

@@ -57,14 +57,6 @@ async def in_thread(executor: Executor, function: Callable[[*Ts], T], *args: *Ts
     return result
 
 
-def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the one error of a task group to tell a user of: the first that is not itself a group."""
-    first = errors.exceptions[0]
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first
-
-
 def _limit_torch(threads: int) -> None:
     """Let what torch computes in this thread use so many cores: the others belong to the training step.
 

@@ -21,16 +21,26 @@ from ._archive import find_tensor
 from ._capture import flatten
 from ._decode import Check
 from ._devices import Crossing
-from ._engine import Threads, first_error, in_thread
+from ._engine import Threads, in_thread
 from ._judge import Row
+from ._names import METADATA_NAME
 from ._planner import commit_loaded, plan_local_load, plan_reads
 from ._ranks import Operation
 from ._reads import LoadPlan, TensorRead, ValueRead, plan_load, read_rows
 from ._spans import DIRECT_NBYTES, Scratch, Span, copy_in, memory_of, reads_direct, spans_of, without_overlaps
 from ._stage import Checksum
 from ._wanted import Wanted, find_holders, grow_optimizers
-from .errors import ArgumentError, CheckpointError, CorruptError, LoadError, NotACheckpointError, ReadError, StageError
-from .metadata import METADATA_NAME, Metadata, gc_held_off, read_metadata
+from .errors import (
+    ArgumentError,
+    CheckpointError,
+    CorruptError,
+    LoadError,
+    NotACheckpointError,
+    ReadError,
+    StageError,
+    first_error,
+)
+from .metadata import Metadata, gc_held_off, read_metadata
 from .storage import Reader, Storage
 
 ENDS_NBYTES = 8 << 10  # of an archive: what torch.save writes before and after one tensor's bytes is 1.5 KiB

@@ -25,7 +25,6 @@ from ._commit import (
     CommitRecord,
     Item,
     commit,
-    data_file,
     find_replaced,
     forget_empty,
     live,
@@ -36,11 +35,12 @@ from ._devices import is_on_device
 from ._engine import Threads, in_thread
 from ._judge import Row
 from ._layout import ALIGNMENT, Layout, round_up
+from ._names import METADATA_NAME, data_file
 from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
 from ._ranks import Operation
 from ._transfer import Job, Transfer, write_errors
 from .errors import ArgumentError, CheckpointError, SaveError
-from .metadata import METADATA_NAME, gc_held_off
+from .metadata import gc_held_off
 from .storage import Storage
 
 _log = logging.getLogger("aiodcp")
@@ -155,7 +155,7 @@ class Saver:
             if prepared.record is not None:
                 await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
                 places = [prepared.places[rank] for rank in range(operation.size)]
-                record = prepared.record.render(job.checkpoint_id, save_id, places)
+                record = prepared.record.render(job.checkpoint_id, save_id, places) + job.note
                 with write_errors(self._storage.locate(job.checkpoint_id, METADATA_NAME)):
                     await commit(self._storage, job.checkpoint_id, record, prepared.record.files(save_id))
 

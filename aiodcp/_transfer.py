@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from ._capture import Capture
 from ._devices import Crossing, wait_for
-from ._engine import Threads, first_error, in_thread
+from ._engine import Threads, in_thread
 from ._layout import BLOCK, round_up
 from ._milestone import Milestone, ProgressLog
 from ._plan import SavePlan
@@ -29,7 +29,7 @@ from ._stage import Checksum, Stage, stage_nbytes
 from ._timeline import Timeline
 from ._watch import Watch
 from ._windows import FileRange, Windows
-from .errors import CaptureError, StageError, TornSnapshotError, WriteError
+from .errors import CaptureError, StageError, TornSnapshotError, WriteError, first_error
 from .storage import Storage, Writer
 
 TAIL_SLACK = 64 << 10  # bytes kept free for frozen values to grow in, before the arena must be made anew
@@ -50,6 +50,7 @@ class Job:
     Attributes:
         crossing: brings tensors from devices.
         watch: sees whether the captured tensors change before they are staged; None not to look.
+        note: stands behind the metadata, encoded.
         queued: reached when all copies from devices are queued, or no tensor must be waited for.
     """
 
@@ -58,6 +59,7 @@ class Job:
     crossing: Crossing
     watch: Watch | None
     checkpoint_id: str
+    note: bytes
     queued: Milestone
     staged: Milestone
     uploaded: Milestone

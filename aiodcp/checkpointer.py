@@ -29,11 +29,13 @@ from ._judge import Kind
 from ._line import Line
 from ._load import Loader
 from ._milestone import Milestone
+from ._note import encode_note
 from ._planner import capture_planned
 from ._ranks import Operation
 from ._save import Saver
 from ._skips import Skips
 from ._stage import Checksum, default_checksum
+from ._steps import read_note
 from ._timeline import Trace
 from ._transfer import Job, Transfer, write_errors
 from ._turns import give_turns, prompt_turns
@@ -273,6 +275,7 @@ class Checkpointer:
         checkpoint_id: CheckpointId,
         *,
         planner: SavePlanner | None = ...,
+        custom_metadata: Mapping[str, Any] | None = ...,
         on_busy: Literal["wait", "raise"] = ...,
     ) -> Checkpoint: ...
 
@@ -283,7 +286,8 @@ class Checkpointer:
         checkpoint_id: CheckpointId,
         *,
         planner: SavePlanner | None = ...,
-        on_busy: Literal["skip"],
+        custom_metadata: Mapping[str, Any] | None = ...,
+        on_busy: Literal["wait", "skip", "raise"],
     ) -> Checkpoint | None: ...
 
     async def save(
@@ -292,6 +296,7 @@ class Checkpointer:
         checkpoint_id: CheckpointId,
         *,
         planner: SavePlanner | None = None,
+        custom_metadata: Mapping[str, Any] | None = None,
         on_busy: Literal["wait", "skip", "raise"] = "wait",
     ) -> Checkpoint | None:
         """Begin to save `state_dict`, and return as soon as it is captured.
@@ -311,6 +316,8 @@ class Checkpointer:
             planner: your own, instead of DCP's. It is asked for a local plan, and for every item's data, here at each
                 save; for a global plan when the local ones have changed. It plans what is in the arena, so the data
                 of an item must have the dtype and shape that it planned.
+            custom_metadata: a note that is committed with the checkpoint, in words of JSON; `read_custom_metadata`
+                returns it. Of several ranks' the coordinator's.
             on_busy: what to do while another save is in flight: "wait" for its end, in turn; "skip" this one and
                 return None; or "raise" `BusyError`. Of several ranks the coordinator chooses for all.
 
@@ -329,6 +336,7 @@ class Checkpointer:
         asked: Future[Job] = Future()
         try:
             place = self._storage.resolve(_check_id(checkpoint_id))
+            note = _check_note(custom_metadata)
             if on_busy not in ("wait", "skip", "raise"):
                 raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
             if planner is not None and not isinstance(planner, SavePlanner):
@@ -357,6 +365,7 @@ class Checkpointer:
                 crossing=checkpoint._crossing,
                 watch=checkpoint._watch,
                 checkpoint_id=place,
+                note=note,
                 queued=checkpoint._queued,
                 staged=checkpoint.staged,
                 uploaded=checkpoint.uploaded,
@@ -616,6 +625,16 @@ class Checkpointer:
             else:
                 state_dict[key] = state
 
+    async def read_custom_metadata(self, checkpoint_id: CheckpointId) -> dict[str, Any]:
+        """Return what was noted of a checkpoint when it was saved; empty if nothing was. Each rank may ask for itself.
+
+        Raises:
+            NotACheckpointError: there is no committed checkpoint.
+            ReadError: storage refused.
+        """
+        self._check_open()
+        return await self._on_engine(read_note, self._storage, self._storage.resolve(_check_id(checkpoint_id)))
+
     async def _on_engine(
         self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, operation: Operation | None = None
     ) -> T:
@@ -681,6 +700,15 @@ def _check_id(checkpoint_id: object) -> str:
     if not place or "\0" in place:
         raise ArgumentError("checkpoint_id", f"{place!r} is not a path")
     return place
+
+
+def _check_note(custom_metadata: Mapping[str, Any] | None) -> bytes:
+    if custom_metadata is None:
+        return b""
+    try:
+        return encode_note(custom_metadata)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("custom_metadata", f"JSON has no words for it: {error}") from error
 
 
 def _digest(checkpoint_id: object) -> int:

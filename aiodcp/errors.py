@@ -325,3 +325,11 @@ class RankError(SaveError, LoadError):
         if rest:
             told.append("differently: rank " + ", ".join(rest))
         return f"{self.phase}: " + "; ".join(told or ["the ranks were cut off from each other"]) + tracebacks
+
+
+def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the one error of a task group to tell a user of: the first that is not itself a group."""
+    first = errors.exceptions[0]
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from ._names import METADATA_NAME
 from .errors import CorruptError, UnsafeError
 
 __all__ = [
@@ -50,8 +51,6 @@ __all__ = [
     "TensorStorageMetadata",
     "read_metadata",
 ]
-
-METADATA_NAME = ".metadata"
 
 FORMAT_VERSION = "1.0.0"
 """DCP's own, `torch.distributed.checkpoint.filesystem.CURRENT_DCP_VERSION`."""
@@ -300,8 +299,3 @@ def framed_by_us(metadata: Metadata) -> Callable[[str], bool]:
         return lambda fqn: False
     opaque = frozenset(mark.get("opaque", ()))
     return lambda fqn: fqn not in opaque
-
-
-def is_leftover(name: str) -> bool:
-    """Whether a file of this name is part of a DCP checkpoint's data, or of one that was never finished."""
-    return name.endswith(".distcp") or (name.startswith(METADATA_NAME) and name.endswith(".tmp"))

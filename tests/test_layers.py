@@ -9,10 +9,11 @@ PACKAGE = Path(aiodcp.__file__).parent
 
 # Each line may import from the lines above it, never from its own or from below.
 LAYERS = [
-    ["errors", "_layout", "_mirror", "_turns", "storage.base", "storage._claims"],
+    ["errors", "_layout", "_mirror", "_names", "_note", "_turns", "storage.base", "storage._claims"],
     ["_devices", "_guard", "_judge", "_timeline", "storage.memory", "storage.local", "metadata"],
     ["_arena", "_archive", "_milestone"],
     ["storage", "_engine", "_skips"],
+    ["_steps"],
     ["_capture", "_stage", "_line"],
     ["_chunks", "_ranks", "_windows"],
     ["_plan", "_reads", "_wanted", "_watch"],

@@ -22,6 +22,7 @@ from aiodcp import (
     WriteError,
     _arena,
     _commit,
+    _names,
     _plan,
     _save,
 )
@@ -494,7 +495,7 @@ async def test_two_checkpointers_that_save_to_one_place_leave_each_others_files_
         await gate.wait_reached()
         assert slow.files["ckpt"] == {}
         [save_id] = _commit._live
-        being_written = _commit.data_file(0, save_id)
+        being_written = _names.data_file(0, save_id)
         slow.files["ckpt"][being_written] = b"being written"
         async with Checkpointer(storage=quick) as other:
             await other.save(make_state(2), "ckpt")

@@ -1,0 +1,30 @@
+"""What the files of a checkpoint and the directories of steps are called. No torch here."""
+
+from __future__ import annotations
+
+import re
+
+METADATA_NAME = ".metadata"
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+
+
+def data_file(rank: int, save_id: str) -> str:
+    """Return a rank's data file: a name that no other save has, so that the old checkpoint's files stay whole."""
+    return f"__{rank}_{save_id}.distcp"
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name is part of a DCP checkpoint's data, or of one that was never finished."""
+    return name.endswith(".distcp") or (name.startswith(METADATA_NAME) and name.endswith(".tmp"))
+
+
+def step_place(root: str, step: int) -> str:
+    """Return where below `root` the checkpoint of a step is: `step-<n>`, as torchtitan's."""
+    return f"{root}/step-{step}"
+
+
+def step_of(name: str) -> int | None:
+    """Return the step whose directory has this name; None if it is no step's."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
