@@ -2,6 +2,18 @@
 
 from ._capture import PerRank
 from ._checkpoint import Checkpoint
+from ._events import (
+    Event,
+    FellBack,
+    LeftoverRemoved,
+    RemovalFailed,
+    Restored,
+    SaveBegan,
+    SaveFailed,
+    SaveFinished,
+    SaveSkipped,
+    StepRemoved,
+)
 from ._guard import Guard
 from ._milestone import Milestone, Progress
 from ._timeline import Span, Timeline
@@ -26,6 +38,7 @@ from .errors import (
     UnsafeError,
     WriteError,
 )
+from .manager import CheckpointManager, Stats
 from .storage import LocalStorage, MemoryStorage, Storage
 
 __all__ = [
@@ -34,10 +47,14 @@ __all__ = [
     "CaptureError",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointManager",
     "Checkpointer",
     "ClosedError",
     "CorruptError",
+    "Event",
+    "FellBack",
     "Guard",
+    "LeftoverRemoved",
     "LoadError",
     "LocalStorage",
     "MemoryStorage",
@@ -49,10 +66,18 @@ __all__ = [
     "RankError",
     "RankFailure",
     "ReadError",
+    "RemovalFailed",
+    "Restored",
+    "SaveBegan",
     "SaveCancelled",
     "SaveError",
+    "SaveFailed",
+    "SaveFinished",
+    "SaveSkipped",
     "Span",
     "StageError",
+    "Stats",
+    "StepRemoved",
     "Storage",
     "Timeline",
     "TornSnapshotError",

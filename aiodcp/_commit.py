@@ -99,6 +99,11 @@ def live(save_id: str) -> Iterator[None]:
         _live.discard(save_id)
 
 
+def is_live(name: str) -> bool:
+    """Whether a file of this name belongs to a save that is under way in this process."""
+    return any(save_id in name for save_id in _live)
+
+
 async def commit(storage: Storage, checkpoint_id: str, record: bytes, files: set[str]) -> None:
     """Make `record`, whose data is in `files`, the checkpoint.
 
@@ -144,7 +149,7 @@ async def find_replaced(storage: Storage, checkpoint_id: str, files: set[str]) -
         return [
             name
             for name in await storage.names(checkpoint_id)
-            if is_leftover(name) and name not in files and not any(save_id in name for save_id in _live)
+            if is_leftover(name) and name not in files and not is_live(name)
         ]
     return []
 

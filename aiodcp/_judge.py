@@ -24,6 +24,7 @@ class Kind(IntEnum):
     SAVE = 2
     LOAD = 3
     OPEN = 4
+    ASK = 5
 
 
 class State(IntEnum):

@@ -84,6 +84,11 @@ class Milestone:
         """Block this thread until the milestone is reached or will never be: no failure counts as told."""
         self._future.exception()
 
+    async def settled(self) -> None:
+        """Wait as `settle` does, on an event loop."""
+        if not self._future.done():
+            await self._wake_up()
+
     def done(self) -> bool:
         """Whether the milestone is reached, or will never be."""
         return self._future.done()
@@ -97,6 +102,20 @@ class Milestone:
             self._future.set_exception(error)
         self._told = self._told or told
 
+    def when_done(self, function: Callable[[], None]) -> None:
+        """Call `function` when the milestone is reached or will never be, in whatever thread says so."""
+        self._future.add_done_callback(lambda _: function())
+
+    def forgive(self) -> None:
+        """Count a failure, also one to come, as told: somebody else tells it."""
+        self._told = True
+
+    def error(self) -> Exception | None:
+        """Return why it will never be reached; None if it is or may still be."""
+        error = self._future.exception() if self._future.done() else None
+        assert error is None or isinstance(error, Exception)
+        return error
+
     def failed(self) -> bool:
         return self._future.done() and self._future.exception() is not None
 
@@ -106,11 +125,7 @@ class Milestone:
 
     def untold(self) -> Exception | None:
         """Return the failure that nobody has seen yet or is about to see, if there is one."""
-        if self._told or self._waiters or not self._future.done():
-            return None
-        error = self._future.exception()
-        assert error is None or isinstance(error, Exception)
-        return error
+        return None if self._told or self._waiters else self.error()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, InvalidStateError
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, suppress
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -154,6 +154,7 @@ class Checkpointer:
         self._trace = Trace()
         self._skips: Skips
         self._slot: anyio.Semaphore
+        self._held: AsyncExitStack  # on the engine's loop: what is let go of when all is drained
 
     def __repr__(self) -> str:
         ranks = f"rank {self._line.rank} of {self._line.size}, " if self._line else ""
@@ -186,6 +187,7 @@ class Checkpointer:
         self._saver = Saver(self._storage, self._engine.threads, transfer)
         self._loader = Loader(self._storage, self._engine.threads, checksum=self._checksum)
         self._guards = Guards(self._on_step)
+        self._held = AsyncExitStack()
         return self
 
     def _find_group(self) -> torch.distributed.ProcessGroup | None:
@@ -218,7 +220,10 @@ class Checkpointer:
     ) -> None:
         self._open = False
         try:
-            await self._drain()
+            try:
+                await self._drain()
+            finally:
+                await self._on_engine(self._held.aclose)
         finally:
             if self._line is not None:
                 self._line.close()
@@ -335,7 +340,7 @@ class Checkpointer:
         turn = Milestone("turn")
         asked: Future[Job] = Future()
         try:
-            place = self._storage.resolve(_check_id(checkpoint_id))
+            place = self._storage.resolve(check_id(checkpoint_id))
             note = _check_note(custom_metadata)
             if on_busy not in ("wait", "skip", "raise"):
                 raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
@@ -585,7 +590,7 @@ class Checkpointer:
 
         def ask() -> Wanted:
             nonlocal place
-            place = self._storage.resolve(_check_id(checkpoint_id))
+            place = self._storage.resolve(check_id(checkpoint_id))
             return want(state_dict, self._rank, planner, self._streams)
 
         take = self._take(ask)
@@ -633,7 +638,33 @@ class Checkpointer:
             ReadError: storage refused.
         """
         self._check_open()
-        return await self._on_engine(read_note, self._storage, self._storage.resolve(_check_id(checkpoint_id)))
+        return await self._on_engine(read_note, self._storage, self._storage.resolve(check_id(checkpoint_id)))
+
+    def _in_background(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> Future[T]:
+        """Begin `function` on the engine's loop; leaving the block waits for it."""
+        future = self._engine.call_soon(function, *args)
+        self._work.add(future)
+        future.add_done_callback(self._work.discard)
+        return future
+
+    async def _ask(self, phase: str, function: Callable[[], Awaitable[bytes]]) -> bytes:
+        """Have the coordinator call `function`, on its engine's loop, and return its answer on every rank."""
+        operation = Operation(self._line, Kind.ASK, next(self._calls), LoadError(f"{phase}: cancelled"))
+        self._operations.add(operation)
+
+        async def answer() -> bytes:
+            return await function() if operation.is_coordinator else b""
+
+        async def ask() -> bytes:
+            with self._under_way(operation):
+                answered, _ = await operation.together(phase, answer)
+                return await operation.broadcast(answered)
+
+        async def ask_in_turn() -> bytes:
+            async with self._slot:
+                return await ask()
+
+        return await self._on_engine(ask_in_turn if self._line else ask, operation=operation)
 
     async def _on_engine(
         self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, operation: Operation | None = None
@@ -652,9 +683,7 @@ class Checkpointer:
             finally:
                 ended.reach()
 
-        future = self._engine.call_soon(run)
-        self._work.add(future)
-        future.add_done_callback(self._work.discard)
+        future = self._in_background(run)
         give_turns(asyncio.get_running_loop(), ended.done)
         try:
             await ended
@@ -693,12 +722,13 @@ def _answer(asked: Future[Job], answer: Job | Exception) -> bool:
     return False
 
 
-def _check_id(checkpoint_id: object) -> str:
+def check_id(checkpoint_id: object, argument: str = "checkpoint_id") -> str:
+    """Return a path as text, or raise `ArgumentError` if it is none."""
     if not isinstance(checkpoint_id, str | os.PathLike):
-        raise ArgumentError("checkpoint_id", f"a {type(checkpoint_id).__name__} is not a path")
+        raise ArgumentError(argument, f"a {type(checkpoint_id).__name__} is not a path")
     place = os.fsdecode(checkpoint_id)
     if not place or "\0" in place:
-        raise ArgumentError("checkpoint_id", f"{place!r} is not a path")
+        raise ArgumentError(argument, f"{place!r} is not a path")
     return place
 
 

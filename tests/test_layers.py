@@ -10,10 +10,11 @@ PACKAGE = Path(aiodcp.__file__).parent
 # Each line may import from the lines above it, never from its own or from below.
 LAYERS = [
     ["errors", "_layout", "_mirror", "_names", "_note", "_turns", "storage.base", "storage._claims"],
-    ["_devices", "_guard", "_judge", "_timeline", "storage.memory", "storage.local", "metadata"],
+    ["_devices", "_events", "_guard", "_judge", "_timeline", "storage.memory", "storage.local", "metadata"],
     ["_arena", "_archive", "_milestone"],
     ["storage", "_engine", "_skips"],
     ["_steps"],
+    ["_retain"],
     ["_capture", "_stage", "_line"],
     ["_chunks", "_ranks", "_windows"],
     ["_plan", "_reads", "_wanted", "_watch"],
@@ -21,6 +22,7 @@ LAYERS = [
     ["_spans"],
     ["_save", "_load", "_checkpoint"],
     ["checkpointer"],
+    ["manager"],
     ["_floors"],
     ["bench", ""],
     ["_bench_device", "_bench_ranks", "_bench_plan"],
@@ -61,7 +63,7 @@ def test_public_names_are_documented_and_sorted() -> None:
     assert aiodcp.__all__ == sorted(aiodcp.__all__)
     for name in aiodcp.__all__:
         assert getattr(aiodcp, name).__doc__, name
-    modules = {"checkpointer", "errors", "metadata", "storage", "bench"}
+    modules = {"checkpointer", "errors", "manager", "metadata", "storage", "bench"}
     visible = {name for name in vars(aiodcp) if not name.startswith("_")}
     assert visible - modules <= set(aiodcp.__all__)
 

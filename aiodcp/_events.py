@@ -1,0 +1,230 @@
+"""What a manager tells of: typed events, for a callback, for iterators, and as lines of the log `aiodcp`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+_log = logging.getLogger("aiodcp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something happened to the checkpoint of a step.
+
+    Attributes:
+        step: which.
+        rank: on which rank; each tells of its own.
+        checkpoint_id: where the checkpoint is, or was to be.
+    """
+
+    level: ClassVar[int] = logging.INFO
+
+    step: int
+    rank: int
+    checkpoint_id: str
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveBegan(Event):
+    """The state is captured.
+
+    Attributes:
+        waited_s: seconds for which it waited for the save before.
+        held_s: seconds for which the caller was held to capture it.
+    """
+
+    level: ClassVar[int] = logging.DEBUG
+
+    waited_s: float
+    held_s: float
+
+    def __str__(self) -> str:
+        return f"captured in {self.held_s:.3f} s, after waiting {self.waited_s:.3f} s for the save before"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFinished(Event):
+    """The checkpoint is committed and durable.
+
+    Attributes:
+        nbytes: that this rank wrote.
+        held_s: seconds for which the caller was held, to capture the state and in fences.
+        staged_s: seconds until the tensors might change again, from when the state was captured.
+        seconds: until all was durable.
+        phases: by name, for how long each was at work; see `Timeline`.
+    """
+
+    nbytes: int
+    held_s: float
+    staged_s: float
+    seconds: float
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in self.phases.items())
+        return (
+            f"saved {self.nbytes} bytes in {self.seconds:.3f} s, staged after {self.staged_s:.3f} s, "
+            f"caller held {self.held_s:.3f} s (ms: {phases})"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFailed(Event):
+    """The checkpoint is not committed.
+
+    Attributes:
+        error: why.
+    """
+
+    level: ClassVar[int] = logging.ERROR
+
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"not saved: {type(self.error).__name__}: {self.error}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveSkipped(Event):
+    """The save before was still in flight, and `on_busy` was "skip"."""
+
+    level: ClassVar[int] = logging.WARNING
+
+    def __str__(self) -> str:
+        return "skipped: the save before is still in flight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRemoved(Event):
+    """A checkpoint that is not to be kept is removed."""
+
+    def __str__(self) -> str:
+        return "removed, as it is not among those to keep"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftoverRemoved(Event):
+    """What an interrupted save had left is removed."""
+
+    def __str__(self) -> str:
+        return "removed what an interrupted save had left"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemovalFailed(Event):
+    """A checkpoint could not be removed; it is tried again.
+
+    Attributes:
+        error: why.
+    """
+
+    level: ClassVar[int] = logging.WARNING
+
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"could not be removed: {self.error}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored(Event):
+    """The checkpoint is loaded.
+
+    Attributes:
+        seconds: that it took.
+    """
+
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"restored in {self.seconds:.3f} s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FellBack(Event):
+    """The checkpoint could not be loaded, and the one before is tried.
+
+    Attributes:
+        error: why.
+    """
+
+    level: ClassVar[int] = logging.ERROR
+
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"cannot be restored, going back to the one before: {type(self.error).__name__}: {self.error}"
+
+
+class Feed:
+    """Hands events on, from any thread: to the log, to a callback, and to all who follow."""
+
+    def __init__(self, callback: Callable[[Event], None] | None = None) -> None:
+        self._callback = callback
+        self._lock = threading.Lock()
+        self._followers: list[tuple[deque[Event | None], Callable[[], None]]] = []
+
+    def publish(self, event: Event) -> None:
+        """Tell everybody of an event. A callback that raises is told in the log, and harms nothing."""
+        _log.log(event.level, "step %d, rank %d: %s", event.step, event.rank, event, extra=_facts(event))
+        if self._callback is not None:
+            try:
+                self._callback(event)
+            except Exception:
+                _log.exception("on_event raised for %r", event)
+        self._hand_on(event)
+
+    def end(self) -> None:
+        """Let all who follow come to an end."""
+        self._hand_on(None)
+
+    def _hand_on(self, event: Event | None) -> None:
+        with self._lock:
+            for queue, wake in self._followers:
+                queue.append(event)
+                wake()
+
+    async def follow(self) -> AsyncIterator[Event]:
+        """Yield the events from now on, until the end."""
+        loop = asyncio.get_running_loop()
+        news = asyncio.Event()
+        queue: deque[Event | None] = deque()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # that loop is closed: nobody follows there any more
+                loop.call_soon_threadsafe(news.set)
+
+        follower = queue, wake
+        with self._lock:
+            self._followers.append(follower)
+        try:
+            while True:
+                await news.wait()
+                news.clear()
+                while queue:
+                    event = queue.popleft()
+                    if event is None:
+                        return
+                    yield event
+        finally:
+            with self._lock:
+                self._followers.remove(follower)
+
+
+def _facts(event: Event) -> dict[str, object]:
+    """What a structured log wants beside the text."""
+    facts: dict[str, object] = {"event": type(event).__name__, "step": event.step, "rank": event.rank}
+    for name in ("nbytes", "seconds", "phases"):
+        if hasattr(event, name):
+            facts[name] = getattr(event, name)
+    return facts
