@@ -15,6 +15,7 @@ from ._events import (
     StepRemoved,
 )
 from ._guard import Guard
+from ._joint import JointCheckpoint, joint_checkpoint
 from ._milestone import Milestone, Progress
 from ._timeline import Span, Timeline
 from .checkpointer import Checkpointer
@@ -28,6 +29,7 @@ from .errors import (
     LoadError,
     MismatchError,
     NotACheckpointError,
+    ParticipantError,
     RankError,
     RankFailure,
     ReadError,
@@ -54,6 +56,7 @@ __all__ = [
     "Event",
     "FellBack",
     "Guard",
+    "JointCheckpoint",
     "LeftoverRemoved",
     "LoadError",
     "LocalStorage",
@@ -61,6 +64,7 @@ __all__ = [
     "Milestone",
     "MismatchError",
     "NotACheckpointError",
+    "ParticipantError",
     "PerRank",
     "Progress",
     "RankError",
@@ -83,4 +87,5 @@ __all__ = [
     "TornSnapshotError",
     "UnsafeError",
     "WriteError",
+    "joint_checkpoint",
 ]

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from ._capture import Path
 from ._judge import FACTS, Judge
 from ._plan import LocalPlan
-from ._save import agree_on_start, plan_for_all
+from ._prepare import plan_for_all
+from ._save import agree_on_start
 from .bench import ms
 
 SHARDED, REPLICATED = 400, 100
@@ -70,6 +71,7 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
 
     dcp_s, dcp_sent = _timed(dcp_plan)
     first_s, (_, record, parts) = _timed(lambda: plan_for_all(ours, None))
+    assert record is not None
     row = [0] * (5 + FACTS)
     row[4] = 1  # done
     table = torch.tensor([row] * ranks, dtype=torch.int64)
@@ -81,7 +83,7 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
 
     later_s, later_nbytes = min(_timed(agree) for _ in range(5))
     places: list[list[Any]] = [[] for _ in range(ranks)]
-    render_s, record_bytes = _timed(lambda: record.render("checkpoint", "0" * 32, places))
+    render_s, record_bytes = _timed(lambda: record.render("checkpoint", "0" * 32, [places]))
     return {
         "aiodcp, first save": {
             "seconds": first_s,

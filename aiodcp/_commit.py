@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from anyio import CancelScope
 
+from ._capture import Path
 from ._names import METADATA_NAME, data_file, is_leftover
 from ._plan import GlobalPlan
-from .errors import SaveError
+from .errors import CaptureError, SaveError
 from .metadata import (
+    STORAGE_TYPES,
     Field,
     Metadata,
     MetadataIndex,
@@ -37,24 +39,31 @@ class Item:
 
 
 class CommitRecord:
-    """`.metadata` for all saves of one plan: only ids, file names and the places of frozen values differ."""
+    """`.metadata` for all saves of the same plans: only ids, file names and the places of frozen values differ."""
 
-    def __init__(self, plan: GlobalPlan) -> None:
+    def __init__(self, *plans: GlobalPlan) -> None:
+        """Make the record of one state's plan, or of several states' that are committed together, in their order.
+
+        Raises:
+            CaptureError: two of them have a value of the same name.
+        """
         checkpoint_id, save_id = Field(0, text=True), Field(1, text=True)
         used = [checkpoint_id, save_id]
         stored: dict[MetadataIndex, StorageInfo] = {}
         opaque: list[str] = []
-        self._writers: list[int] = []
-        for rank, share in enumerate(plan.shares):
-            if not share.staged and not share.frozen:
-                continue
-            self._writers.append(rank)
-            file = Field(len(used), text=True)
+        self._writers = [
+            (part, rank)
+            for part, plan in enumerate(plans)
+            for rank, share in enumerate(plan.shares)
+            if share.staged or share.frozen
+        ]
+        for part, rank in self._writers:
+            share, file = plans[part].shares[rank], Field(len(used), text=True)
             used.append(file)
             for item, frame, offset in zip(share.staged, share.layout.frames, share.layout.offsets, strict=True):
                 stored[item.index] = StorageInfo(file.stand_in, offset, frame.item_nbytes)  # type: ignore[arg-type]
-        for file, rank in zip(used[2:], self._writers, strict=True):
-            share = plan.shares[rank]
+        for file, (part, rank) in zip(used[2:], self._writers, strict=True):
+            share = plans[part].shares[rank]
             for item in share.frozen:
                 offset_field, nbytes_field = Field(len(used)), Field(len(used) + 1)
                 used += [offset_field, nbytes_field]
@@ -65,19 +74,34 @@ class CommitRecord:
                 )
             opaque += [item.index.fqn for item in share.frozen if item.tensor_data is not None]
         meta = StorageMeta(checkpoint_id.stand_in, save_id.stand_in)  # type: ignore[arg-type]
-        metadata = build_metadata(plan.metadata, plan.paths, stored, meta, opaque)
+        metadata = build_metadata(*_join(plans), stored, meta, opaque)
         _refuse_incomplete(metadata)
         self._template = Template(metadata, used)
 
-    def render(self, checkpoint_id: str, save_id: str, frozen: Sequence[Sequence[Item]]) -> bytes:
-        """Return `.metadata`'s content for one save, given the places of each rank's frozen values."""
-        files = [data_file(rank, save_id) for rank in self._writers]
-        places = [number for rank in self._writers for item in frozen[rank] for number in (item.offset, item.nbytes)]
+    def render(self, checkpoint_id: str, save_id: str, frozen: Sequence[Sequence[Sequence[Item]]]) -> bytes:
+        """Return `.metadata`'s content for one save, given the places of frozen values, by plan and by rank."""
+        files = [data_file(rank, save_id, part) for part, rank in self._writers]
+        items = [item for part, rank in self._writers for item in frozen[part][rank]]
+        places = [number for item in items for number in (item.offset, item.nbytes)]
         return self._template.render([checkpoint_id, save_id, *files, *places])
 
     def files(self, save_id: str) -> set[str]:
         """Return the names of all data files of a save."""
-        return {data_file(rank, save_id) for rank in self._writers}
+        return {data_file(rank, save_id, part) for part, rank in self._writers}
+
+
+def _join(plans: Sequence[GlobalPlan]) -> tuple[Metadata, dict[str, Path] | None]:
+    """Return names, shapes and chunks of all plans, and the keys that lead to them."""
+    if len(plans) == 1:
+        return plans[0].metadata, plans[0].paths
+    entries: dict[str, STORAGE_TYPES] = {}
+    paths: dict[str, Path] = {}
+    for plan in plans:
+        for fqn, entry in plan.metadata.state_dict_metadata.items():
+            if entries.setdefault(fqn, entry) is not entry:
+                raise CaptureError(fqn, "two participants have a value of this name")
+        paths.update(plan.paths or {})
+    return Metadata(entries), paths
 
 
 def _refuse_incomplete(metadata: Metadata) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from ._timeline import Timeline
 
 _log = logging.getLogger("aiodcp")
 
@@ -59,8 +62,8 @@ class SaveFinished(Event):
     Attributes:
         nbytes: that this rank wrote.
         held_s: seconds for which the caller was held, to capture the state and in fences.
-        staged_s: seconds until the tensors might change again, from when the state was captured.
-        seconds: until all was durable.
+        staged_s: seconds until the tensors might change again, from when `save` had its turn.
+        seconds: likewise, until all was durable.
         phases: by name, for how long each was at work; see `Timeline`.
     """
 
@@ -76,6 +79,23 @@ class SaveFinished(Event):
             f"saved {self.nbytes} bytes in {self.seconds:.3f} s, staged after {self.staged_s:.3f} s, "
             f"caller held {self.held_s:.3f} s (ms: {phases})"
         )
+
+
+def times_of(timelines: Sequence[Timeline]) -> dict[str, Any]:
+    """Return the times of a `SaveFinished`, of the states that were saved together, now that all of them are."""
+    captured = [span for each in timelines if (span := each.between("capture")) is not None]
+    staged = [span for each in timelines if (span := each.between("stage")) is not None]
+    began = min(start for start, _ in captured)
+    phases: dict[str, float] = {}
+    for each in timelines:
+        for name in {span.name: None for span in each.spans}:
+            phases[name] = phases.get(name, 0.0) + each.seconds(name)
+    return {
+        "held_s": sum(each.held_s for each in timelines),
+        "staged_s": max((stop for _, stop in (*staged, *captured))) - began,
+        "seconds": time.perf_counter() - began,
+        "phases": phases,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

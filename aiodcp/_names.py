@@ -9,9 +9,15 @@ METADATA_NAME = ".metadata"
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
-def data_file(rank: int, save_id: str) -> str:
-    """Return a rank's data file: a name that no other save has, so that the old checkpoint's files stay whole."""
-    return f"__{rank}_{save_id}.distcp"
+def data_file(rank: int, save_id: str, part: int = 0) -> str:
+    """Return a rank's data file: a name that no other save has, so that the old checkpoint's files stay whole.
+
+    Args:
+        rank: whose.
+        save_id: no other save has it.
+        part: which of the states that are committed together.
+    """
+    return f"__{rank}_{part}_{save_id}.distcp"
 
 
 def is_leftover(name: str) -> bool:

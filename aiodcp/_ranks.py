@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-import anyio
+import anyio.lowlevel
 import torch
 from anyio import CancelScope, Event
 
@@ -34,7 +34,12 @@ T = TypeVar("T")
 
 FIRST_BEAT_S = 0.01
 LAST_BEAT_S = 0.25  # beats cost some 0.1 ms each on every rank: this often they are no load
+PART = "part"  # the phase in which ranks meet for one of several states, or for the end of them
 _TEXT_NBYTES = 16 << 10  # of each failure's text and traceback
+
+
+async def _nothing() -> None:
+    await anyio.lowlevel.checkpoint()
 
 
 class _Work(Generic[T]):
@@ -103,6 +108,7 @@ class Operation:
         self._doing = ""
         self._cancelled = False
         self._scope: CancelScope | None = None
+        self._branches: list[Operation] = []
 
     @property
     def rank(self) -> int:
@@ -116,11 +122,39 @@ class Operation:
     def is_coordinator(self) -> bool:
         return self._line is None or self._line.rank == self._line.root
 
-    def cancel(self) -> None:
-        """Give up: the work under way is cancelled, and no other begins."""
+    def cancel(self, error: CheckpointError | None = None) -> None:
+        """Give up: the work under way is cancelled, and no other begins. `error` says why, if it is to be told."""
+        if error is not None and not self._cancelled:
+            self._given_up = error
         self._cancelled = True
         if self._scope is not None:
             self._scope.cancel()
+        for branch in self._branches:
+            branch.cancel(error)
+
+    def branch(self) -> Operation:
+        """Return an operation for work that is done beside other branches', where there are no other ranks."""
+        assert self._line is None
+        branch = Operation(None, self._kind, self._number, self._given_up)
+        branch._cancelled = self._cancelled
+        self._branches.append(branch)
+        return branch
+
+    async def wait_for(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Wait for what is not this operation's work, such as the caller's next wish.
+
+        Raises:
+            CheckpointError: the one for giving up, on the rank that does so meanwhile.
+            RankError: the same, told by another rank.
+        """
+        found: list[T] = []
+        with CancelScope() as self._scope:
+            if not self._cancelled:
+                found.append(await function())
+        self._scope = None
+        while not found:
+            await self.together(PART, _nothing)  # raises, and tells the other ranks
+        return found[0]
 
     async def together(
         self,

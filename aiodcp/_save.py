@@ -6,19 +6,15 @@ before the commit.
 
 from __future__ import annotations
 
-import logging
-import pickle
 import struct
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 
-import anyio
-import torch.distributed.checkpoint.planner as dcp
-from torch.distributed.checkpoint.planner import SavePlanner
+import anyio.lowlevel
 
 from ._capture import Capture
 from ._commit import (
@@ -32,70 +28,91 @@ from ._commit import (
     remove_files,
 )
 from ._devices import is_on_device
-from ._engine import Threads, in_thread
+from ._engine import Threads
 from ._judge import Row
-from ._layout import ALIGNMENT, Layout, round_up
+from ._layout import ALIGNMENT, round_up
 from ._names import METADATA_NAME, data_file
-from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
-from ._ranks import Operation
+from ._prepare import KEPT_PLANS, Plans, Prepared, agree_on_plan, numbers_of
+from ._ranks import PART, Operation
 from ._transfer import Job, Transfer, write_errors
-from .errors import ArgumentError, CheckpointError, SaveError
-from .metadata import gc_held_off
+from .errors import ArgumentError, first_error
 from .storage import Storage
 
-_log = logging.getLogger("aiodcp")
 
-WARNED_NAMES = 8  # named in one warning
-KEPT_PLANS = 4  # structures remembered: a run saves one or two, and each costs a few MB for 10,000 tensors
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A state that is staged and written, on all ranks, and not committed yet."""
+
+    job: Job
+    prepared: Prepared
 
 
-@dataclass(slots=True, kw_only=True)
-class Prepared:
-    """All that saves of one structure have in common.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What the user of a checkpoint of several states wants next.
 
     Attributes:
-        number: the same on all ranks.
-        plan: what this rank writes.
-        record: `.metadata`, on the coordinator.
-        places: where the frozen values of the last save lie: on the coordinator of every rank, else of this one.
+        name: of the state; empty to commit.
+        take: waits for the state.
     """
 
-    number: int
-    plan: SavePlan
-    record: CommitRecord | None
-    places: dict[int, list[Item]]
+    name: str
+    take: Callable[[], Awaitable[Job]] | None = None
 
-    @property
-    def layout(self) -> Layout:
-        return self.plan.share.layout
+
+class Attempt:
+    """What a save has brought to storage so far, which is removed if it fails.
+
+    Attributes:
+        files: begun.
+        written: whether all that has been begun is complete.
+        committing: whether the commit may have been seen to.
+    """
+
+    def __init__(self, checkpoint_id: str, save_id: str) -> None:
+        self.checkpoint_id = checkpoint_id
+        self.save_id = save_id
+        self.files: list[str] = []
+        self.written = False
+        self.committing = False
 
 
 class Saver:
     """Plans and host memory kept from save to save. One flow at a time: its user holds the semaphore."""
 
-    def __init__(self, storage: Storage, threads: Threads, transfer: Transfer) -> None:
+    def __init__(
+        self, storage: Storage, threads: Threads, make_transfer: Callable[[], Transfer], *, share_transfer: bool
+    ) -> None:
+        """Begin.
+
+        Args:
+            storage: where to.
+            threads: the engine's.
+            make_transfer: makes host memory for one state.
+            share_transfer: whether the states of one checkpoint go through the same memory, one after the other.
+        """
         self._storage = storage
         self._threads = threads
-        self._transfer = transfer
-        self._kept: list[Prepared] = []
-        self._plans = 0
-        self._warned: set[str] = set()  # fqns on which the ranks disagree: told once
+        self._make_transfer = make_transfer
+        self._share_transfer = share_transfer
+        self._transfers = {"": make_transfer()}  # by the name of the state
+        self._plans = Plans(threads)
 
     async def prepare(self, operation: Operation, take: Callable[[], Awaitable[Capture]]) -> None:
         """Plan, and have host memory ready, so that the first save is as quick as the others."""
 
         async def begin() -> tuple[Capture, dict[int, Prepared]]:
             taken = await take()
-            return taken, self._find_kept(taken)
+            return taken, self._plans.find("", taken)
 
         (taken, kept), answer = await operation.together(
-            "capture", begin, facts=lambda begun: _numbers(begun[1]), decide=_agree_on_plan
+            "capture", begin, facts=lambda begun: numbers_of(begun[1]), decide=agree_on_plan
         )
-        prepared = kept.get(answer[0]) or await self._plan(operation, taken)
+        prepared = kept.get(answer[0]) or await self._plans.make(operation, "", taken)
 
         async def have_stage() -> None:
             tail, _ = _lay_tail(prepared, taken)
-            await self._transfer.make_room(prepared.plan, len(tail), pin=is_on_device(taken.values))
+            await self._transfers[""].make_room(prepared.plan, len(tail), pin=is_on_device(taken.values))
 
         await operation.together("stage", have_stage)
 
@@ -116,190 +133,198 @@ class Saver:
 
         async def begin() -> tuple[Job, dict[int, Prepared]]:
             job = await take()
-            return job, self._find_kept(job.taken)
+            return job, self._plans.find("", job.taken)
 
         halves = struct.unpack("<qq", uuid.uuid4().bytes)
         (job, kept), answer = await operation.together(
             "capture",
             begin,
-            facts=lambda begun: [*_numbers(begun[1]), place, *halves, begun[0].planner is not None],
+            facts=lambda begun: [*numbers_of(begun[1]), place, *halves, begun[0].planner is not None],
             decide=agree_on_start,
         )
         save_id = struct.pack("<qq", *answer[1:3]).hex()
-        file = data_file(operation.rank, save_id)
-        with live(save_id):
-            record = await self._save(operation, job, kept.get(answer[0]), save_id, file)
-            job.log.report("done")
-            job.uploaded.reach()
-            if record is None:
-                return []
-            return await find_replaced(self._storage, job.checkpoint_id, record.files(save_id))
+        async with self._all_or_nothing(operation, job.checkpoint_id, save_id) as attempt:
+            file = data_file(operation.rank, save_id)
+            written = await self._write(operation, attempt, "", job, kept.get(answer[0]), file)
+            record = await self._commit(operation, attempt, [written], job.note)
+        return await self._told([job], record, save_id)
 
-    async def _save(
-        self, operation: Operation, job: Job, kept: Prepared | None, save_id: str, file: str
-    ) -> CommitRecord | None:
-        writing = written = committing = False
+    async def save_several(
+        self,
+        operation: Operation,
+        place: int,
+        checkpoint_id: str,
+        note: bytes,
+        wishes: Callable[[], Awaitable[Wish]],
+    ) -> list[str]:
+        """Save several states, each when it is there, in one checkpoint; return the files that are to be removed now.
+
+        Alone, the states are planned, staged and written beside each other; with other ranks, or where they share
+        bounded memory, in the order in which they were wished for.
+
+        Args:
+            operation: the ranks that save.
+            place: a digest of where to, the same on all ranks.
+            checkpoint_id: where to.
+            note: stands behind the metadata, encoded.
+            wishes: waits for the next one; the last has no name.
+
+        Raises:
+            SaveError: nothing was committed, and what was written is removed.
+
+        Cancellation: as for `save`.
+        """
+
+        halves = struct.unpack("<qq", uuid.uuid4().bytes)
+        _, answer = await operation.together(
+            "begin",
+            anyio.lowlevel.checkpoint,
+            facts=lambda _: [*numbers_of([]), place, *halves, 0],
+            decide=agree_on_start,
+        )
+        save_id = struct.pack("<qq", *answer[1:3]).hex()
+        names: list[str] = []
+        written: dict[int, Written] = {}
+
+        async def write(branch: Operation, attempt: Attempt, number: int, wish: Wish) -> None:
+            found = await self._write_part(branch, attempt, wish, data_file(operation.rank, save_id, number))
+            if found is not None:
+                written[number] = found
+
+        async with self._all_or_nothing(operation, checkpoint_id, save_id) as attempt:
+            try:
+                async with anyio.create_task_group() as group:
+                    while (wish := await operation.wait_for(wishes)).name:
+                        names.append(wish.name)
+                        if operation.size == 1 and not self._share_transfer:
+                            group.start_soon(write, operation.branch(), attempt, len(names) - 1, wish)
+                        else:
+                            await write(operation, attempt, len(names) - 1, wish)
+            except BaseExceptionGroup as errors:
+                first = first_error(errors)
+                raise first from first.__cause__
+            await self._write_part(operation, attempt, wish, "")
+            parts = [written[number] for number in range(len(names))]
+            record = await self._commit(operation, attempt, parts, note)
+        self._keep_only({"", *names})
+        return await self._told([part.job for part in parts], record, save_id)
+
+    async def _write_part(self, operation: Operation, attempt: Attempt, wish: Wish, file: str) -> Written | None:
+        """Write one of several states; or, when no more is wished for, agree on that with the other ranks."""
+
+        async def begin() -> tuple[Job | None, dict[int, Prepared]]:
+            await anyio.lowlevel.checkpoint()
+            if wish.take is None:
+                return None, {}
+            job = await wish.take()
+            return job, self._plans.find(wish.name, job.taken)
+
+        (job, kept), answer = await operation.together(
+            PART,
+            begin,
+            facts=lambda begun: [*numbers_of(begun[1]), zlib.crc32(wish.name.encode())],
+            decide=_agree_on_part,
+        )
+        return None if job is None else await self._write(operation, attempt, wish.name, job, kept.get(answer[0]), file)
+
+    @asynccontextmanager
+    async def _all_or_nothing(self, operation: Operation, checkpoint_id: str, save_id: str) -> AsyncIterator[Attempt]:
+        """Remove what the block has written if it fails, unless it may have been committed all the same."""
+        attempt = Attempt(checkpoint_id, save_id)
+        try:
+            with live(save_id):
+                yield attempt
+        except BaseException:
+            if not operation.agreed:
+                self._plans.forget()
+            kept_data = attempt.written and (
+                not operation.agreed  # the coordinator may have gone on to the commit
+                or (attempt.committing and await may_be_committed(self._storage, checkpoint_id, save_id))
+            )
+            if not kept_data:
+                await remove_files(self._storage, checkpoint_id, attempt.files)
+            await forget_empty(self._storage, checkpoint_id)
+            raise
+        finally:
+            for transfer in self._transfers.values():
+                transfer.done()
+
+    async def _write(
+        self, operation: Operation, attempt: Attempt, name: str, job: Job, kept: Prepared | None, file: str
+    ) -> Written:
+        """Plan, stage, checksum and write one state, on all ranks."""
         voting = 0.0
+        transfer = self._transfer_of(name)
 
         async def write(prepared: Prepared) -> list[Item]:
-            nonlocal writing, written, voting
+            nonlocal voting
             tail, places = _lay_tail(prepared, job.taken)
-            room = await self._transfer.make_room(prepared.plan, len(tail), pin=bool(job.crossing))
-            writing = True
-            await self._transfer.run(job, prepared.plan, room, tail, file)
-            written = True
+            room = await transfer.make_room(prepared.plan, len(tail), pin=bool(job.crossing))
+            attempt.files.append(file)
+            attempt.written = False
+            await transfer.run(job, prepared.plan, room, tail, file)
+            attempt.written = True
             voting = time.perf_counter()
             return places
 
-        async def commit_all(prepared: Prepared) -> None:
-            if prepared.record is not None:
-                await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
-                places = [prepared.places[rank] for rank in range(operation.size)]
-                record = prepared.record.render(job.checkpoint_id, save_id, places) + job.note
-                with write_errors(self._storage.locate(job.checkpoint_id, METADATA_NAME)):
-                    await commit(self._storage, job.checkpoint_id, record, prepared.record.files(save_id))
+        prepared = kept or await self._plans.make(operation, name, job.taken, job.planner)
+        captured = job.timeline.between("capture")
+        assert captured is not None
+        job.timeline.add("plan", captured[1])
+        places, answer = await operation.together(
+            "write",
+            lambda: write(prepared),
+            facts=lambda places: [prepared.places.get(operation.rank) != places],
+            decide=lambda table: [any(row[0] for row in table)],
+        )
+        if answer[0]:
+            await self._plans.share_places(operation, prepared, places)
+        job.timeline.add("vote", voting)
+        return Written(job=job, prepared=prepared)
 
-        try:
-            prepared = kept or await self._plan(operation, job.taken, job.planner)
-            captured = job.timeline.between("capture")
-            assert captured is not None
-            job.timeline.add("plan", captured[1])
-            places, answer = await operation.together(
-                "write",
-                lambda: write(prepared),
-                facts=lambda places: [prepared.places.get(operation.rank) != places],
-                decide=lambda table: [any(row[0] for row in table)],
-            )
-            if answer[0]:
-                await self._share_places(operation, prepared, places)
-            job.timeline.add("vote", voting)
-            job.log.report("commit")
-            committing = True
-            with job.timeline.record("commit"):
-                await operation.together("commit", lambda: commit_all(prepared), last=True)
-        except BaseException:
-            if not operation.agreed:
-                self._kept.clear()  # the others may not have kept the same
-            kept_data = written and (
-                not operation.agreed  # the coordinator may have gone on to the commit
-                or (committing and await may_be_committed(self._storage, job.checkpoint_id, save_id))
-            )
-            if writing and not kept_data:
-                await remove_files(self._storage, job.checkpoint_id, [file])
-            await forget_empty(self._storage, job.checkpoint_id)
-            raise
-        finally:
-            self._transfer.done()
-        return prepared.record
+    async def _commit(
+        self, operation: Operation, attempt: Attempt, parts: Sequence[Written], note: bytes
+    ) -> CommitRecord | None:
+        """Make what is written the checkpoint; return its record, on the coordinator."""
+        place, save_id = attempt.checkpoint_id, attempt.save_id
 
-    def _find_kept(self, taken: Capture) -> dict[int, Prepared]:
-        """Return the plans for what this rank has, by number: it may be the same while that of others differs."""
-        return {prepared.number: prepared for prepared in self._kept if prepared.plan.fits(taken)}
-
-    async def _plan(self, operation: Operation, taken: Capture, planner: SavePlanner | None = None) -> Prepared:
-        """Plan anew, all ranks together."""
-        alone = operation.size == 1
-
-        async def plan_here() -> tuple[LocalPlan, bytes]:
-            return await in_thread(self._threads.compute, _plan_here, taken, alone)
-
-        (local, message), _ = await operation.together("plan", plan_here)
-        messages = [] if alone else await operation.gather(message)
-
-        async def plan_globally() -> tuple[GlobalPlan, CommitRecord, list[bytes]] | None:
+        async def commit_all() -> CommitRecord | None:
             if not operation.is_coordinator:
                 return None
-            return await in_thread(self._threads.compute, plan_for_all, [local] if alone else messages, planner)
+            record = await self._plans.record_of([part.prepared for part in parts])
+            await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
+            places = [[part.prepared.places[rank] for rank in range(operation.size)] for part in parts]
+            with write_errors(self._storage.locate(place, METADATA_NAME)):
+                await commit(self._storage, place, record.render(place, save_id, places) + note, record.files(save_id))
+            return record
 
-        self._plans += 1
-        planned, answer = await operation.together(
-            "plan", plan_globally, facts=lambda _: [self._plans], decide=lambda table: [max(row[0] for row in table)]
-        )
-        self._plans = answer[0]
-        share, record = None, None
-        if planned is not None:
-            plan, record, parts = planned
-            share, mine = plan.shares[operation.rank], parts[operation.rank]
-            self._warn(plan.disagreed)
-        if not alone:
-            mine = await operation.scatter(parts if planned is not None else [])
+        attempt.committing = True
+        with ExitStack() as stack:
+            for part in parts:
+                part.job.log.report("commit")
+                stack.enter_context(part.job.timeline.record("commit"))
+            record, _ = await operation.together("commit", commit_all, last=True)
+        return record
 
-        async def finish() -> Prepared:
-            kept, accepted = pickle.loads(mine)
-            if planner is not None:
-                _accept(planner, accepted)
-            finished = await in_thread(self._threads.compute, finish_plan, taken, local, kept, share)
-            return Prepared(number=self._plans, plan=finished, record=record, places={})
+    async def _told(self, jobs: Sequence[Job], record: CommitRecord | None, save_id: str) -> list[str]:
+        """Tell those who wait that it is committed; return the files that are to be removed now."""
+        for job in jobs:
+            job.log.report("done")
+            job.uploaded.reach()
+        if record is None:
+            return []
+        return await find_replaced(self._storage, jobs[0].checkpoint_id, record.files(save_id))
 
-        prepared, _ = await operation.together("plan", finish)
-        self._kept = [prepared, *self._kept[: KEPT_PLANS - 1]]
-        return prepared
+    def _transfer_of(self, name: str) -> Transfer:
+        name = "" if self._share_transfer else name
+        if name not in self._transfers:
+            self._transfers[name] = self._make_transfer()
+        return self._transfers[name]
 
-    def _warn(self, disagreed: Sequence[str]) -> None:
-        new = [fqn for fqn in disagreed if fqn not in self._warned]
-        self._warned.update(new)
-        if new:
-            more = f" and {len(new) - WARNED_NAMES} more" if len(new) > WARNED_NAMES else ""
-            _log.warning(
-                "the ranks hold different values of %s%s; of each only one rank's is saved: wrap what is each rank's "
-                "own in aiodcp.PerRank",
-                ", ".join(new[:WARNED_NAMES]),
-                more,
-            )
-
-    async def _share_places(self, operation: Operation, prepared: Prepared, places: list[Item]) -> None:
-        """Tell the coordinator where the frozen values lie, which only changes when one of them grows or shrinks."""
-        flat = [number for item in places for number in (item.offset, item.nbytes)]
-        for rank, data in enumerate(await operation.gather(struct.pack(f"<{len(flat)}q", *flat))):
-            numbers = struct.iter_unpack("<qq", data)
-            prepared.places[rank] = [Item(offset=offset, nbytes=nbytes) for offset, nbytes in numbers]
-        prepared.places[operation.rank] = places
-
-
-def _plan_here(taken: Capture, alone: bool) -> tuple[LocalPlan, bytes]:
-    with _planning_errors():
-        local = plan_local(taken, alone=alone)
-        return local, b"" if alone else pickle.dumps(local)
-
-
-def plan_for_all(
-    plans: Sequence[LocalPlan | bytes], planner: SavePlanner | None
-) -> tuple[GlobalPlan, CommitRecord, list[bytes]]:
-    """Plan, on the coordinator, from what all ranks have sent; with what each of them gets.
-
-    The parts are pickles of what the rank writes of its local plan, and of the planner's plan for it if there is one.
-    """
-    with _planning_errors(), gc_held_off():
-        plan = plan_global([each if isinstance(each, LocalPlan) else pickle.loads(each) for each in plans], planner)
-        parts = [pickle.dumps(part) for part in zip_longest(plan.kept, plan.plans)]
-        return plan, CommitRecord(plan), parts
-
-
-def _accept(planner: SavePlanner, plan: dcp.SavePlan) -> None:
-    """Let the caller's planner see its part of the global plan, which by then is settled."""
-    with _planning_errors():
-        finished = planner.finish_plan(plan)
-        if [item.index for item in finished.items] != [item.index for item in plan.items]:
-            raise SaveError(f"finish_plan of {type(planner).__name__} returned other items than the global plan's")
-
-
-@contextmanager
-def _planning_errors() -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise SaveError(f"planning failed: {error!r}") from error
-
-
-def _numbers(kept: Iterable[int]) -> list[int]:
-    return [*kept, *[0] * KEPT_PLANS][:KEPT_PLANS]
-
-
-def _agree_on_plan(table: list[Row]) -> list[int]:
-    """A kept plan is used if every rank has kept it, and nothing has changed on any; else 0: plan anew."""
-    return [max(set.intersection(*({0, *row[:KEPT_PLANS]} for row in table)))]
+    def _keep_only(self, names: set[str]) -> None:
+        """Let go of host memory and plans of states that the last checkpoint had not."""
+        self._transfers = {name: transfer for name, transfer in self._transfers.items() if name in names}
+        self._plans.keep_only(names)
 
 
 def agree_on_start(table: list[Row]) -> list[int]:
@@ -308,7 +333,13 @@ def agree_on_start(table: list[Row]) -> list[int]:
         raise ArgumentError("checkpoint_id", "the ranks save to different places")
     if len({row[KEPT_PLANS + 3] for row in table}) > 1:
         raise ArgumentError("planner", "some ranks have one, others have not")
-    return [*_agree_on_plan(table), *table[0][KEPT_PLANS + 1 : KEPT_PLANS + 3]]
+    return [*agree_on_plan(table), *table[0][KEPT_PLANS + 1 : KEPT_PLANS + 3]]
+
+
+def _agree_on_part(table: list[Row]) -> list[int]:
+    if len({row[KEPT_PLANS] for row in table}) > 1:
+        raise ArgumentError("participant", "the ranks do not add the same, in the same order")
+    return agree_on_plan(table)
 
 
 def _lay_tail(prepared: Prepared, taken: Capture) -> tuple[bytes, list[Item]]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, suppress
+from functools import partial
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -32,7 +33,7 @@ from ._milestone import Milestone
 from ._note import encode_note
 from ._planner import capture_planned
 from ._ranks import Operation
-from ._save import Saver
+from ._save import Saver, Wish
 from ._skips import Skips
 from ._stage import Checksum, default_checksum
 from ._steps import read_note
@@ -145,6 +146,8 @@ class Checkpointer:
         self._work: set[Future[Any]] = set()  # loads and preparations
         self._operations: WeakSet[Operation] = WeakSet()  # all that has been asked for and is not over
         self._last: Checkpoint | None = None
+        self._in_flight = ""  # where the last save goes that had its turn
+        self._staging: list[Checkpoint] = []  # captured, and perhaps not staged yet
         self._line: Line | None = None
         self._calls = count(1)  # the same call has the same number on all ranks
         self._saver: Saver
@@ -176,7 +179,8 @@ class Checkpointer:
         self._calls = count(1)
         self._slot = anyio.Semaphore(1)  # fair: saves go in the order in which they were asked for
         self._skips = Skips(decides=self._line is None or self._line.rank == self._line.root)
-        transfer = Transfer(
+        make_transfer = partial(
+            Transfer,
             self._storage,
             self._engine.threads,
             keep_buffers=self._keep_buffers,
@@ -184,7 +188,9 @@ class Checkpointer:
             checksum=self._checksum,
         )
         self._streams = CopyStreams()
-        self._saver = Saver(self._storage, self._engine.threads, transfer)
+        self._saver = Saver(
+            self._storage, self._engine.threads, make_transfer, share_transfer=self._max_host_bytes is not None
+        )
         self._loader = Loader(self._storage, self._engine.threads, checksum=self._checksum)
         self._guards = Guards(self._on_step)
         self._held = AsyncExitStack()
@@ -341,7 +347,7 @@ class Checkpointer:
         asked: Future[Job] = Future()
         try:
             place = self._storage.resolve(check_id(checkpoint_id))
-            note = _check_note(custom_metadata)
+            note = check_note(custom_metadata)
             if on_busy not in ("wait", "skip", "raise"):
                 raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
             if planner is not None and not isinstance(planner, SavePlanner):
@@ -350,38 +356,15 @@ class Checkpointer:
             if skipped and on_busy == "skip":
                 return None
             if skipped:
-                raise BusyError(self._last.checkpoint_id if self._last else place)
+                raise BusyError(self._in_flight or place)
             checkpoint = self._begin(number, place, checkpoint_id, turn, asked)
             await turn
             self._raise_untold()  # of the save that this one waited for
-            checkpoint._log.restart()
-            with checkpoint.timeline.record("capture"):
-                if planner is None:
-                    taken = capture(state_dict, self._rank)
-                else:
-                    taken = capture_planned(state_dict, planner, is_coordinator=self._skips.decides)
-                checkpoint._crossing = self._streams.begin(taken.values, taken.fqns)
-                if self._check_torn:
-                    checkpoint._watch = Watch(taken)
-                    self._guards.arm()
-            job = Job(
-                taken=taken,
-                planner=planner,
-                crossing=checkpoint._crossing,
-                watch=checkpoint._watch,
-                checkpoint_id=place,
-                note=note,
-                queued=checkpoint._queued,
-                staged=checkpoint.staged,
-                uploaded=checkpoint.uploaded,
-                log=checkpoint._log,
-                timeline=checkpoint.timeline,
-            )
+            job = self._capture(checkpoint, state_dict, note, planner)
             if not _answer(asked, job):
                 await checkpoint.uploaded  # another rank has failed: raises that
                 raise ClosedError("the Checkpointer was closed before this save was captured")
             self._last = checkpoint
-            self._trace.add(place, checkpoint.timeline)
         except BaseException as error:
             reason = error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
             if self._last is not None and self._last.uploaded.failed_with(error):
@@ -395,46 +378,111 @@ class Checkpointer:
         give_turns(asyncio.get_running_loop(), checkpoint.uploaded.done)
         return checkpoint
 
+    def _capture(
+        self,
+        checkpoint: Checkpoint,
+        state_dict: Mapping[str, Any],
+        note: bytes = b"",
+        planner: SavePlanner | None = None,
+    ) -> Job:
+        """Take the state as it is now. In the caller's thread."""
+        checkpoint._log.restart()
+        with checkpoint.timeline.record("capture"):
+            if planner is None:
+                taken = capture(state_dict, self._rank)
+            else:
+                taken = capture_planned(state_dict, planner, is_coordinator=self._skips.decides)
+            checkpoint._crossing = self._streams.begin(taken.values, taken.fqns)
+            if self._check_torn:
+                checkpoint._watch = Watch(taken)
+                self._guards.arm()
+        self._staging = [*(each for each in self._staging if not each.staged.done()), checkpoint]
+        self._trace.add(checkpoint.checkpoint_id, checkpoint.timeline)
+        return Job(
+            taken=taken,
+            planner=planner,
+            crossing=checkpoint._crossing,
+            watch=checkpoint._watch,
+            checkpoint_id=checkpoint.checkpoint_id,
+            note=note,
+            queued=checkpoint._queued,
+            staged=checkpoint.staged,
+            uploaded=checkpoint.uploaded,
+            log=checkpoint._log,
+            timeline=checkpoint.timeline,
+        )
+
     @property
     def _rank(self) -> int:
         return self._line.rank if self._line else 0
 
     def _begin(self, number: int, place: str, checkpoint_id: object, turn: Milestone, asked: Future[Job]) -> Checkpoint:
         checkpoint = Checkpoint(place, self._engine)
-        self._skips.open()
-        operation = Operation(
-            self._line, Kind.SAVE, number, SaveCancelled(place), skips=self._skips, on_failure=checkpoint._fail
-        )
-        self._operations.add(operation)
-        checkpoint._operation = operation
-        flow = self._engine.call_soon(self._save_in_turn, checkpoint, operation, _digest(checkpoint_id), turn, asked)
-        self._saves.add(flow)
-        flow.add_done_callback(self._saves.discard)
-        self._turns[turn] = asked
-        return checkpoint
-
-    async def _save_in_turn(
-        self, checkpoint: Checkpoint, operation: Operation, place: int, turn: Milestone, asked: Future[Job]
-    ) -> None:
-        replaced: list[str] = []
 
         async def take() -> Job:
             return await asyncio.wrap_future(asked)
 
+        async def save(operation: Operation) -> list[str]:
+            try:
+                return await self._saver.save(operation, _digest(checkpoint_id), take)
+            finally:
+                checkpoint._watch = None  # and with it what it held of the state
+
+        checkpoint._operation = self._begin_flow(number, place, turn, save, checkpoint._fail)
+        self._turns[turn] = asked
+        return checkpoint
+
+    def _begin_several(
+        self, place: str, turn: Milestone, note: bytes, wishes: Callable[[], Awaitable[Wish]], ended: Milestone
+    ) -> Operation:
+        """Begin a save of several states, which its user wishes for one by one."""
+
+        async def save(operation: Operation) -> list[str]:
+            replaced = await self._saver.save_several(operation, _digest(place), place, note, wishes)
+            ended.reach()
+            return replaced
+
+        return self._begin_flow(next(self._calls), place, turn, save, partial(ended.fail, told=True))
+
+    def _begin_flow(
+        self,
+        number: int,
+        place: str,
+        turn: Milestone,
+        save: Callable[[Operation], Awaitable[list[str]]],
+        fail: Callable[[Exception], None],
+    ) -> Operation:
+        self._skips.open()
+        operation = Operation(self._line, Kind.SAVE, number, SaveCancelled(place), skips=self._skips, on_failure=fail)
+        self._operations.add(operation)
+        flow = self._engine.call_soon(self._save_in_turn, operation, place, turn, save, fail)
+        self._saves.add(flow)
+        flow.add_done_callback(self._saves.discard)
+        return operation
+
+    async def _save_in_turn(
+        self,
+        operation: Operation,
+        place: str,
+        turn: Milestone,
+        save: Callable[[Operation], Awaitable[list[str]]],
+        fail: Callable[[Exception], None],
+    ) -> None:
+        replaced: list[str] = []
         async with self._slot:
+            self._in_flight = place
             turn.reach()
             with self._under_way(operation):
                 try:
-                    replaced = await self._saver.save(operation, place, take)
+                    replaced = await save(operation)
                 except CheckpointError as error:
-                    checkpoint._fail(error)
+                    fail(error)
                 except Exception as error:
                     failure = SaveError(repr(error))
                     failure.__cause__ = error
-                    checkpoint._fail(failure)
-        checkpoint._watch = None  # and with it what it held of the state
+                    fail(failure)
         # Removing a large file takes long (0.2 s a GiB on ext4): the next save need not wait for it.
-        await remove_files(self._storage, checkpoint.checkpoint_id, replaced)
+        await remove_files(self._storage, place, replaced)
 
     @contextmanager
     def _under_way(self, operation: Operation) -> Iterator[None]:
@@ -479,13 +527,13 @@ class Checkpointer:
             Path(path).write_text(self._trace.render(torch.distributed.get_rank() if self._line else 0))
 
     def _on_step(self, optimizer: torch.optim.Optimizer, guarded: bool) -> None:
-        last = self._last
-        if last is None or last.staged.done():
-            return
-        if guarded:
-            last.fence()
-        elif (watch := last._watch) is not None:
-            watch.begins_step(optimizer)
+        for checkpoint in self._staging:
+            if checkpoint.staged.done():
+                continue
+            if guarded:
+                checkpoint.fence()
+            elif (watch := checkpoint._watch) is not None:
+                watch.begins_step(optimizer)
 
     def _raise_untold(self) -> None:
         untold = self._take_untold()
@@ -732,7 +780,8 @@ def check_id(checkpoint_id: object, argument: str = "checkpoint_id") -> str:
     return place
 
 
-def _check_note(custom_metadata: Mapping[str, Any] | None) -> bytes:
+def check_note(custom_metadata: Mapping[str, Any] | None) -> bytes:
+    """Return a note as it is stored, or raise `ArgumentError` if it cannot be."""
     if custom_metadata is None:
         return b""
     try:

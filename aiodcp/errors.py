@@ -8,6 +8,7 @@
     │   ├── CaptureError                     the state dict cannot be saved as it is: names the fqn
     │   ├── StageError                       host memory could not be had, or a copy into it failed
     │   ├── TornSnapshotError                tensors changed before they were staged: names their fqns
+    │   ├── ParticipantError                 a participant of a joint checkpoint failed: names it
     │   ├── WriteError                       storage refused: names the path, the OSError is its cause
     │   └── SaveCancelled                    `Checkpoint.cancel()` was called; nothing was committed
     ├── RankError (a SaveError and LoadError) a rank failed or is missing: the same error on all ranks
@@ -122,6 +123,23 @@ class TornSnapshotError(SaveError):
         more = f" and {len(self.fqns) - self.SHOWN} more" if len(self.fqns) > self.SHOWN else ""
         names = ", ".join(self.fqns[: self.SHOWN])
         return f"changed before they were staged: {names}{more}; wait for `staged` before changing tensors, or guard()"
+
+
+class ParticipantError(SaveError):
+    """A participant of a `JointCheckpoint` failed or was cancelled; what it raised is the cause.
+
+    Attributes:
+        participant: its name.
+        problem: what became of it.
+    """
+
+    def __init__(self, participant: str, problem: str) -> None:
+        super().__init__(participant, problem)
+        self.participant = participant
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"participant {self.participant!r} {self.problem}"
 
 
 class WriteError(SaveError):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import threading
 import time
-from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
-from contextlib import suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
+from ._catalog import Catalog
 from ._checkpoint import Checkpoint
 from ._commit import is_live
 from ._events import (
@@ -29,13 +27,16 @@ from ._events import (
     SaveFinished,
     SaveSkipped,
     StepRemoved,
+    times_of,
 )
+from ._joint import JointCheckpoint, joint_checkpoint
 from ._milestone import Milestone
 from ._names import step_place
 from ._retain import Best, Retention
-from ._steps import Step, list_steps, remove_leftovers, remove_step
+from ._steps import Step
+from ._timeline import Timeline
 from .checkpointer import Checkpointer, check_id
-from .errors import ArgumentError, BusyError, CheckpointError, CorruptError, RankError
+from .errors import ArgumentError, BusyError, CorruptError, RankError
 
 OnBusy = Literal["wait", "skip", "raise"]
 
@@ -105,8 +106,8 @@ class CheckpointManager:
         root = check_id(root, "root")
         if checkpointer is not None and not isinstance(checkpointer, Checkpointer):
             raise ArgumentError("checkpointer", f"a {type(checkpointer).__name__} is no Checkpointer")
-        self._retention = Retention(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
-        self._retention.check()
+        retention = Retention(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+        retention.check()
         if save_interval is not None and (type(save_interval) is not int or save_interval < 1):
             raise ArgumentError("save_interval", f"{save_interval!r} is not a number of steps")
         if on_busy not in ("wait", "skip", "raise"):
@@ -116,29 +117,24 @@ class CheckpointManager:
         if on_event is not None and not callable(on_event):
             raise ArgumentError("on_event", f"{on_event!r} cannot be called")
         self.checkpointer = checkpointer if checkpointer is not None else Checkpointer()
-        self._root = root
+        self._catalog = Catalog(self.checkpointer._storage, root, retention)
         self._save_interval = save_interval
         self._on_busy: OnBusy = on_busy
         self._on_error = on_error
         self._feed = Feed(on_event)
-        self._lock = threading.Lock()  # around what the engine's thread changes
-        self._known: tuple[Step, ...] = ()
-        self._in_use: Counter[int] = Counter()  # by step, how many save or restore it: not to be removed
-        self._doomed: deque[int] = deque()
-        self._removing: dict[int, Milestone] = {}  # steps that are to be removed: reached when that is done
         self._claimed = False
         self._saved = self._failed = self._skipped = self._removed = 0
         self._waited_s = 0.0
         self._last_commit: float | None = None
 
     def __repr__(self) -> str:
-        return f"<CheckpointManager of {self._root!r}, steps {self.steps()}>"
+        return f"<CheckpointManager of {self._catalog.root!r}, steps {self.steps()}>"
 
     async def __aenter__(self) -> CheckpointManager:
         await self.checkpointer.__aenter__()
         try:
-            self._root = self.checkpointer._storage.resolve(self._root)
-            self._set_known(await self.checkpointer._ask("list steps", self._clear_and_list))
+            self._catalog.root = self._catalog.storage.resolve(self._catalog.root)
+            self._catalog.learn(await self.checkpointer._ask("list steps", self._clear_up_and_look))
         except BaseException:
             await self.checkpointer.__aexit__(None, None, None)
             raise
@@ -157,25 +153,25 @@ class CheckpointManager:
 
     def steps(self) -> list[int]:
         """Return the complete steps, oldest first, as this manager knows them: see `refresh`."""
-        return [each.step for each in self._known]
+        return [each.step for each in self._catalog.known]
 
     @property
     def latest(self) -> int | None:
         """The newest complete step."""
-        return self._known[-1].step if self._known else None
+        return next((each.step for each in reversed(self._catalog.known)), None)
 
     @property
     def best(self) -> int | None:
         """The step with the best of the metric that `keep_best` names; of equal ones the newest."""
-        return next(iter(self._retention.best(self._known)), None)
+        return next(iter(self._catalog.retention.best(self._catalog.known)), None)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return what was told of a step when it was saved."""
-        return next((dict(each.metrics) for each in self._known if each.step == step), {})
+        return next((dict(each.metrics) for each in self._catalog.known if each.step == step), {})
 
     def path(self, step: int) -> str:
         """Return where the checkpoint of a step is, or will be."""
-        return step_place(self._root, step)
+        return step_place(self._catalog.root, step)
 
     @property
     def stats(self) -> Stats:
@@ -200,7 +196,7 @@ class CheckpointManager:
         Raises:
             ReadError: storage refused.
         """
-        self._set_known(await self.checkpointer._ask("list steps", self._list))
+        self._catalog.learn(await self.checkpointer._ask("list steps", self._catalog.look))
         return self.steps()
 
     # --- saving
@@ -239,10 +235,11 @@ class CheckpointManager:
         """
         _check_step(step)
         numbers = _check_metrics(metrics)
-        await self._begin_to_save(step)
         began = time.perf_counter()
         checkpoint: Checkpoint | None = None
+        self._catalog.hold(step)
         try:
+            await self._begin_to_save(step)
             checkpoint = await self.checkpointer.save(
                 state_dict,
                 self.path(step),
@@ -255,109 +252,102 @@ class CheckpointManager:
             raise
         finally:
             if checkpoint is None:
-                self._in_use[step] -= 1
+                self._catalog.let_go(step)
         if checkpoint is None:
             self._skip(step)
             return None
-        self._follow(step, checkpoint, numbers, began)
+        if self._on_error == "warn":
+            checkpoint.staged.forgive()
+            checkpoint.uploaded.forgive()
+        self._tell_of_capture(step, checkpoint.timeline, began)
+
+        def ended() -> None:  # in the engine's thread, most likely
+            self._catalog.let_go(step)
+            self._end(step, numbers, [checkpoint], checkpoint.uploaded.error())
+
+        checkpoint.uploaded.when_done(ended)
+        self.checkpointer._in_background(self._prune_after, checkpoint.uploaded)
         return checkpoint
 
     async def _begin_to_save(self, step: int) -> None:
         self.checkpointer._check_open()
-        self._in_use[step] += 1
-        try:
-            if self._is_coordinator and not self._claimed:  # until it is left: nobody clears up meanwhile
-                claim = self.checkpointer._storage.claim(self._root, alone=False)
-                await self.checkpointer._on_engine(self.checkpointer._held.enter_async_context, claim)
-                self._claimed = True
-            if (removed := self._removing.get(step)) is not None:
-                await removed
-        except BaseException:
-            self._in_use[step] -= 1
-            raise
+        if self._is_coordinator and not self._claimed:  # until it is left: nobody clears up meanwhile
+            claim = self._catalog.storage.claim(self._catalog.root, alone=False)
+            await self.checkpointer._on_engine(self.checkpointer._held.enter_async_context, claim)
+            self._claimed = True
+        await self._catalog.until_removed(step)
+
+    @asynccontextmanager
+    async def checkpoint(
+        self, step: int, *, metrics: Mapping[str, float] | None = None
+    ) -> AsyncIterator[JointCheckpoint]:
+        """Save a step of several participants, which is committed when the block is left: see `joint_checkpoint`.
+
+            async with manager.checkpoint(step) as ckpt:
+                ckpt.add("trainer", {"model": model, "optim": optimizer})
+                ckpt.add("replay", replay.snapshot)  # a function, or an async one
+
+        Its failure is raised on leaving the block, whatever `on_error` says.
+
+        Args:
+            step: its number, from 0 on.
+            metrics: as for `save`.
+
+        Raises, Cancellation: as `joint_checkpoint`.
+        """
+        _check_step(step)
+        numbers = _check_metrics(metrics)
+        began = time.perf_counter()
+        note = {"step": step, "metrics": numbers}
+        with self._catalog.use(step):
+            await self._begin_to_save(step)
+            try:
+                async with joint_checkpoint(self.checkpointer, self.path(step), custom_metadata=note) as joint:
+                    self._waited_s += time.perf_counter() - began
+                    yield joint
+            except Exception as error:
+                self._end(step, numbers, [], error)
+                raise
+        self._end(step, numbers, list(joint.participants.values()), None)
+        self.checkpointer._in_background(self._prune)
 
     def _skip(self, step: int) -> None:
         self._skipped += 1
         self._feed.publish(SaveSkipped(**self._of(step)))
 
-    def _follow(self, step: int, checkpoint: Checkpoint, metrics: Mapping[str, float], began: float) -> None:
-        captured = checkpoint.timeline.between("capture")
+    def _tell_of_capture(self, step: int, timeline: Timeline, began: float) -> None:
+        captured = timeline.between("capture")
         assert captured is not None
-        waited_s = captured[0] - began
-        self._waited_s += waited_s
-        self._feed.publish(SaveBegan(**self._of(step), waited_s=waited_s, held_s=captured[1] - captured[0]))
-        if self._on_error == "warn":
-            checkpoint.staged.forgive()
-            checkpoint.uploaded.forgive()
-        staged: list[float] = []
-        checkpoint.staged.when_done(lambda: staged.append(time.perf_counter()))
+        self._waited_s += captured[0] - began
+        held_s = captured[1] - captured[0]
+        self._feed.publish(SaveBegan(**self._of(step), waited_s=captured[0] - began, held_s=held_s))
 
-        def ended() -> None:  # in the engine's thread
-            error = checkpoint.uploaded.error()
-            if error is None:
-                self._take_in(Step(step=step, metrics=metrics))
-                timeline, now = checkpoint.timeline, time.perf_counter()
-                event = SaveFinished(
-                    **self._of(step),
-                    nbytes=checkpoint.progress.bytes_written,
-                    held_s=timeline.held_s,
-                    staged_s=staged[0] - captured[1],
-                    seconds=now - captured[0],
-                    phases={name: timeline.seconds(name) for name in {span.name: 0 for span in timeline.spans}},
-                )
-                self._feed.publish(event)
-            else:
-                self._failed += 1
-                self._feed.publish(SaveFailed(**self._of(step), error=error))
-            self._in_use[step] -= 1
-            if error is None:
-                self._doom()
-
-        checkpoint.uploaded.when_done(ended)
-        self.checkpointer._in_background(self._prune_after, checkpoint)
-
-    def _take_in(self, step: Step) -> None:
+    def _end(self, step: int, metrics: Mapping[str, float], parts: list[Checkpoint], error: Exception | None) -> None:
+        """Take note of how a save has ended, of one state or several."""
+        if error is not None:
+            self._failed += 1
+            self._feed.publish(SaveFailed(**self._of(step), error=error))
+            return
         self._saved += 1
         self._last_commit = time.monotonic()
-        with self._lock:
-            others = [each for each in self._known if each.step != step.step]
-            self._known = tuple(sorted([*others, step], key=lambda each: each.step))
+        self._catalog.take_in(Step(step=step, metrics=metrics))
+        self._catalog.doom(removes=self._is_coordinator)
+        nbytes = sum(part.progress.bytes_written for part in parts)
+        self._feed.publish(SaveFinished(**self._of(step), nbytes=nbytes, **times_of([part.timeline for part in parts])))
 
-    # --- removing
+    async def _prune_after(self, uploaded: Milestone) -> None:
+        await uploaded.settled()
+        await self._prune()
 
-    def _doom(self) -> None:
-        """Forget the steps that are not to be kept."""
-        with self._lock:
-            doomed = [step for step in self._retention.doomed(self._known) if not self._in_use[step]]
-            self._known = tuple(each for each in self._known if each.step not in doomed)
-            if self._is_coordinator:
-                self._removing.update({step: Milestone(f"removal of step {step}") for step in doomed})
-                self._doomed += doomed
+    async def _prune(self) -> None:
+        def tell(step: int, error: OSError | None) -> None:
+            if error is None:
+                self._removed += 1
+                self._feed.publish(StepRemoved(**self._of(step)))
+            else:
+                self._feed.publish(RemovalFailed(**self._of(step), error=error))
 
-    async def _prune_after(self, checkpoint: Checkpoint) -> None:
-        await checkpoint.uploaded.settled()
-        while self._doomed:
-            await self._remove(self._doomed.popleft())
-
-    async def _remove(self, step: int) -> None:
-        try:
-            await remove_step(self.checkpointer._storage, self.path(step))
-        except OSError as error:
-            self._feed.publish(RemovalFailed(**self._of(step), error=error))
-            with suppress(CheckpointError):  # then it stays forgotten, and is found by the next manager
-                for each in await list_steps(self.checkpointer._storage, self._root):
-                    if each.step == step:
-                        self._put_back(each)
-        else:
-            self._removed += 1
-            self._feed.publish(StepRemoved(**self._of(step)))
-        finally:
-            if (removed := self._removing.pop(step, None)) is not None:
-                removed.reach()
-
-    def _put_back(self, step: Step) -> None:
-        with self._lock:
-            self._known = tuple(sorted([*self._known, step], key=lambda each: each.step))
+        await self._catalog.prune(tell)
 
     # --- restoring
 
@@ -391,7 +381,7 @@ class CheckpointManager:
         """
         if step not in ("latest", "best"):
             _check_step(step)
-        if step == "best" and self._retention.keep_best is None:
+        if step == "best" and self._catalog.retention.keep_best is None:
             raise ArgumentError("step", 'which is "best" is said by keep_best=')
 
         await self.refresh()
@@ -399,11 +389,10 @@ class CheckpointManager:
         if isinstance(step, int):
             numbers = [step, *(each for each in newest_first if each < step)]
         else:
-            numbers = self._retention.best(self._known) if step == "best" else newest_first
+            numbers = self._catalog.retention.best(self._catalog.known) if step == "best" else newest_first
         if not fall_back:
             numbers = numbers[:1]
-        self._in_use.update(numbers)
-        try:
+        with self._catalog.use(*numbers):
             for number in numbers:
                 began = time.perf_counter()
                 try:
@@ -423,30 +412,12 @@ class CheckpointManager:
                 else:
                     self._feed.publish(Restored(**self._of(number), seconds=time.perf_counter() - began))
                     return number
-        finally:
-            self._in_use.subtract(numbers)
         return None
 
-    # --- the steps, on the coordinator
-
-    async def _clear_and_list(self) -> bytes:
-        storage = self.checkpointer._storage
-        async with storage.claim(self._root, alone=True) as alone:
-            if alone:
-                for step in await remove_leftovers(storage, self._root, is_live):
-                    self._feed.publish(LeftoverRemoved(**self._of(step)))
-        return await self._list()
-
-    async def _list(self) -> bytes:
-        return _dump(await list_steps(self.checkpointer._storage, self._root))
-
-    def _set_known(self, data: bytes) -> None:
-        with self._lock:
-            self._known = tuple(
-                Step(step=number, metrics=metrics)
-                for number, metrics in json.loads(data)
-                if number not in self._removing
-            )
+    async def _clear_up_and_look(self) -> bytes:
+        for step in await self._catalog.clear_up(is_live):
+            self._feed.publish(LeftoverRemoved(**self._of(step)))
+        return await self._catalog.look()
 
     @property
     def _is_coordinator(self) -> bool:
@@ -454,10 +425,6 @@ class CheckpointManager:
 
     def _of(self, step: int) -> dict[str, Any]:
         return {"step": step, "rank": self.checkpointer._rank, "checkpoint_id": self.path(step)}
-
-
-def _dump(steps: list[Step]) -> bytes:
-    return json.dumps([[each.step, dict(each.metrics)] for each in steps]).encode()
 
 
 def _is_damage(error: CorruptError | RankError) -> bool:

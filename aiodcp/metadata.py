@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -39,6 +40,7 @@ from .errors import CorruptError, UnsafeError
 
 __all__ = [
     "METADATA_NAME",
+    "STORAGE_TYPES",
     "BytesStorageMetadata",
     "ChunkStorageMetadata",
     "Field",

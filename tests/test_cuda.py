@@ -115,7 +115,7 @@ async def test_many_small_tensors_cross_together(tmp_path: Path) -> None:
             ckpt.fence()
             torch._foreach_add_([tensor for tensor in state.values() if tensor.is_cuda], 1)
             await ckpt.uploaded
-        room = checkpointer._saver._transfer._room
+        room = checkpointer._saver._transfers[""]._room
         assert room is not None
         assert isinstance(room[1], Stage)
         assert room[1]._mirror is not None
@@ -147,7 +147,7 @@ async def test_the_arena_is_pinned_and_let_go(tmp_path: Path) -> None:
     for _ in range(3):  # to register again what was not released would be an error
         async with Checkpointer() as checkpointer:
             await checkpointer.prepare(state)
-            room = checkpointer._saver._transfer._room
+            room = checkpointer._saver._transfers[""]._room
             assert room is not None
             assert room[1].arena.tensor.is_pinned()
             del room

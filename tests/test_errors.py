@@ -20,6 +20,7 @@ EXAMPLES: list[tuple[CheckpointError, str]] = [
         "changed before they were staged: w0, w1, w2, w3, w4 and 2 more; wait for `staged` before changing tensors, "
         "or guard()",
     ),
+    (errors.ParticipantError("replay", "was cancelled"), "participant 'replay' was cancelled"),
     (errors.WriteError("a/b", "No space left"), "cannot write a/b: No space left"),
     (errors.SaveCancelled("ckpt/1"), "the save to 'ckpt/1' was cancelled"),
     (

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from aiodcp import Checkpointer, CheckpointError, LocalStorage, RankError, _save
+from aiodcp import Checkpointer, CheckpointError, LocalStorage, RankError, _prepare
 from aiodcp._stage import Stage
 from aiodcp.storage import Writer
 
@@ -139,7 +139,7 @@ async def _save_with(fault: str, checkpointer: Checkpointer, storage: Broken, st
         elif fault == "argument":
             path = 3
         elif fault == "plan":
-            patch.setattr(_save, "plan_local", _unplannable)
+            patch.setattr(_prepare, "plan_local", _unplannable)
             state = state | {"new": torch.zeros(2)}
         elif fault == "stage":
             patch.setattr(Stage, "copy", _uncopyable)

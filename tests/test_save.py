@@ -24,7 +24,7 @@ from aiodcp import (
     _commit,
     _names,
     _plan,
-    _save,
+    _prepare,
 )
 from aiodcp._save import Saver
 from aiodcp.metadata import read_metadata
@@ -102,7 +102,7 @@ async def test_a_later_save_of_the_same_structure_plans_nothing(monkeypatch: pyt
         plans.append(taken)
         return real(taken, alone=alone)
 
-    monkeypatch.setattr(_save, "plan_local", count)
+    monkeypatch.setattr(_prepare, "plan_local", count)
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:
         await checkpointer.prepare(make_state(0))
         for seed in range(3):

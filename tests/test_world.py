@@ -27,7 +27,7 @@ from aiodcp import (
     RankError,
     SaveCancelled,
     _plan,
-    _save,
+    _prepare,
 )
 
 from .conftest import Gate, assert_equal, blank
@@ -79,7 +79,7 @@ def _exchanged(rank: int, size: int, folder: Path, count: int) -> tuple[int, int
 
         state = {f"w{n}": torch.ones(10) for n in range(count)} | {"lr": 0.1}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_save, "plan_local", plan)
+            patch.setattr(_prepare, "plan_local", plan)
             async with Checkpointer() as checkpointer:
                 assert checkpointer._line is not None
                 await (await checkpointer.save(state, folder / f"{count}"))
@@ -127,7 +127,7 @@ def _change(rank: int, size: int, path: Path) -> list[int]:
                 plans[-1] += 1
                 return real(taken, alone=alone)
 
-            patch.setattr(_save, "plan_local", plan)
+            patch.setattr(_prepare, "plan_local", plan)
             async with Checkpointer() as checkpointer:
                 for state in states:
                     for _ in range(2):

@@ -1,0 +1,110 @@
+"""The steps of one root as a manager knows them: which are complete, in use, and to be removed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from ._milestone import Milestone
+from ._names import step_place
+from ._retain import Retention
+from ._steps import Step, list_steps, remove_leftovers, remove_step
+from .errors import CheckpointError
+from .storage import Storage
+
+
+class Catalog:
+    """One rank's view. What is committed is taken in by the engine's thread, all else is the caller's."""
+
+    def __init__(self, storage: Storage, root: str, retention: Retention) -> None:
+        self.storage = storage
+        self.root = root
+        self.retention = retention
+        self._lock = threading.Lock()
+        self._known: tuple[Step, ...] = ()
+        self._in_use: Counter[int] = Counter()  # by step, how many save or restore it: not to be removed
+        self._doomed: deque[int] = deque()
+        self._removing: dict[int, Milestone] = {}  # reached when the step is removed, or cannot be
+
+    @property
+    def known(self) -> tuple[Step, ...]:
+        """The complete steps, in order."""
+        return self._known
+
+    def learn(self, data: bytes) -> None:
+        """Take what `look` has found, on whatever rank, for all that there is."""
+        with self._lock:
+            found = [Step(step=number, metrics=metrics) for number, metrics in json.loads(data)]
+            self._known = tuple(each for each in found if each.step not in self._removing)
+
+    def take_in(self, step: Step) -> None:
+        """Know of a step that is committed now."""
+        with self._lock:
+            others = [each for each in self._known if each.step != step.step]
+            self._known = tuple(sorted([*others, step], key=lambda each: each.step))
+
+    def doom(self, *, removes: bool) -> None:
+        """Forget the steps that are not to be kept; `prune` removes them, on the rank that does so."""
+        with self._lock:
+            doomed = [step for step in self.retention.doomed(self._known) if not self._in_use[step]]
+            self._known = tuple(each for each in self._known if each.step not in doomed)
+            if removes:
+                self._removing.update({step: Milestone(f"removal of step {step}") for step in doomed})
+                self._doomed += doomed
+
+    @contextmanager
+    def use(self, *steps: int) -> Iterator[None]:
+        """Keep steps from being removed while the block runs."""
+        self.hold(*steps)
+        try:
+            yield
+        finally:
+            self.let_go(*steps)
+
+    def hold(self, *steps: int) -> None:
+        with self._lock:
+            self._in_use.update(steps)
+
+    def let_go(self, *steps: int) -> None:
+        with self._lock:
+            self._in_use.subtract(steps)
+
+    async def until_removed(self, step: int) -> None:
+        """Wait for the end of a step's removal, if there is one."""
+        if (removed := self._removing.get(step)) is not None:
+            await removed
+
+    # --- on the engine's loop
+
+    async def look(self) -> bytes:
+        """Look which steps are complete, and return that for `learn`."""
+        found = await list_steps(self.storage, self.root)
+        return json.dumps([[each.step, dict(each.metrics)] for each in found]).encode()
+
+    async def clear_up(self, is_live: Callable[[str], bool]) -> list[int]:
+        """Remove what interrupted saves have left, unless another process may be saving; return these steps."""
+        async with self.storage.claim(self.root, alone=True) as alone:
+            return await remove_leftovers(self.storage, self.root, is_live) if alone else []
+
+    async def prune(self, tell: Callable[[int, OSError | None], None]) -> None:
+        """Remove the steps that are doomed, one after the other, and `tell` of each, or why it cannot be removed."""
+        while self._doomed:
+            step = self._doomed.popleft()
+            refused: OSError | None = None
+            try:
+                await remove_step(self.storage, step_place(self.root, step))
+            except OSError as error:
+                refused = error
+                with suppress(CheckpointError):  # then it stays forgotten, and is found by the next manager
+                    await self._put_back(step)
+            finally:
+                self._removing.pop(step).reach()
+            tell(step, refused)
+
+    async def _put_back(self, step: int) -> None:
+        for each in await list_steps(self.storage, self.root):
+            if each.step == step:
+                self.take_in(each)

@@ -1,0 +1,231 @@
+"""One checkpoint of several participants, each with a state of its own, committed once: all of them or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Future, InvalidStateError
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from inspect import isawaitable, iscoroutinefunction
+from typing import Any
+
+from torch.distributed.checkpoint.stateful import Stateful
+
+from ._checkpoint import Checkpoint
+from ._milestone import Milestone
+from ._ranks import Operation
+from ._save import Wish
+from ._transfer import Job
+from ._turns import give_turns
+from .checkpointer import Checkpointer, CheckpointId, check_id, check_note
+from .errors import (
+    ArgumentError,
+    CaptureError,
+    CheckpointError,
+    ClosedError,
+    ParticipantError,
+    SaveCancelled,
+    first_error,
+)
+
+
+class JointCheckpoint:
+    """A checkpoint that participants are added to, inside its block.
+
+    Attributes:
+        checkpoint_id: where it goes.
+        participants: by name, each with its own `staged`, `timeline` and `progress`. Their `uploaded` is reached by
+            all of them at once, after the block: not to be awaited inside it.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, checkpoint_id: str, group: asyncio.TaskGroup) -> None:
+        self.checkpoint_id = checkpoint_id
+        self.participants: dict[str, Checkpoint] = {}
+        self._checkpointer = checkpointer
+        self._group = group
+        self._wishes: asyncio.Queue[Wish] = asyncio.Queue()  # of the engine's loop
+        self._later: list[Callable[[], None]] = []
+        self._working: list[asyncio.Task[None]] = []
+        self._operation: Operation | None = None
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        states = ", ".join(f"{name}: {each.progress.phase}" for name, each in self.participants.items())
+        return f"<JointCheckpoint {self.checkpoint_id!r} of {states or 'nobody yet'}>"
+
+    def add(self, name: str, state: Any) -> Checkpoint:
+        """Add a participant, whose state is saved under `name`, as `save({name: state})` would.
+
+        When the state is taken depends on what it is:
+
+        - a state dict, anything `Stateful` and any other value: now, before `add` returns. Between two calls without
+          an `await` nothing else runs on the event loop, so their states are of one instant.
+        - a function that returns such a state: when the block's body is done, one after the other, without an `await`
+          between them: of one instant, too.
+        - an `async` function: it is begun now, as a task of the block, and its state is taken when it returns.
+
+        With several ranks all of them add the same names in the same order, and the states are written in that order.
+
+        Returns:
+            The participant's own part of the save. When its `staged` is reached its tensors may change again, however
+            long the others take.
+
+        Raises:
+            ArgumentError: the name is no name, or taken.
+            CaptureError: a value cannot be saved; names it.
+        """
+        if self._is_closed:
+            raise ClosedError("the joint checkpoint's block is left: nobody can be added any more")
+        if type(name) is not str or not name:
+            raise ArgumentError("name", f"{name!r} is not the name of a participant")
+        if name in self.participants:
+            raise ArgumentError("name", f"{name!r} is there already")
+        part = Checkpoint(self.checkpoint_id, self._checkpointer._engine)
+        part._operation = self._operation
+        for milestone in (part.staged, part.uploaded):
+            milestone.forgive()  # a failure is raised when the block is left
+        self.participants[name] = part
+        asked: Future[Job] = Future()
+        self._wish(Wish(name=name, take=lambda: asyncio.wrap_future(asked)))
+        if not callable(state) or isinstance(state, Mapping | Stateful):
+            self._capture(name, state, part, asked)
+        elif iscoroutinefunction(state) or iscoroutinefunction(getattr(state, "__call__", None)):  # noqa: B004
+            self._working.append(self._group.create_task(self._take_part(name, state, part, asked)))
+        else:
+            self._later.append(partial(self._call, name, state, part, asked))
+        return part
+
+    def cancel(self) -> None:
+        """Ask for the checkpoint to stop, as `Checkpoint.cancel` does; leaving the block raises `SaveCancelled`."""
+        assert self._operation is not None
+        self._give_up(SaveCancelled(self.checkpoint_id))
+
+    def _capture(self, name: str, state: Any, part: Checkpoint, asked: Future[Job]) -> None:
+        job = self._checkpointer._capture(part, {name: state})
+        with suppress(InvalidStateError):  # the save has failed meanwhile
+            asked.set_result(job)
+
+    def _call(self, name: str, function: Callable[[], Any], part: Checkpoint, asked: Future[Job]) -> None:
+        try:
+            state = function()
+        except Exception as error:
+            raise ParticipantError(name, f"raised {error!r}") from error
+        if isawaitable(state):
+            self._working.append(self._group.create_task(self._take_part(name, lambda: state, part, asked)))
+        else:
+            self._capture(name, state, part, asked)
+
+    async def _take_part(
+        self, name: str, function: Callable[[], Awaitable[Any]], part: Checkpoint, asked: Future[Job]
+    ) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            state = await function()
+        except asyncio.CancelledError as error:
+            if task.cancelling():  # because the block ends
+                raise
+            raise ParticipantError(name, "was cancelled") from error
+        except Exception as error:
+            raise ParticipantError(name, f"raised {error!r}") from error
+        self._capture(name, state, part, asked)
+
+    def _wish(self, wish: Wish) -> None:
+        self._checkpointer._engine.call_soon(self._wishes.put, wish)
+
+    def _give_up(self, error: CheckpointError) -> None:
+        async def cancel() -> None:
+            if self._operation is not None:
+                self._operation.cancel(error)
+
+        with suppress(ClosedError):  # the engine has stopped, and with it the save
+            self._checkpointer._engine.call_soon(cancel)
+
+
+@asynccontextmanager
+async def joint_checkpoint(
+    checkpointer: Checkpointer, checkpoint_id: CheckpointId, *, custom_metadata: Mapping[str, Any] | None = None
+) -> AsyncIterator[JointCheckpoint]:
+    """Save what several participants hold in one checkpoint, which is committed when the block is left.
+
+        async with aiodcp.joint_checkpoint(checkpointer, "checkpoints/step-100") as ckpt:
+            ckpt.add("trainer", {"model": model, "optim": optimizer})
+            ckpt.add("replay", replay.snapshot)  # a function, or an async one
+
+    It waits its turn first: one save is in flight at a time. Then each participant is staged and written when its
+    state is there, while others still work on theirs. Left without an error, the block's checkpoint is complete and
+    durable. An error in the block, of a participant or of its cancellation, of storage or of another rank ends the
+    others and leaves nothing.
+
+    It reads as any other checkpoint, each participant's values under its name: `load({"trainer": ..., "replay": ...})`.
+
+    Args:
+        checkpointer: of which it is a save.
+        checkpoint_id: where to, as for `Checkpointer.save`.
+        custom_metadata: likewise.
+
+    Raises:
+        ParticipantError: a participant raised, or was cancelled.
+        SaveError: the checkpoint is not committed.
+
+    Cancellation: gives the checkpoint up, and waits until it has left nothing. Once the commit has begun it is
+    finished instead.
+    """
+    checkpointer._check_open()
+    place = checkpointer._storage.resolve(check_id(checkpoint_id))
+    note = check_note(custom_metadata)
+    checkpointer._raise_untold()
+    turn, ended = Milestone("turn"), Milestone("ended")
+    group = asyncio.TaskGroup()
+    joint = JointCheckpoint(checkpointer, place, group)
+    joint._operation = checkpointer._begin_several(place, turn, note, joint._wishes.get, ended)
+    ended.when_done(partial(_tell, joint, ended))
+    give_turns(asyncio.get_running_loop(), ended.done)
+
+    async def watch() -> None:
+        await ended.settled()
+        if (error := ended.error()) is not None:
+            raise error
+
+    try:
+        await turn
+        async with group:
+            watching = group.create_task(watch())
+            yield joint
+            joint._is_closed = True
+            for call in joint._later:  # no await between them
+                call()
+            await asyncio.gather(*joint._working)
+            watching.cancel()
+            if not joint.participants:  # most likely a mistake, and one that would replace a checkpoint by nothing
+                raise CaptureError("", "the checkpoint has no participant")
+        joint._wish(Wish(name=""))
+        await ended.settled()
+    except BaseExceptionGroup as errors:
+        first = first_error(errors)
+        await _end(joint, ended, first)
+        raise first from first.__cause__
+    except BaseException as error:
+        await _end(joint, ended, error)
+        raise
+    finally:
+        joint._is_closed = True
+    if (failure := ended.error()) is not None:
+        raise failure
+
+
+async def _end(joint: JointCheckpoint, ended: Milestone, error: BaseException) -> None:
+    """Give the save up, and wait until it is over."""
+    given_up = error if isinstance(error, CheckpointError) else SaveCancelled(joint.checkpoint_id)
+    joint._give_up(given_up)
+    while not ended.done():
+        with suppress(asyncio.CancelledError):
+            await ended.settled()
+
+
+def _tell(joint: JointCheckpoint, ended: Milestone) -> None:
+    """Tell the participants how it ended."""
+    if (error := ended.error()) is not None:
+        for part in joint.participants.values():
+            part._fail(error)

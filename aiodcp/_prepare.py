@@ -1,0 +1,196 @@
+"""What saves of one structure have in common: the plan, made by all ranks together on the first save, and kept."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch.distributed.checkpoint.planner as dcp
+from torch.distributed.checkpoint.planner import SavePlanner
+
+from ._capture import Capture
+from ._commit import CommitRecord, Item
+from ._engine import Threads, in_thread
+from ._judge import Row
+from ._layout import Layout
+from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
+from ._ranks import Operation
+from .errors import CheckpointError, SaveError
+from .metadata import gc_held_off
+
+_log = logging.getLogger("aiodcp")
+
+WARNED_NAMES = 8  # named in one warning
+KEPT_PLANS = 4  # structures remembered of a state: a run saves one or two, and each costs a few MB for 10,000 tensors
+
+
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """All that saves of one structure have in common.
+
+    Attributes:
+        number: the same on all ranks.
+        plan: what this rank writes.
+        record: `.metadata`, on the coordinator; of a state that is committed alone.
+        planned: what all ranks write, on the coordinator; of one that is committed with others.
+        places: where the frozen values of the last save lie: on the coordinator of every rank, else of this one.
+    """
+
+    number: int
+    plan: SavePlan
+    record: CommitRecord | None
+    planned: GlobalPlan | None
+    places: dict[int, list[Item]]
+
+    @property
+    def layout(self) -> Layout:
+        return self.plan.share.layout
+
+
+class Plans:
+    """The plans of one `Checkpointer`, by the name of the state; the one of a plain save has none."""
+
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+        self._kept: dict[str, list[Prepared]] = {}
+        self._joined: tuple[list[Prepared], CommitRecord] | None = None  # the last commit of several states
+        self._made = 0
+        self._warned: set[str] = set()  # fqns on which the ranks disagree: told once
+
+    def find(self, name: str, taken: Capture) -> dict[int, Prepared]:
+        """Return the plans for what this rank has, by number: it may be the same while that of others differs."""
+        return {prepared.number: prepared for prepared in self._kept.get(name, ()) if prepared.plan.fits(taken)}
+
+    async def make(
+        self, operation: Operation, name: str, taken: Capture, planner: SavePlanner | None = None
+    ) -> Prepared:
+        """Plan anew, all ranks together, and keep the plan."""
+        alone = operation.size == 1
+
+        async def plan_here() -> tuple[LocalPlan, bytes]:
+            return await in_thread(self._threads.compute, _plan_here, taken, alone)
+
+        (local, message), _ = await operation.together("plan", plan_here)
+        messages = [] if alone else await operation.gather(message)
+
+        async def plan_globally() -> tuple[GlobalPlan, CommitRecord | None, list[bytes]] | None:
+            if not operation.is_coordinator:
+                return None
+            locals_ = [local] if alone else messages
+            return await in_thread(self._threads.compute, plan_for_all, locals_, planner, not name)
+
+        self._made += 1
+        planned, answer = await operation.together(
+            "plan", plan_globally, facts=lambda _: [self._made], decide=lambda table: [max(row[0] for row in table)]
+        )
+        self._made = answer[0]
+        share, record, joined = None, None, None
+        if planned is not None:
+            plan, record, parts = planned
+            share, mine = plan.shares[operation.rank], parts[operation.rank]
+            joined = plan if name else None
+            self._warn(plan.disagreed)
+        if not alone:
+            mine = await operation.scatter(parts if planned is not None else [])
+
+        async def finish() -> Prepared:
+            kept, accepted = pickle.loads(mine)
+            if planner is not None:
+                _accept(planner, accepted)
+            finished = await in_thread(self._threads.compute, finish_plan, taken, local, kept, share)
+            return Prepared(number=answer[0], plan=finished, record=record, planned=joined, places={})
+
+        prepared, _ = await operation.together("plan", finish)
+        self._kept[name] = [prepared, *self._kept.get(name, [])[: KEPT_PLANS - 1]]
+        return prepared
+
+    def _warn(self, disagreed: Sequence[str]) -> None:
+        new = [fqn for fqn in disagreed if fqn not in self._warned]
+        self._warned.update(new)
+        if new:
+            more = f" and {len(new) - WARNED_NAMES} more" if len(new) > WARNED_NAMES else ""
+            _log.warning(
+                "the ranks hold different values of %s%s; of each only one rank's is saved: wrap what is each rank's "
+                "own in aiodcp.PerRank",
+                ", ".join(new[:WARNED_NAMES]),
+                more,
+            )
+
+    async def share_places(self, operation: Operation, prepared: Prepared, places: list[Item]) -> None:
+        """Tell the coordinator where the frozen values lie, which only changes when one of them grows or shrinks."""
+        flat = [number for item in places for number in (item.offset, item.nbytes)]
+        for rank, data in enumerate(await operation.gather(struct.pack(f"<{len(flat)}q", *flat))):
+            numbers = struct.iter_unpack("<qq", data)
+            prepared.places[rank] = [Item(offset=offset, nbytes=nbytes) for offset, nbytes in numbers]
+        prepared.places[operation.rank] = places
+
+    async def record_of(self, parts: list[Prepared]) -> CommitRecord:
+        if parts[0].record is not None:
+            return parts[0].record
+        known = self._joined
+        if known is not None and list(map(id, known[0])) == list(map(id, parts)):
+            return known[1]
+        planned = [part.planned for part in parts if part.planned is not None]
+        record = await in_thread(self._threads.compute, lambda: CommitRecord(*planned))
+        self._joined = parts, record
+        return record
+
+    def forget(self) -> None:
+        """Forget all plans: the other ranks may not have kept the same."""
+        self._kept.clear()
+
+    def keep_only(self, names: set[str]) -> None:
+        """Forget the plans of all other states."""
+        self._kept = {name: kept for name, kept in self._kept.items() if name in names}
+
+
+def _plan_here(taken: Capture, alone: bool) -> tuple[LocalPlan, bytes]:
+    with _planning_errors():
+        local = plan_local(taken, alone=alone)
+        return local, b"" if alone else pickle.dumps(local)
+
+
+def plan_for_all(
+    plans: Sequence[LocalPlan | bytes], planner: SavePlanner | None, for_itself: bool = True
+) -> tuple[GlobalPlan, CommitRecord | None, list[bytes]]:
+    """Plan, on the coordinator, from what all ranks have sent; with what each of them gets.
+
+    With `.metadata`, if the state is to be committed by itself. The parts are pickles of what the rank writes of its
+    local plan, and of the planner's plan for it if there is one.
+    """
+    with _planning_errors(), gc_held_off():
+        plan = plan_global([each if isinstance(each, LocalPlan) else pickle.loads(each) for each in plans], planner)
+        parts = [pickle.dumps(part) for part in zip_longest(plan.kept, plan.plans)]
+        return plan, CommitRecord(plan) if for_itself else None, parts
+
+
+def _accept(planner: SavePlanner, plan: dcp.SavePlan) -> None:
+    """Let the caller's planner see its part of the global plan, which by then is settled."""
+    with _planning_errors():
+        finished = planner.finish_plan(plan)
+        if [item.index for item in finished.items] != [item.index for item in plan.items]:
+            raise SaveError(f"finish_plan of {type(planner).__name__} returned other items than the global plan's")
+
+
+@contextmanager
+def _planning_errors() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise SaveError(f"planning failed: {error!r}") from error
+
+
+def numbers_of(kept: Iterable[int]) -> list[int]:
+    return [*kept, *[0] * KEPT_PLANS][:KEPT_PLANS]
+
+
+def agree_on_plan(table: list[Row]) -> list[int]:
+    """A kept plan is used if every rank has kept it, and nothing has changed on any; else 0: plan anew."""
+    return [max(set.intersection(*({0, *row[:KEPT_PLANS]} for row in table)))]
