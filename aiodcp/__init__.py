@@ -8,6 +8,7 @@ from ._events import (
     LeftoverRemoved,
     RemovalFailed,
     Restored,
+    Retried,
     SaveBegan,
     SaveFailed,
     SaveFinished,
@@ -17,6 +18,7 @@ from ._events import (
 from ._guard import Guard
 from ._joint import JointCheckpoint, joint_checkpoint
 from ._milestone import Milestone, Progress
+from ._retry import Attempt, Retry
 from ._timeline import Span, Timeline
 from .checkpointer import Checkpointer
 from .errors import (
@@ -45,6 +47,7 @@ from .storage import LocalStorage, MemoryStorage, Storage
 
 __all__ = [
     "ArgumentError",
+    "Attempt",
     "BusyError",
     "CaptureError",
     "Checkpoint",
@@ -72,6 +75,8 @@ __all__ = [
     "ReadError",
     "RemovalFailed",
     "Restored",
+    "Retried",
+    "Retry",
     "SaveBegan",
     "SaveCancelled",
     "SaveError",

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ._retry import Attempt
 from ._timeline import Timeline
 
 _log = logging.getLogger("aiodcp")
@@ -112,6 +113,24 @@ class SaveFailed(Event):
 
     def __str__(self) -> str:
         return f"not saved: {type(self.error).__name__}: {self.error}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retried(Event):
+    """Storage has refused something for the moment, and it is tried again.
+
+    Attributes:
+        path: what was to be read or written.
+        attempt: which attempt failed, why, and when the next one is.
+    """
+
+    level: ClassVar[int] = logging.WARNING
+
+    path: str
+    attempt: Attempt
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.attempt}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from .errors import (
     ClosedError,
     ParticipantError,
     SaveCancelled,
-    first_error,
+    one_error,
 )
 
 
@@ -190,22 +190,19 @@ async def joint_checkpoint(
 
     try:
         await turn
-        async with group:
-            watching = group.create_task(watch())
-            yield joint
-            joint._is_closed = True
-            for call in joint._later:  # no await between them
-                call()
-            await asyncio.gather(*joint._working)
-            watching.cancel()
-            if not joint.participants:  # most likely a mistake, and one that would replace a checkpoint by nothing
-                raise CaptureError("", "the checkpoint has no participant")
+        with one_error():
+            async with group:
+                watching = group.create_task(watch())
+                yield joint
+                joint._is_closed = True
+                for call in joint._later:  # no await between them
+                    call()
+                await asyncio.gather(*joint._working)
+                watching.cancel()
+                if not joint.participants:  # most likely a mistake: it would replace a checkpoint by nothing
+                    raise CaptureError("", "the checkpoint has no participant")
         joint._wish(Wish(name=""))
         await ended.settled()
-    except BaseExceptionGroup as errors:
-        first = first_error(errors)
-        await _end(joint, ended, first)
-        raise first from first.__cause__
     except BaseException as error:
         await _end(joint, ended, error)
         raise

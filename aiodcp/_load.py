@@ -38,7 +38,7 @@ from .errors import (
     NotACheckpointError,
     ReadError,
     StageError,
-    first_error,
+    one_error,
 )
 from .metadata import Metadata, gc_held_off, read_metadata
 from .storage import Reader, Storage
@@ -302,15 +302,12 @@ class Loader:
                 await readers[span.file].read_into(span.start, [memory])
                 await in_thread(self._threads.compute, copy_in, span, arena, check, crossing)
 
-        try:
+        with one_error():
             async with anyio.create_task_group() as group:
                 for read in direct:
                     group.start_soon(read_direct, read)
                 for span in spans:
                     group.start_soon(read_span, span)
-        except BaseExceptionGroup as errors:
-            first = first_error(errors)
-            raise first from first.__cause__
 
 
 def _agree_on_start(table: list[Row]) -> list[int]:

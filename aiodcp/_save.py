@@ -35,7 +35,7 @@ from ._names import METADATA_NAME, data_file
 from ._prepare import KEPT_PLANS, Plans, Prepared, agree_on_plan, numbers_of
 from ._ranks import PART, Operation
 from ._transfer import Job, Transfer, write_errors
-from .errors import ArgumentError, first_error
+from .errors import ArgumentError, one_error
 from .storage import Storage
 
 
@@ -192,7 +192,7 @@ class Saver:
                 written[number] = found
 
         async with self._all_or_nothing(operation, checkpoint_id, save_id) as attempt:
-            try:
+            with one_error():
                 async with anyio.create_task_group() as group:
                     while (wish := await operation.wait_for(wishes)).name:
                         names.append(wish.name)
@@ -200,9 +200,6 @@ class Saver:
                             group.start_soon(write, operation.branch(), attempt, len(names) - 1, wish)
                         else:
                             await write(operation, attempt, len(names) - 1, wish)
-            except BaseExceptionGroup as errors:
-                first = first_error(errors)
-                raise first from first.__cause__
             await self._write_part(operation, attempt, wish, "")
             parts = [written[number] for number in range(len(names))]
             record = await self._commit(operation, attempt, parts, note)

@@ -15,7 +15,7 @@ from anyio import CancelScope
 
 from ._names import METADATA_NAME, is_leftover, step_of, step_place
 from ._note import FOOT_NBYTES, TAIL_NBYTES, decode_note, note_nbytes
-from .errors import NotACheckpointError, ReadError, first_error
+from .errors import NotACheckpointError, ReadError, one_error
 from .storage import Storage
 
 LOOKS_AT_ONCE = 16  # at steps: a shared file system answers each in milliseconds, and many at a time
@@ -145,9 +145,7 @@ async def _numbers(storage: Storage, root: str) -> list[int]:
 
 
 async def _for_each(look: Callable[[int], Coroutine[Any, Any, None]], steps: Sequence[int]) -> None:
-    try:
+    with one_error():
         async with anyio.create_task_group() as group:
             for step in steps:
                 group.start_soon(look, step)
-    except BaseExceptionGroup as errors:
-        raise first_error(errors) from None

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 import torch
@@ -25,12 +26,13 @@ from ._engine import Threads, in_thread
 from ._layout import BLOCK, round_up
 from ._milestone import Milestone, ProgressLog
 from ._plan import SavePlan
+from ._retry import PersistentStorage
 from ._stage import Checksum, Stage, stage_nbytes
 from ._timeline import Timeline
 from ._watch import Watch
 from ._windows import FileRange, Windows
-from .errors import CaptureError, StageError, TornSnapshotError, WriteError, first_error
-from .storage import Storage, Writer
+from .errors import CaptureError, StageError, TornSnapshotError, WriteError, one_error
+from .storage import Writer
 
 TAIL_SLACK = 64 << 10  # bytes kept free for frozen values to grow in, before the arena must be made anew
 # The part of the file whose writing may begin while the rest is still staged. Writing takes memory bandwidth and
@@ -81,7 +83,13 @@ class Transfer:
     """The host memory of one `Checkpointer`, kept from save to save, and the way of a save through it."""
 
     def __init__(
-        self, storage: Storage, threads: Threads, *, keep_buffers: bool, max_host_nbytes: int | None, checksum: Checksum
+        self,
+        storage: PersistentStorage,
+        threads: Threads,
+        *,
+        keep_buffers: bool,
+        max_host_nbytes: int | None,
+        checksum: Checksum,
     ) -> None:
         self._storage = storage
         self._threads = threads
@@ -129,30 +137,36 @@ class Transfer:
             job.log.report("write")
             job.let_go()
             return
-        try:
+        with one_error():
             if isinstance(room, Stage):
                 await self._run_whole(job, plan, room, tail, file)
             else:
                 await self._run_windows(job, plan, room, tail, file)
-        except BaseExceptionGroup as errors:
-            first = first_error(errors)
-            raise first from first.__cause__
 
     # --- the whole file in memory
 
     async def _run_whole(self, job: Job, plan: SavePlan, stage: Stage, tail: bytes, file: str) -> None:
         ready = [Event() for _ in stage.layout.segments]
         staged = Event()
+
+        async def write_file() -> None:  # anew, if need be: the bytes are there
+            before = job.log.latest.bytes_written
+            try:
+                with one_error(), self._write_errors(job, file):
+                    async with self._storage.create(job.checkpoint_id, file) as writer:
+                        async with anyio.create_task_group() as writing:
+                            for number, event in enumerate(ready):
+                                writing.start_soon(self._write_segment, job, stage, number, event, writer)
+                        await staged.wait()
+                        if tail:
+                            await self._write(job, writer, *stage.tail_range(len(tail)))
+            except WriteError:
+                job.log.report(written=before - job.log.latest.bytes_written)
+                raise
+
         async with anyio.create_task_group() as staging:
             staging.start_soon(self._stage_all, job, plan, stage, tail, ready, staged)
-            with self._write_errors(job, file):
-                async with self._storage.create(job.checkpoint_id, file) as writer:
-                    async with anyio.create_task_group() as writing:
-                        for number, event in enumerate(ready):
-                            writing.start_soon(self._write_segment, job, stage, number, event, writer)
-                    await staged.wait()
-                    if tail:
-                        await self._write(job, writer, *stage.tail_range(len(tail)))
+            await self._storage.persist(write_file, job.checkpoint_id, file)
 
     async def _stage_all(
         self, job: Job, plan: SavePlan, stage: Stage, tail: bytes, ready: Sequence[Event], staged: Event
@@ -226,7 +240,8 @@ class Transfer:
                     async def write(number: int, ranges: Sequence[FileRange]) -> None:
                         async with self._turns:
                             for offset, data in ranges:
-                                await self._write(job, writer, offset, data)
+                                write_one = partial(self._write, job, writer, offset, data)
+                                await self._storage.persist(write_one, job.checkpoint_id, file)
                         if number < len(windows):
                             windows.release(number)
                         free[number % windows.slots].set()

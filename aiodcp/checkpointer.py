@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, InvalidStateError
@@ -33,6 +34,7 @@ from ._milestone import Milestone
 from ._note import encode_note
 from ._planner import capture_planned
 from ._ranks import Operation
+from ._retry import Attempt, PersistentStorage, Retry
 from ._save import Saver, Wish
 from ._skips import Skips
 from ._stage import Checksum, default_checksum
@@ -60,6 +62,8 @@ Ts = TypeVarTuple("Ts")
 
 CheckpointId = str | os.PathLike[str]
 
+
+_log = logging.getLogger("aiodcp")
 
 _RETOLD_LENGTH = 1000  # characters
 
@@ -94,6 +98,7 @@ class Checkpointer:
         copy_threads: cores that copy host tensors while a save is staged; by default all, up to four, which is what
             it takes to fill the memory's bandwidth. Under torchrun the ranks of a host share them.
         io_threads: threads that read and write files.
+        retry: how often to try again what storage refuses for the moment.
         checksum: computes CRC32s, with the arguments of `zlib.crc32`; by default isal's if the extra `fast` is
             installed, else zlib's.
     """
@@ -111,6 +116,7 @@ class Checkpointer:
         check_torn: bool = True,
         copy_threads: int | None = None,
         io_threads: int = 4,
+        retry: Retry | None = None,
         checksum: Checksum | None = None,
     ) -> None:
         if copy_threads is None:
@@ -130,7 +136,14 @@ class Checkpointer:
             raise ArgumentError("no_dist", "means no other ranks: leave out the process_group")
         if type(coordinator) is not int or coordinator < 0:
             raise ArgumentError("coordinator", f"{coordinator!r} is not a rank")
-        self._storage = storage if storage is not None else LocalStorage()
+        if retry is not None and not isinstance(retry, Retry):
+            raise ArgumentError("retry", f"{retry!r} is no aiodcp.Retry")
+        self._storage = PersistentStorage(
+            storage if storage is not None else LocalStorage(),
+            retry if retry is not None else Retry(),
+            lambda place, path, attempt: self._on_retry(place, path, attempt),
+        )
+        self._on_retry: Callable[[str, str, Attempt], None] = _log_retry  # with place and path; in the engine's thread
         self._process_group = process_group
         self._coordinator = coordinator
         self._no_dist = no_dist
@@ -747,6 +760,10 @@ class Checkpointer:
         if future.cancelled():
             raise ClosedError("the Checkpointer was closed meanwhile")
         return future.result()
+
+
+def _log_retry(place: str, path: str, attempt: Attempt) -> None:
+    _log.warning("%s: %s", path, attempt)
 
 
 async def _cancel(operation: Operation) -> None:

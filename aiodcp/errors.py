@@ -24,7 +24,8 @@ Every error takes its facts as arguments, so that it survives pickling, and keep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -345,9 +346,13 @@ class RankError(SaveError, LoadError):
         return f"{self.phase}: " + "; ".join(told or ["the ranks were cut off from each other"]) + tracebacks
 
 
-def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the one error of a task group to tell a user of: the first that is not itself a group."""
-    first = errors.exceptions[0]
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Raise, of what a task group in the block raises, the first error that is not itself a group."""
+    try:
+        yield
+    except BaseExceptionGroup as errors:
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from first.__cause__

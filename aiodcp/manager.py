@@ -22,6 +22,7 @@ from ._events import (
     LeftoverRemoved,
     RemovalFailed,
     Restored,
+    Retried,
     SaveBegan,
     SaveFailed,
     SaveFinished,
@@ -31,8 +32,9 @@ from ._events import (
 )
 from ._joint import JointCheckpoint, joint_checkpoint
 from ._milestone import Milestone
-from ._names import step_place
+from ._names import step_of, step_place
 from ._retain import Best, Retention
+from ._retry import Attempt
 from ._steps import Step
 from ._timeline import Timeline
 from .checkpointer import Checkpointer, check_id
@@ -48,6 +50,7 @@ class Stats:
     Attributes:
         saved, failed, skipped: checkpoints asked for, by what became of them.
         removed: that were not to be kept.
+        retried: what storage had refused for the moment.
         waited_s: seconds for which saves waited for the one before.
         age_s: seconds since the last commit; None if there was none.
     """
@@ -56,6 +59,7 @@ class Stats:
     failed: int
     skipped: int
     removed: int
+    retried: int
     waited_s: float
     age_s: float | None
 
@@ -122,8 +126,9 @@ class CheckpointManager:
         self._on_busy: OnBusy = on_busy
         self._on_error = on_error
         self._feed = Feed(on_event)
+        self.checkpointer._on_retry = self._tell_retry
         self._claimed = False
-        self._saved = self._failed = self._skipped = self._removed = 0
+        self._saved = self._failed = self._skipped = self._removed = self._retried = 0
         self._waited_s = 0.0
         self._last_commit: float | None = None
 
@@ -182,6 +187,7 @@ class CheckpointManager:
             failed=self._failed,
             skipped=self._skipped,
             removed=self._removed,
+            retried=self._retried,
             waited_s=self._waited_s,
             age_s=age_s,
         )
@@ -334,6 +340,19 @@ class CheckpointManager:
         self._catalog.doom(removes=self._is_coordinator)
         nbytes = sum(part.progress.bytes_written for part in parts)
         self._feed.publish(SaveFinished(**self._of(step), nbytes=nbytes, **times_of([part.timeline for part in parts])))
+
+    def _tell_retry(self, place: str, path: str, attempt: Attempt) -> None:
+        self._retried += 1
+        step = step_of(place.rpartition("/")[2])
+        self._feed.publish(
+            Retried(
+                step=-1 if step is None else step,
+                rank=self.checkpointer._rank,
+                checkpoint_id=place,
+                path=path,
+                attempt=attempt,
+            )
+        )
 
     async def _prune_after(self, uploaded: Milestone) -> None:
         await uploaded.settled()

@@ -13,7 +13,7 @@ LAYERS = [
     ["_devices", "_guard", "_judge", "_timeline", "storage.memory", "storage.local", "metadata"],
     ["_arena", "_archive", "_milestone"],
     ["storage", "_engine", "_skips"],
-    ["_steps"],
+    ["_steps", "_retry"],
     ["_retain", "_events"],
     ["_catalog"],
     ["_capture", "_stage", "_line"],

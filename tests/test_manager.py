@@ -126,7 +126,7 @@ async def test_a_step_that_cannot_be_removed_is_told_and_tried_again(faulty: Fau
 
     def gate(call: str) -> None:
         if call == "remove" and refuse:
-            raise OSError(5, "Input/output error")
+            raise OSError(30, "Read-only file system")
 
     faulty.gate = gate
     async with _on(faulty, keep_last=1, on_event=told.append) as manager:
@@ -227,10 +227,10 @@ async def test_failures_are_raised_or_told_and_the_run_goes_on(
     told: list[Event] = []
     with caplog.at_level(logging.INFO, "aiodcp"):
         async with _on(faulty, on_error="warn", on_event=told.append) as manager:
-            faulty.fail_once = OSError(5, "Input/output error")
+            faulty.fail_once = OSError(30, "Read-only file system")
             await manager.save(1, make_state(1))
             await _save(manager, 2)
-            faulty.fail_once = OSError(5, "Input/output error")
+            faulty.fail_once = OSError(30, "Read-only file system")
             ckpt = await manager.save(3, make_state(3))
     assert ckpt is not None
     with pytest.raises(WriteError):  # who asks is told
@@ -244,7 +244,7 @@ async def test_failures_are_raised_or_told_and_the_run_goes_on(
 
     with pytest.raises(WriteError):
         async with _on(faulty) as manager:
-            faulty.fail_once = OSError(5, "Input/output error")
+            faulty.fail_once = OSError(30, "Read-only file system")
             await manager.save(4, make_state(4))
 
 

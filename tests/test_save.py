@@ -307,7 +307,7 @@ async def test_leaving_by_an_error_drains_the_save_and_adds_its_failure_as_a_not
 
 def _fail_put(name: str) -> None:
     if name == "put":
-        raise OSError(5, "broken")
+        raise OSError(30, "broken")
 
 
 async def test_an_error_while_capturing_changes_nothing_and_the_next_save_works(faulty: FaultyStorage) -> None:
@@ -442,13 +442,13 @@ async def test_a_commit_that_fails_after_its_rename_keeps_the_data_it_names(
 
     async def fail_after_commit(path: str) -> None:
         if (Path(path) / ".metadata").exists():
-            raise OSError(5, "Input/output error")
+            raise OSError(30, "Read-only file system")
         await real(path)
 
     monkeypatch.setattr(local, "_fsync_directory", fail_after_commit)
     async with Checkpointer() as checkpointer:
         checkpoint = await checkpointer.save(state, tmp_path)
-        with pytest.raises(WriteError, match="Input/output"):
+        with pytest.raises(WriteError, match="Read-only"):
             await checkpoint.uploaded
         assert_equal(state, await load(checkpointer, state, str(tmp_path)))
 
@@ -477,7 +477,7 @@ async def test_who_waits_for_a_save_is_told_of_its_failure_and_not_the_next_save
         waiting = asyncio.create_task(wait())
         next_one = asyncio.create_task(checkpointer.save({"n": 2}, "ckpt"))
         await gate.wait_reached()
-        faulty.fail_once = OSError(5, "broken")
+        faulty.fail_once = OSError(30, "broken")
         gate.open()
         with pytest.raises(WriteError, match="broken"):
             await waiting

@@ -86,10 +86,10 @@ async def test_a_storage_that_refuses_is_told_as_one_error(faulty: FaultyStorage
 
     def refuse(call: str) -> None:
         if call == "open":
-            raise OSError(5, "Input/output error")
+            raise OSError(30, "Read-only file system")
 
     faulty.gate = refuse
-    with pytest.raises(ReadError, match=r"memory:root/step-\d/.metadata: .*Input/output"):
+    with pytest.raises(ReadError, match=r"memory:root/step-\d/.metadata: .*Read-only"):
         await list_steps(faulty, "root")
 
 
@@ -109,10 +109,10 @@ async def test_the_metadata_goes_first_and_files_of_others_stay(faulty: FaultySt
         nonlocal removals
         removals += call == "remove"
         if removals == 2:
-            raise OSError(5, "Input/output error")
+            raise OSError(30, "Read-only file system")
 
     faulty.gate = refuse_the_second
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OSError, match="Read-only"):
         await remove_step(faulty, "root/step-3")
     assert [name.endswith(".distcp") for name in faulty.files["root/step-3"]] == [True]
 
