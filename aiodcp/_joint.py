@@ -179,8 +179,13 @@ async def joint_checkpoint(
     turn, ended = Milestone("turn"), Milestone("ended")
     group = asyncio.TaskGroup()
     joint = JointCheckpoint(checkpointer, place, group)
-    joint._operation = checkpointer._begin_several(place, turn, note, joint._wishes.get, ended)
-    ended.when_done(partial(_tell, joint, ended))
+
+    def fail(error: Exception) -> None:
+        for part in joint.participants.values():
+            part._fail(error)
+        ended.fail(error, told=True)
+
+    joint._operation = checkpointer._begin_several(place, turn, note, joint._wishes.get, ended.reach, fail)
     give_turns(asyncio.get_running_loop(), ended.done)
 
     async def watch() -> None:
@@ -219,10 +224,3 @@ async def _end(joint: JointCheckpoint, ended: Milestone, error: BaseException) -
     while not ended.done():
         with suppress(asyncio.CancelledError):
             await ended.settled()
-
-
-def _tell(joint: JointCheckpoint, ended: Milestone) -> None:
-    """Tell the participants how it ended."""
-    if (error := ended.error()) is not None:
-        for part in joint.participants.values():
-            part._fail(error)

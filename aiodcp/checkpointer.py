@@ -446,16 +446,22 @@ class Checkpointer:
         return checkpoint
 
     def _begin_several(
-        self, place: str, turn: Milestone, note: bytes, wishes: Callable[[], Awaitable[Wish]], ended: Milestone
+        self,
+        place: str,
+        turn: Milestone,
+        note: bytes,
+        wishes: Callable[[], Awaitable[Wish]],
+        succeed: Callable[[], None],
+        fail: Callable[[Exception], None],
     ) -> Operation:
         """Begin a save of several states, which its user wishes for one by one."""
 
         async def save(operation: Operation) -> list[str]:
             replaced = await self._saver.save_several(operation, _digest(place), place, note, wishes)
-            ended.reach()
+            succeed()
             return replaced
 
-        return self._begin_flow(next(self._calls), place, turn, save, partial(ended.fail, told=True))
+        return self._begin_flow(next(self._calls), place, turn, save, fail)
 
     def _begin_flow(
         self,
