@@ -144,6 +144,24 @@ class SaveSkipped(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Preempted(Event):
+    """The run is to stop at this step, on all ranks.
+
+    Attributes:
+        reason: why, in words.
+        left_s: seconds until the process is ended.
+    """
+
+    level: ClassVar[int] = logging.WARNING
+
+    reason: str
+    left_s: float
+
+    def __str__(self) -> str:
+        return f"to stop here, with {self.left_s:.1f} s left: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRemoved(Event):
     """A checkpoint that is not to be kept is removed."""
 

@@ -131,6 +131,10 @@ class JointCheckpoint:
             raise ParticipantError(name, f"raised {error!r}") from error
         self._capture(name, state, part, asked)
 
+    def _fail(self, error: Exception) -> None:
+        for part in list(self.participants.values()):
+            part._fail(error)
+
     def _wish(self, wish: Wish) -> None:
         self._checkpointer._engine.call_soon(self._wishes.put, wish)
 
@@ -181,8 +185,7 @@ async def joint_checkpoint(
     joint = JointCheckpoint(checkpointer, place, group)
 
     def fail(error: Exception) -> None:
-        for part in joint.participants.values():
-            part._fail(error)
+        joint._fail(error)
         ended.fail(error, told=True)
 
     joint._operation = checkpointer._begin_several(place, turn, note, joint._wishes.get, ended.reach, fail)
@@ -224,3 +227,5 @@ async def _end(joint: JointCheckpoint, ended: Milestone, error: BaseException) -
     while not ended.done():
         with suppress(asyncio.CancelledError):
             await ended.settled()
+    if (failure := ended.error()) is not None:
+        joint._fail(failure)  # also those who were added since

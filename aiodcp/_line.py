@@ -73,6 +73,11 @@ class Line:
         self._generation = 0
         self._group: Any = None  # a ProcessGroupGloo, likewise
 
+    @property
+    def store(self) -> Any:
+        """The store that the ranks share, once they are connected; under names that no other line has."""
+        return self._store
+
     async def connect(self) -> Any:
         """Connect with all others, if that is not done yet, and return the group.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +22,7 @@ from ._events import (
     Feed,
     FellBack,
     LeftoverRemoved,
+    Preempted,
     RemovalFailed,
     Restored,
     Retried,
@@ -33,12 +36,15 @@ from ._events import (
 from ._joint import JointCheckpoint, joint_checkpoint
 from ._milestone import Milestone
 from ._names import step_of, step_place
+from ._preempt import Preemption
 from ._retain import Best, Retention
 from ._retry import Attempt
 from ._steps import Step
 from ._timeline import Timeline
 from .checkpointer import Checkpointer, check_id
-from .errors import ArgumentError, BusyError, CorruptError, RankError
+from .errors import ArgumentError, BusyError, CorruptError, RankError, SaveCancelled
+
+CLEAR_UP_S = 1.0  # of the time that preemption leaves: to remove what was written of a save that is given up
 
 OnBusy = Literal["wait", "skip", "raise"]
 
@@ -91,6 +97,11 @@ class CheckpointManager:
         on_busy: what a save does while another is in flight: see `Checkpointer.save`.
         on_error: "raise" the failure of a save, where nobody awaited it, from the next one or on leaving; or "warn",
             by the log and an event, and go on: a store that is down now and then does not end the run.
+        signals: that ask the run to stop, such as `signal.SIGTERM`: see `preempted`. Heard from entering to leaving,
+            in the main thread. A second one does what it would have done.
+        grace_s: seconds from when that is heard until the process will be ended. Leaving the manager then gives up a
+            save that would not be done in time.
+        deadline: when the process will be ended in any case, in seconds of `time.time()`: heard `grace_s` before.
         on_event: called with each `Event`, in a thread of the library's: it must not block.
     """
 
@@ -105,6 +116,9 @@ class CheckpointManager:
         save_interval: int | None = None,
         on_busy: OnBusy = "wait",
         on_error: Literal["raise", "warn"] = "raise",
+        signals: Sequence[signal.Signals] = (),
+        grace_s: float = 30.0,
+        deadline: float | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         root = check_id(root, "root")
@@ -118,6 +132,13 @@ class CheckpointManager:
             raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
         if on_error not in ("raise", "warn"):
             raise ArgumentError("on_error", f'{on_error!r} is neither "raise" nor "warn"')
+        for each in signals:
+            if not isinstance(each, signal.Signals):
+                raise ArgumentError("signals", f"{each!r} is no signal.Signals")
+        if type(grace_s) not in (int, float) or not 0 < grace_s < float("inf"):
+            raise ArgumentError("grace_s", f"{grace_s!r} is not a number of seconds")
+        if deadline is not None and type(deadline) not in (int, float):
+            raise ArgumentError("deadline", f"{deadline!r} is not a number of seconds, as time.time()'s")
         if on_event is not None and not callable(on_event):
             raise ArgumentError("on_event", f"{on_event!r} cannot be called")
         self.checkpointer = checkpointer if checkpointer is not None else Checkpointer()
@@ -126,6 +147,10 @@ class CheckpointManager:
         self._on_busy: OnBusy = on_busy
         self._on_error = on_error
         self._feed = Feed(on_event)
+        self._preemption = Preemption(signals=signals, grace_s=grace_s, deadline=deadline)
+        self._told_of_preemption = False
+        self._is_open = False
+        self._last: Checkpoint | None = None
         self.checkpointer._on_retry = self._tell_retry
         self._claimed = False
         self._saved = self._failed = self._skipped = self._removed = self._retried = 0
@@ -140,19 +165,83 @@ class CheckpointManager:
         try:
             self._catalog.root = self._catalog.storage.resolve(self._catalog.root)
             self._catalog.learn(await self.checkpointer._ask("list steps", self._clear_up_and_look))
+            self._listen()
         except BaseException:
             await self.checkpointer.__aexit__(None, None, None)
             raise
+        self._is_open = True
         return self
+
+    def _listen(self) -> None:
+        line = self.checkpointer._line
+        self._preemption = self._preemption.anew()
+        try:
+            if line is None:
+                self._preemption.start()
+            else:
+                self._preemption.start(store=line.store, rank=line.rank, size=line.size, root=line.root)
+        except ValueError as error:
+            raise ArgumentError("signals", f"cannot be heard here: {error}") from error
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        left_s = self._preemption.left_s
+        await self._leave(None if left_s is None else max(0.0, left_s - CLEAR_UP_S), error)
+
+    async def aclose(self, timeout: float | None = None) -> None:
+        """Leave the manager before its block ends: wait for the save in flight, and let go of everything.
+
+        Args:
+            timeout: seconds to wait at most. A save that is not done by then is given up: it leaves nothing, and the
+                checkpoint before it stays the newest. By default what preemption leaves, or for as long as it takes.
+
+        Raises:
+            SaveCancelled: the save was given up; not with `on_error="warn"`, which tells it in the log.
+            SaveError: the save failed, and nobody had awaited it; likewise.
+        """
+        if timeout is None:
+            await self.__aexit__(None, None, None)
+        else:
+            await self._leave(timeout, None)
+
+    async def _leave(self, limit_s: float | None, error: BaseException | None) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        gave_up = False
         try:
-            await self.checkpointer.__aexit__(kind, error, trace)
+            async with asyncio.timeout(limit_s) as limit:
+                await self.checkpointer.__aexit__(type(error) if error else None, error, None)
+        except TimeoutError:
+            gave_up = limit.expired()
+            if not gave_up:
+                raise
         finally:
             self._claimed = False
+            self._preemption.close()
             self._feed.end()
+        if gave_up and self._last is not None and self._last.uploaded.failed() and self._on_error == "raise":
+            given_up = SaveCancelled(self._last.checkpoint_id)
+            if error is None:
+                raise given_up
+            error.add_note(f"aiodcp: besides, {given_up}: it was not done within {limit_s:.1f} s")
+
+    # --- when to stop
+
+    @property
+    def preempted(self) -> Milestone:
+        """Reached when the run is to stop: await it, or look at `preempted.done()` after `should_save`.
+
+        Asked for by one of `signals`, by the `deadline` or by `preempt`, on any rank. In one process it is reached at
+        once. Ranks that train in step ask `should_save` after each step; it is reached on all of them at the same one,
+        within about a second, and `should_save` is true for it: save, and leave the loop.
+        """
+        return self._preemption.milestone
+
+    def preempt(self, reason: str = "asked for") -> None:
+        """Ask the run to stop, on all ranks: as a signal does. From any thread."""
+        self._preemption.ask(reason)
 
     # --- what there is
 
@@ -208,7 +297,16 @@ class CheckpointManager:
     # --- saving
 
     def should_save(self, step: int) -> bool:
-        """Whether a step is to be saved: a multiple of `save_interval`."""
+        """Whether a step is to be saved: a multiple of `save_interval`, or the one at which the run is to stop.
+
+        With several ranks, and once the run is asked to stop, it waits until they agree on a step: a second or so.
+        """
+        if self._preemption.stops_at(step):
+            if not self._told_of_preemption:
+                self._told_of_preemption = True
+                left_s = self._preemption.left_s or 0.0
+                self._feed.publish(Preempted(**self._of(step), reason=self._preemption.reason, left_s=left_s))
+            return True
         return self._save_interval is not None and step > 0 and step % self._save_interval == 0
 
     async def save(
@@ -246,16 +344,19 @@ class CheckpointManager:
         self._catalog.hold(step)
         try:
             await self._begin_to_save(step)
-            checkpoint = await self.checkpointer.save(
-                state_dict,
-                self.path(step),
-                planner=planner,
-                custom_metadata={"step": step, "metrics": numbers},
-                on_busy=on_busy or self._on_busy,
-            )
+            async with asyncio.timeout(self._preemption.left_s):
+                checkpoint = await self.checkpointer.save(
+                    state_dict,
+                    self.path(step),
+                    planner=planner,
+                    custom_metadata={"step": step, "metrics": numbers},
+                    on_busy=on_busy or self._on_busy,
+                )
         except BusyError:
             self._skip(step)
             raise
+        except TimeoutError as error:  # no time is left, and the save before is still in flight
+            raise SaveCancelled(self.path(step)) from error
         finally:
             if checkpoint is None:
                 self._catalog.let_go(step)
@@ -265,6 +366,7 @@ class CheckpointManager:
         if self._on_error == "warn":
             checkpoint.staged.forgive()
             checkpoint.uploaded.forgive()
+        self._last = checkpoint
         self._tell_of_capture(step, checkpoint.timeline, began)
 
         def ended() -> None:  # in the engine's thread, most likely

@@ -12,7 +12,7 @@ LAYERS = [
     ["errors", "_layout", "_mirror", "_names", "_note", "_turns", "storage.base", "storage._claims"],
     ["_devices", "_guard", "_judge", "_timeline", "storage.memory", "storage.local", "metadata"],
     ["_arena", "_archive", "_milestone"],
-    ["storage", "_engine", "_skips"],
+    ["storage", "_engine", "_preempt", "_skips"],
     ["_steps", "_retry"],
     ["_retain", "_events"],
     ["_catalog"],
