@@ -21,6 +21,7 @@ import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ._blocking import Blocking, blocking
 from ._capture import PerRank, capture
 from ._checkpoint import Checkpoint, EarlierFailureError
 from ._commit import remove_files
@@ -68,7 +69,7 @@ _log = logging.getLogger("aiodcp")
 _RETOLD_LENGTH = 1000  # characters
 
 
-class Checkpointer:
+class Checkpointer(Blocking):
     """Save and load checkpoints in DCP's format from an event loop that goes on turning meanwhile.
 
         async with aiodcp.Checkpointer() as checkpointer:
@@ -77,7 +78,8 @@ class Checkpointer:
             await ckpt.uploaded  # the checkpoint is durable
 
     One save is in flight at a time. Leaving the block, by an error too, waits for it; a failed save that nobody
-    awaited is raised there, or by the next `save`.
+    awaited is raised there, or by the next `save`. Without an event loop the same calls are `with`, `save_sync`,
+    `load_sync` and `prepare_sync`, and of what they return `staged.wait()` and `uploaded.wait()`.
 
     Args:
         storage: where checkpoints live; by default directories of the local file system.
@@ -732,6 +734,15 @@ class Checkpointer:
                 return await ask()
 
         return await self._on_engine(ask_in_turn if self._line else ask, operation=operation)
+
+    # --- without an event loop
+
+    save_sync = blocking(save)
+    prepare_sync = blocking(prepare)
+    load_sync = blocking(load)
+    read_custom_metadata_sync = blocking(read_custom_metadata)
+
+    # --- the engine
 
     async def _on_engine(
         self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, operation: Operation | None = None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
+from ._blocking import Blocking, blocking
 from ._catalog import Catalog
 from ._checkpoint import Checkpoint
 from ._commit import is_live
@@ -70,7 +71,7 @@ class Stats:
     age_s: float | None
 
 
-class CheckpointManager:
+class CheckpointManager(Blocking):
     """Checkpoints of a training run, one a step, below one root.
 
         async with aiodcp.CheckpointManager("checkpoints", keep_last=3, save_interval=100) as manager:
@@ -82,6 +83,8 @@ class CheckpointManager:
 
     A step is `root/step-<n>`, as torchtitan's, and complete when its `.metadata` is there. What interrupted saves have
     left is never listed, and removed on entering, unless another process that saves below this root is alive.
+
+    Without an event loop the same calls are `with`, `save_sync`, `restore_sync`, `refresh_sync` and `close`.
 
     Of several ranks all open the manager and make the same calls; one of them, the coordinator, lists and removes.
 
@@ -534,6 +537,15 @@ class CheckpointManager:
                     self._feed.publish(Restored(**self._of(number), seconds=time.perf_counter() - began))
                     return number
         return None
+
+    # --- without an event loop
+
+    save_sync = blocking(save)
+    restore_sync = blocking(restore)
+    refresh_sync = blocking(refresh)
+    close = blocking(aclose)
+
+    # ---
 
     async def _clear_up_and_look(self) -> bytes:
         for step in await self._catalog.clear_up(is_live):

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -116,3 +117,23 @@ def test_the_tutorials_programs_run_under_torchrun_and_dcp_loads_what_they_saved
     assert state["app"]["step"] == 9
     assert all(float(value.std()) > 0.005 for value in model.values())
     assert len(list((tmp_path / "step-9").iterdir())) == 3  # a file of each rank, and .metadata
+
+
+def test_a_plain_loop_goes_on_where_it_was_and_stops_when_asked(tmp_path: Path) -> None:
+    loop = [sys.executable, "-u", "examples/plain_loop.py", "--out", str(tmp_path), "--save-every", "5"]
+    output = run(*loop, "--steps", "20")
+    assert "going on after 0" in output
+    assert re.search(r"kept \[(\d+, )?15, 20\], best \d+; the loop was held [\d.]+ ms", output)
+    output = run(*loop, "--steps", "25")
+    assert "going on after 20" in output
+    child = subprocess.Popen([*loop, "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("step 35"):
+            break
+    child.send_signal(signal.SIGTERM)
+    rest, _ = child.communicate(timeout=60)
+    assert child.returncode == 0
+    [step] = re.findall(r"asked to stop at step (\d+)", rest)
+    assert f", {step}]" in rest
+    assert f"going on after {step}" in run(*loop, "--steps", step)

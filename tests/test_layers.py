@@ -10,7 +10,7 @@ PACKAGE = Path(aiodcp.__file__).parent
 # Each line may import from the lines above it, never from its own or from below.
 LAYERS = [
     ["errors", "_layout", "_mirror", "_names", "_note", "_turns", "storage.base", "storage._claims"],
-    ["_devices", "_guard", "_judge", "_timeline", "storage.memory", "storage.local", "metadata"],
+    ["_blocking", "_devices", "_guard", "_judge", "_timeline", "storage.memory", "storage.local", "metadata"],
     ["_arena", "_archive", "_milestone"],
     ["storage", "_engine", "_preempt", "_skips"],
     ["_steps", "_retry"],

@@ -185,7 +185,7 @@ def _stop_together(rank: int, size: int, root: Path, in_step: bool) -> tuple[int
                 if in_step:
                     dist.all_reduce(torch.zeros(1))  # ranks cannot be further apart than one step
                 else:
-                    time.sleep(0.0005 * rank)
+                    time.sleep(0.002 * (rank + 1))
                 state["w"].fill_(step)
                 if step == 20 and rank == size - 1:
                     os.kill(os.getpid(), signal.SIGUSR1)

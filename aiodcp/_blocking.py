@@ -1,0 +1,84 @@
+"""The same calls without an event loop: `with` instead of `async with`, and `save_sync` instead of `await save`.
+
+There is one implementation, the coroutines; here they run on a loop that turns only while a call waits, in the
+caller's own thread: what is captured is captured there, as with `await`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from functools import update_wrapper
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+from .errors import ClosedError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+S = TypeVar("S", bound="Blocking")
+
+
+class Blocking(ABC):
+    """Can be entered without an event loop, too."""
+
+    _runner: asyncio.Runner | None = None
+
+    @abstractmethod
+    async def __aenter__(self) -> Self: ...
+
+    @abstractmethod
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def __enter__(self) -> Self:
+        _refuse_inside_a_loop("async with")
+        if self._runner is not None:
+            raise ClosedError("it is open already: use one `with` at a time")
+        self._runner = asyncio.Runner()
+        try:
+            return self._runner.run(self.__aenter__())
+        except BaseException:
+            self._close_runner()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._runner is not None
+        try:
+            self._runner.run(self.__aexit__(kind, error, trace))
+        finally:
+            self._close_runner()
+
+    def _close_runner(self) -> None:
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
+
+
+def blocking(method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[S, P], T]:
+    """Make of a coroutine method one that blocks until it is done, inside `with`."""
+    name = method.__name__
+
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        _refuse_inside_a_loop(f"await {name}()")
+        if self._runner is None:
+            raise ClosedError(f"{name}_sync() is for a `with` block; in an `async with` one `await {name}()`")
+        return self._runner.run(method(self, *args, **kwargs))
+
+    update_wrapper(call, method)
+    call.__name__ = f"{name}_sync"
+    call.__qualname__ = f"{method.__qualname__}_sync"
+    call.__doc__ = f"As `await {name}()`, which see, for callers without an event loop: blocks until it is done."
+    return call
+
+
+def _refuse_inside_a_loop(instead: str) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise ClosedError(f"an event loop is running in this thread, and would stand still: use `{instead}`")
