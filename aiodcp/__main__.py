@@ -1,18 +1,84 @@
-"""`python -m aiodcp`: the command line."""
+"""The command line, `aiodcp` or `python -m aiodcp`. What needs no torch does not wait for it."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
+import sys
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+from .errors import CheckpointError
+
+DIFFERENT = 1  # exit status: `verify` has found damage, `diff` a difference
+FAILED = 2
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse `arguments` (by default the process's own) and run the command."""
-    parser = argparse.ArgumentParser(prog="python -m aiodcp", description="Asyncio-native checkpoints for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    bench = commands.add_parser(
-        "bench", help="measure saving and loading on this machine, or under torchrun, against DCP; takes minutes"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse `arguments` (by default the process's own) and run the command.
+
+    Exits with 0; with 1 if `verify` finds damage or `diff` a difference; with 2 if the command fails.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status = options.run(options)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except (CheckpointError, OSError) as error:
+        print(f"aiodcp: {error}", file=sys.stderr)
+        status = FAILED
+    if status:
+        sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="aiodcp", description="Asyncio-native checkpoints for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(run=run)
+        return command
+
+    ls = add("ls", _ls, "list the steps below a root, complete or not")
+    ls.add_argument("root", help="the directory with step-<n> in it")
+
+    show = add("show", _show, "show what a checkpoint holds: names, shapes, dtypes, sizes, files")
+    show.add_argument("checkpoint", help="its directory")
+    show.add_argument("fqn", nargs="?", help="only this value, and what lies below it")
+    show.add_argument("--chunks", action="store_true", help="show of each tensor where its chunks are stored, too")
+
+    verify = add("verify", _verify, "read all of a checkpoint and check it: coverage, files, the CRC32 of every item")
+    verify.add_argument("checkpoint", help="its directory")
+
+    diff = add("diff", _diff, "compare two checkpoints: what changed, and by how much")
+    diff.add_argument("a", help="the directory of one")
+    diff.add_argument("b", help="the directory of the other")
+
+    gc = add("gc", _gc, "remove steps that are not to be kept, and what interrupted saves have left")
+    gc.add_argument("root", help="the directory with step-<n> in it")
+    gc.add_argument("--keep-last", type=_positive_int, metavar="N", help="keep the newest N steps (default: all)")
+    gc.add_argument("--keep-every", type=_positive_int, metavar="N", help="keep multiples of N besides")
+    gc.add_argument(
+        "--keep-best", type=_best, metavar="METRIC:min|max[:N]", help="keep the N best besides (default: 1)"
     )
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+
+    export = add("export", _export, "write a checkpoint in another format")
+    export.add_argument("checkpoint", help="its directory")
+    export.add_argument("--to", choices=["safetensors", "torch"], required=True, help="the format")
+    export.add_argument("out", help="a file for torch, a directory for safetensors")
+    export.add_argument("--prefix", default="", help="safetensors: only names with this prefix, and without it")
+    export.add_argument(
+        "--shard-gb", type=_positive_float, default=5.0, help="safetensors: GB of one file at most (default: 5)"
+    )
+
+    bench = add("bench", _bench, "measure saving and loading on this machine, or under torchrun, against DCP")
     bench.add_argument("directory", nargs="?", default=".", help="on the file system to measure (default: here)")
     bench.add_argument("--gib", type=_positive_float, default=1.0, help="size of the state in 64 tensors (default: 1)")
     bench.add_argument(
@@ -23,10 +89,97 @@ def main(arguments: list[str] | None = None) -> None:
     bench.add_argument(
         "--device", default="cpu", help="where the state is; cuda measures what a save holds up on host and device"
     )
-    bench.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+    return parser
 
-    # Imported here: torch takes seconds to import, and --help needs none of it.
+
+# Each command imports what it needs: torch takes seconds to import.
+
+
+def _ls(options: argparse.Namespace) -> int:
+    from . import _roots
+
+    rows = _roots.look(options.root)
+    _print(options, rows, lambda: _roots.format_steps(rows))
+    return 0
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from . import _roots
+    from ._retain import Retention
+
+    retention = Retention(keep_last=options.keep_last, keep_every=options.keep_every, keep_best=options.keep_best)
+    tell = print if not options.json else lambda text: None
+    result = _roots.collect(options.root, retention, dry_run=options.dry_run, tell=tell)
+
+    def summary() -> str:
+        what = "would be removed" if options.dry_run else "removed"
+        steps, leftovers = (", ".join(map(str, result[key])) or "none" for key in ("removed", "leftovers"))
+        return f"{what}: steps {steps}; leftovers of interrupted saves in steps {leftovers}"
+
+    _print(options, result, summary)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from . import _inspect
+
+    result = _inspect.show(options.checkpoint, options.fqn)
+    _print(options, result, lambda: _inspect.format_show(result, chunks=options.chunks))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from . import _inspect
+    from ._progress import bar
+
+    with bar("verifying") as shown:
+        problems = _inspect.verify(options.checkpoint, shown.advance, shown.total)
+
+    def text() -> str:
+        lines = [": ".join(filter(None, (each.fqn, each.file, each.problem))) for each in problems]
+        return "\n".join([*lines, f"{len(problems)} problems"]) if problems else "whole: every item is as it was saved"
+
+    _print(options, [dataclasses.asdict(each) for each in problems], text)
+    return DIFFERENT if problems else 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from . import _inspect
+    from ._progress import bar
+
+    with bar("comparing") as shown:
+        differences = _inspect.diff(options.a, options.b, shown.advance, shown.total)
+    _print(options, [dataclasses.asdict(each) for each in differences], lambda: _inspect.format_diff(differences))
+    return DIFFERENT if differences else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from . import _export as export
+    from ._progress import bar
+
+    with bar("exporting") as shown:
+        if options.to == "torch":
+            result = export.export_torch(options.checkpoint, options.out)
+        else:
+            result = export.export_safetensors(
+                options.checkpoint,
+                options.out,
+                prefix=options.prefix,
+                shard_nbytes=int(options.shard_gb * 1e9),
+                advance=shown.advance,
+                total=shown.total,
+            )
+
+    def text() -> str:
+        left_out = result["left_out"]
+        more = f"\nleft out, as they are no tensors: {', '.join(left_out)}" if left_out else ""
+        return "\n".join(result["files"]) + f"\n{result['tensors']} tensors" + more
+
+    _print(options, result, text)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
     if options.plan:
         from . import _bench_plan
 
@@ -45,6 +198,20 @@ def main(arguments: list[str] | None = None) -> None:
         benchmark.run(
             options.directory, gib=options.gib, tensors=options.tensors, repeat=options.repeat, as_json=options.json
         )
+    return 0
+
+
+def _print(options: argparse.Namespace, data: Any, text: Any) -> None:
+    print(json.dumps(_in_json(data), indent=2) if options.json else text())
+
+
+def _in_json(value: Any) -> Any:
+    """Return the value with null for the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _in_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_in_json(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _positive_int(text: str) -> int:
@@ -59,6 +226,14 @@ def _positive_float(text: str) -> float:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
+
+
+def _best(text: str) -> tuple[str, str] | tuple[str, str, int]:
+    metric, _, rest = text.partition(":")
+    mode, _, count = rest.partition(":")
+    if not metric or mode not in ("min", "max") or (count and not count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} is not like loss:min or accuracy:max:3")
+    return (metric, mode, int(count)) if count else (metric, mode)
 
 
 if __name__ == "__main__":

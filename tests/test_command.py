@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aiodcp import ArgumentError, _bench_device, bench
+from aiodcp import _bench_device, bench
 from aiodcp.__main__ import main
 
 
@@ -98,6 +98,10 @@ def test_the_bench_of_a_device_measures_every_system(
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
-def test_the_bench_of_a_device_needs_one(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(ArgumentError, match="no accelerator"):
+def test_the_bench_of_a_device_needs_one(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
         main(["bench", str(tmp_path_factory.mktemp("bench")), "--device", "cuda"])
+    assert caught.value.code == 2
+    assert "no accelerator" in capsys.readouterr().err

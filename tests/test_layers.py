@@ -3,19 +3,32 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import aiodcp
 
 PACKAGE = Path(aiodcp.__file__).parent
 
 # Each line may import from the lines above it, never from its own or from below.
 LAYERS = [
-    ["errors", "_layout", "_mirror", "_names", "_note", "_turns", "storage.base", "storage._claims"],
+    [
+        "errors",
+        "_layout",
+        "_mirror",
+        "_names",
+        "_note",
+        "_progress",
+        "_tables",
+        "_turns",
+        "storage.base",
+        "storage._claims",
+    ],
     ["_blocking", "_devices", "_guard", "_judge", "_timeline", "storage.memory", "storage.local", "metadata"],
     ["_arena", "_archive", "_milestone"],
     ["storage", "_engine", "_preempt", "_skips"],
     ["_steps", "_retry"],
     ["_retain", "_events"],
-    ["_catalog"],
+    ["_catalog", "_roots"],
     ["_capture", "_stage", "_line"],
     ["_chunks", "_ranks", "_windows"],
     ["_plan", "_reads", "_wanted", "_watch"],
@@ -23,6 +36,8 @@ LAYERS = [
     ["_spans", "_prepare"],
     ["_save", "_load", "_checkpoint"],
     ["checkpointer"],
+    ["_inspect"],
+    ["_export"],
     ["_joint"],
     ["manager"],
     ["_floors"],
@@ -61,13 +76,23 @@ def test_every_file_has_its_layer() -> None:
     assert {_name(path) for path in PACKAGE.rglob("*.py")} == {name for names in LAYERS for name in names}
 
 
-def test_public_names_are_documented_and_sorted() -> None:
-    assert aiodcp.__all__ == sorted(aiodcp.__all__)
+def test_public_names_are_documented_and_imported_as_they_are_declared() -> None:
+    declared = {
+        (node.module, alias.name)
+        for block in ast.parse(Path(aiodcp.__file__).read_text()).body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert declared == {(module, name) for module, names in aiodcp._HOMES.items() for name in names}
+    assert aiodcp.__all__ == sorted(name for _, name in declared)
     for name in aiodcp.__all__:
         assert getattr(aiodcp, name).__doc__, name
-    modules = {"checkpointer", "errors", "manager", "metadata", "storage", "bench"}
-    visible = {name for name in vars(aiodcp) if not name.startswith("_")}
-    assert visible - modules <= set(aiodcp.__all__)
+    assert aiodcp.errors.SaveError is aiodcp.SaveError
+    assert {*aiodcp.__all__, "errors"} <= set(dir(aiodcp))
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        aiodcp.Nothing  # type: ignore[attr-defined] # noqa: B018
 
 
 def test_only_the_commit_touches_dcps_private_storage_record() -> None:

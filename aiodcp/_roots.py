@@ -1,0 +1,98 @@
+"""`aiodcp ls` and `aiodcp gc`: the steps of a root, as a person looks at them. No torch here."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from ._names import METADATA_NAME, step_of, step_place
+from ._retain import Retention
+from ._steps import list_steps, metrics_of, read_note, remove_leftovers, remove_step
+from ._tables import number, size, table
+from .errors import ArgumentError, BusyError, NotACheckpointError
+from .storage import LocalStorage
+
+
+def look(root: str) -> list[dict[str, Any]]:
+    """Return what there is of each step, in order: complete ones and what saves under way or interrupted have left.
+
+    Raises:
+        NotACheckpointError: there is no such directory.
+    """
+    if not Path(root).is_dir():
+        raise NotACheckpointError(root)
+    return anyio.run(_look, root)
+
+
+async def _look(root: str) -> list[dict[str, Any]]:
+    storage, rows = LocalStorage(), []
+    for name in await storage.places(root):
+        step = step_of(name)
+        if step is None:
+            continue
+        place = step_place(root, step)
+        files = await storage.names(place)
+        stats = {file: os.stat(os.path.join(place, file)) for file in files}
+        complete = METADATA_NAME in files
+        rows.append(
+            {
+                "step": step,
+                "complete": complete,
+                "saved_at": stats[METADATA_NAME].st_mtime if complete else None,
+                "nbytes": sum(stat.st_size for stat in stats.values()),
+                "files": len(files),
+                "metrics": metrics_of(await read_note(storage, place)) if complete else {},
+            }
+        )
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def format_steps(rows: list[dict[str, Any]]) -> str:
+    """Return the table of `aiodcp ls`."""
+    cells = []
+    for row in rows:
+        when = (
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["saved_at"])) if row["complete"] else "not complete"
+        )
+        metrics = ", ".join(f"{name} {number(value)}" for name, value in row["metrics"].items())
+        cells.append([str(row["step"]), when, size(row["nbytes"]), str(row["files"]), metrics])
+    total = f"{len(rows)} steps, {size(sum(row['nbytes'] for row in rows))}"
+    return f"{table(['>step', 'saved', '>size', '>files', 'metrics'], cells)}\n{total}" if rows else "no steps"
+
+
+def collect(root: str, retention: Retention, *, dry_run: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Remove the steps that are not to be kept, and what interrupted saves have left; return which.
+
+    Raises:
+        NotACheckpointError: there is no such directory.
+        ArgumentError: what to keep is not said in a way that can be meant.
+        BusyError: a process that saves there is alive.
+        OSError: a step cannot be removed.
+    """
+    if not Path(root).is_dir():
+        raise NotACheckpointError(root)
+    retention.check()
+    if retention.keep_best is not None and retention.keep_last is None:
+        raise ArgumentError("keep_best", "says what is kept besides the last: give keep_last, too")
+    return anyio.run(_collect, root, retention, dry_run, tell)
+
+
+async def _collect(root: str, retention: Retention, dry_run: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+    storage = LocalStorage()
+    async with storage.claim(root, alone=True) as alone:
+        if not alone:
+            raise BusyError(root)
+        doomed = retention.doomed(await list_steps(storage, root))
+        if dry_run:
+            leftovers = [row["step"] for row in await _look(root) if not row["complete"]]
+        else:
+            leftovers = await remove_leftovers(storage, root, lambda name: False)
+            for step in doomed:
+                await remove_step(storage, step_place(root, step))
+                tell(f"removed step {step}")
+    return {"removed": doomed, "leftovers": leftovers}
