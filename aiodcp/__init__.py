@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ._joint import joint_checkpoint as joint_checkpoint
     from ._milestone import Milestone as Milestone
     from ._milestone import Progress as Progress
+    from ._report import Stats as Stats
     from ._retry import Attempt as Attempt
     from ._retry import Retry as Retry
     from ._timeline import Span as Span
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from .errors import UnsafeError as UnsafeError
     from .errors import WriteError as WriteError
     from .manager import CheckpointManager as CheckpointManager
-    from .manager import Stats as Stats
     from .storage import LocalStorage as LocalStorage
     from .storage import MemoryStorage as MemoryStorage
     from .storage import Storage as Storage
@@ -82,6 +82,7 @@ _HOMES = {
         "Milestone",
         "Progress",
     ),
+    "_report": ("Stats",),
     "_retry": (
         "Attempt",
         "Retry",
@@ -112,10 +113,7 @@ _HOMES = {
         "UnsafeError",
         "WriteError",
     ),
-    "manager": (
-        "CheckpointManager",
-        "Stats",
-    ),
+    "manager": ("CheckpointManager",),
     "storage": (
         "LocalStorage",
         "MemoryStorage",

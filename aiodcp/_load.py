@@ -25,6 +25,7 @@ from ._engine import Threads, in_thread
 from ._judge import Row
 from ._names import METADATA_NAME
 from ._planner import commit_loaded, plan_local_load, plan_reads
+from ._progress import Bar
 from ._ranks import Operation
 from ._reads import LoadPlan, TensorRead, ValueRead, plan_load, read_rows
 from ._spans import DIRECT_NBYTES, Scratch, Span, copy_in, memory_of, reads_direct, spans_of, without_overlaps
@@ -66,6 +67,7 @@ class Loader:
         cast: bool,
         weights_only: bool,
         check_crc: bool,
+        shown: Bar,
     ) -> Wanted:
         """Fill the tensors that are wanted, and put the other values into `Wanted.loaded`.
 
@@ -75,6 +77,7 @@ class Loader:
             take: tells what this rank wants. May raise.
             checkpoint_id: the checkpoint.
             strict, cast, weights_only, check_crc: see `Checkpointer.load`.
+            shown: is told how many bytes of tensors are read.
 
         Raises:
             LoadError: see `Checkpointer.load`.
@@ -116,7 +119,7 @@ class Loader:
             if answer[0]:
                 raise NotACheckpointError(checkpoint_id)  # on every rank: who finds none may begin anew
             metadata = await operation.broadcast(data or b"")
-            if await self._fill(operation, metadata, plan, wanted, checkpoint_id, check):
+            if await self._fill(operation, metadata, plan, wanted, checkpoint_id, check, shown):
                 return wanted
             data, answer = await operation.together(
                 "read metadata", get_metadata, facts=lambda got: [got is None, 0, 0], decide=_agree_on_start
@@ -130,6 +133,7 @@ class Loader:
         wanted: Wanted,
         checkpoint_id: str,
         check: Check,
+        shown: Bar,
     ) -> bool:
         """Load what the metadata `data` describes; return False if it has been replaced by another one meanwhile."""
         planned = await plan(data)
@@ -163,7 +167,7 @@ class Loader:
                 with _read_errors(self._storage.locate(checkpoint_id)), _memory_errors():
                     await self._narrow(planned.tensors, readers)
                     wanted.crossing.start()
-                    await self._read_tensors(planned.tensors, readers, check, wanted.crossing)
+                    await self._read_tensors(planned.tensors, readers, check, wanted.crossing, shown)
                 if wanted.planner is not None:
                     await in_thread(self._threads.compute, commit_loaded, wanted.planner, planned, loaded)
 
@@ -274,12 +278,13 @@ class Loader:
                     group.start_soon(narrow, read)
 
     async def _read_tensors(
-        self, reads: Sequence[TensorRead], readers: Mapping[str, Reader], check: Check, crossing: Crossing
+        self, reads: Sequence[TensorRead], readers: Mapping[str, Reader], check: Check, crossing: Crossing, shown: Bar
     ) -> None:
         with gc_held_off():
             direct = without_overlaps([read for read in reads if reads_direct(read)], reads)
             apart = set(map(id, direct))
             spans = spans_of([read for read in reads if id(read) not in apart] if apart else reads)
+        shown.total(sum(read.nbytes for read in direct) + sum(span.stop - span.start for span in spans))
         scratch = Scratch(pin=bool(crossing))
         limit = anyio.Semaphore(READS_AT_ONCE)
 
@@ -290,17 +295,20 @@ class Loader:
                 if read.bare:
                     torch.autograd.graph.increment_version(read.into)
                     await readers[read.file].read_into(read.offset, [payload])
+                    shown.advance(read.nbytes)
                     return
                 head = memoryview(bytearray(len(read.frame.head)))
                 torch.autograd.graph.increment_version(read.into)
                 await readers[read.file].read_into(read.offset, [head, payload])
                 await in_thread(self._threads.compute, check.framed, read, read.frame.head_crc, head, payload)
+                shown.advance(read.nbytes)
 
         async def read_span(span: Span) -> None:
             async with limit, scratch.take(span.stop - span.start) as arena:
                 memory = arena.memory[: span.stop - span.start]
                 await readers[span.file].read_into(span.start, [memory])
                 await in_thread(self._threads.compute, copy_in, span, arena, check, crossing)
+                shown.advance(span.stop - span.start)
 
         with one_error():
             async with anyio.create_task_group() as group:

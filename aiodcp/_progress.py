@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 SHOWN_AFTER_S = 1.0  # what is over sooner needs no bar
+
+_on_show = threading.Lock()  # a terminal has room for one
 
 
 class Bar(Protocol):
@@ -17,7 +21,9 @@ class Bar(Protocol):
     def advance(self, nbytes: int) -> None: ...
 
 
-class _Nothing:
+class NoBar:
+    """Shows nothing."""
+
     def total(self, nbytes: int) -> None:
         return
 
@@ -25,30 +31,66 @@ class _Nothing:
         return
 
 
-class _RichBar:
-    def __init__(self, progress: Any, title: str) -> None:
+class RichBar:
+    """Shows itself when the first bytes come after `SHOWN_AFTER_S`, unless another bar is on show."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        self._total: int | None = None
+        self._done = 0
+        self._progress: Any = None
+
+    def total(self, nbytes: int) -> None:
+        self._total = nbytes
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._progress is None and time.monotonic() >= self._began + SHOWN_AFTER_S:
+                self._show()
+            if self._progress is not None:
+                self._progress.update(self._progress.task_ids[0], completed=self._done, total=self._total)
+
+    def _show(self) -> None:
+        if not _on_show.acquire(blocking=False):
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)]
+        progress = Progress(*columns, TransferSpeedColumn(), console=Console(file=sys.stderr), transient=True)
+        progress.start()
+        progress.add_task(self._title, total=self._total)
         self._progress = progress
-        self._task = progress.add_task(title, total=None)
 
-    def total(self, nbytes: int) -> None:
-        self._progress.update(self._task, total=nbytes)
-
-    def advance(self, nbytes: int) -> None:
-        self._progress.advance(self._task, nbytes)
+    def close(self) -> None:
+        with self._lock:
+            if self._progress is not None:
+                self._progress.stop()
+                self._progress = None
+                _on_show.release()
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Bar]:
-    """Show a bar on standard error while the block runs, if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield _Nothing()
+def bar(title: str, *, wanted: bool = True) -> Iterator[Bar]:
+    """Show a bar on standard error while the block runs, if that is a terminal and rich is installed."""
+    if not wanted or not _can_show():
+        yield NoBar()
         return
+    shown = RichBar(title)
     try:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+        yield shown
+    finally:
+        shown.close()
+
+
+def _can_show() -> bool:
+    if not sys.stderr.isatty():
+        return False
+    try:
+        import rich  # noqa: F401 - whether it is there
     except ImportError:
-        yield _Nothing()
-        return
-    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _RichBar(progress, title)
+        return False
+    return True

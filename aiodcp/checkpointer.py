@@ -34,6 +34,7 @@ from ._load import Loader
 from ._milestone import Milestone
 from ._note import encode_note
 from ._planner import capture_planned
+from ._progress import Bar, NoBar
 from ._ranks import Operation
 from ._retry import Attempt, PersistentStorage, Retry
 from ._save import Saver, Wish
@@ -146,6 +147,7 @@ class Checkpointer(Blocking):
             lambda place, path, attempt: self._on_retry(place, path, attempt),
         )
         self._on_retry: Callable[[str, str, Attempt], None] = _log_retry  # with place and path; in the engine's thread
+        self._shown: Bar = NoBar()  # how far a load has come
         self._process_group = process_group
         self._coordinator = coordinator
         self._no_dist = no_dist
@@ -677,6 +679,7 @@ class Checkpointer(Blocking):
                     cast=cast,
                     weights_only=weights_only,
                     check_crc=check_crc,
+                    shown=self._shown,
                 )
 
         async def load_in_turn() -> Wanted:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,57 +16,20 @@ from ._blocking import Blocking, blocking
 from ._catalog import Catalog
 from ._checkpoint import Checkpoint
 from ._commit import is_live
-from ._events import (
-    Event,
-    Feed,
-    FellBack,
-    LeftoverRemoved,
-    Preempted,
-    RemovalFailed,
-    Restored,
-    Retried,
-    SaveBegan,
-    SaveFailed,
-    SaveFinished,
-    SaveSkipped,
-    StepRemoved,
-    times_of,
-)
+from ._events import Event
 from ._joint import JointCheckpoint, joint_checkpoint
 from ._milestone import Milestone
-from ._names import step_of, step_place
+from ._names import step_place
 from ._preempt import Preemption
+from ._report import Report, Stats
 from ._retain import Best, Retention
-from ._retry import Attempt
 from ._steps import Step
-from ._timeline import Timeline
 from .checkpointer import Checkpointer, check_id
 from .errors import ArgumentError, BusyError, CorruptError, RankError, SaveCancelled
 
 CLEAR_UP_S = 1.0  # of the time that preemption leaves: to remove what was written of a save that is given up
 
 OnBusy = Literal["wait", "skip", "raise"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
-    """What a manager has done since it was entered.
-
-    Attributes:
-        saved, failed, skipped: checkpoints asked for, by what became of them.
-        removed: that were not to be kept.
-        retried: what storage had refused for the moment.
-        waited_s: seconds for which saves waited for the one before.
-        age_s: seconds since the last commit; None if there was none.
-    """
-
-    saved: int
-    failed: int
-    skipped: int
-    removed: int
-    retried: int
-    waited_s: float
-    age_s: float | None
 
 
 class CheckpointManager(Blocking):
@@ -105,6 +66,8 @@ class CheckpointManager(Blocking):
         grace_s: seconds from when that is heard until the process will be ended. Leaving the manager then gives up a
             save that would not be done in time.
         deadline: when the process will be ended in any case, in seconds of `time.time()`: heard `grace_s` before.
+        progress: show a bar on the coordinator's standard error, if that is a terminal and the extra `cli` (rich) is
+            installed, for saves and loads that take longer than a second.
         on_event: called with each `Event`, in a thread of the library's: it must not block.
     """
 
@@ -122,6 +85,7 @@ class CheckpointManager(Blocking):
         signals: Sequence[signal.Signals] = (),
         grace_s: float = 30.0,
         deadline: float | None = None,
+        progress: bool = False,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         root = check_id(root, "root")
@@ -149,16 +113,14 @@ class CheckpointManager(Blocking):
         self._save_interval = save_interval
         self._on_busy: OnBusy = on_busy
         self._on_error = on_error
-        self._feed = Feed(on_event)
+        self._progress = progress
+        self._report = Report(on_event, self.path)
         self._preemption = Preemption(signals=signals, grace_s=grace_s, deadline=deadline)
         self._told_of_preemption = False
         self._is_open = False
         self._last: Checkpoint | None = None
-        self.checkpointer._on_retry = self._tell_retry
+        self.checkpointer._on_retry = self._report.retried
         self._claimed = False
-        self._saved = self._failed = self._skipped = self._removed = self._retried = 0
-        self._waited_s = 0.0
-        self._last_commit: float | None = None
 
     def __repr__(self) -> str:
         return f"<CheckpointManager of {self._catalog.root!r}, steps {self.steps()}>"
@@ -167,6 +129,8 @@ class CheckpointManager(Blocking):
         await self.checkpointer.__aenter__()
         try:
             self._catalog.root = self._catalog.storage.resolve(self._catalog.root)
+            self._report.rank = self.checkpointer._rank
+            self._report.shows = self._progress and self._is_coordinator
             self._catalog.learn(await self.checkpointer._ask("list steps", self._clear_up_and_look))
             self._listen()
         except BaseException:
@@ -223,7 +187,7 @@ class CheckpointManager(Blocking):
         finally:
             self._claimed = False
             self._preemption.close()
-            self._feed.end()
+            self._report.feed.end()
         if gave_up and self._last is not None and self._last.uploaded.failed() and self._on_error == "raise":
             given_up = SaveCancelled(self._last.checkpoint_id)
             if error is None:
@@ -273,20 +237,11 @@ class CheckpointManager(Blocking):
     @property
     def stats(self) -> Stats:
         """What has been done so far."""
-        age_s = None if self._last_commit is None else time.monotonic() - self._last_commit
-        return Stats(
-            saved=self._saved,
-            failed=self._failed,
-            skipped=self._skipped,
-            removed=self._removed,
-            retried=self._retried,
-            waited_s=self._waited_s,
-            age_s=age_s,
-        )
+        return self._report.stats
 
     def events(self) -> AsyncIterator[Event]:
         """Iterate over what happens from now on, until the manager is left."""
-        return self._feed.follow()
+        return self._report.feed.follow()
 
     async def refresh(self) -> list[int]:
         """Look again which steps are complete, as others may save there, and return them. All ranks call it.
@@ -307,8 +262,7 @@ class CheckpointManager(Blocking):
         if self._preemption.stops_at(step):
             if not self._told_of_preemption:
                 self._told_of_preemption = True
-                left_s = self._preemption.left_s or 0.0
-                self._feed.publish(Preempted(**self._of(step), reason=self._preemption.reason, left_s=left_s))
+                self._report.preempted(step, self._preemption.reason, self._preemption.left_s or 0.0)
             return True
         return self._save_interval is not None and step > 0 and step % self._save_interval == 0
 
@@ -342,7 +296,7 @@ class CheckpointManager(Blocking):
         """
         _check_step(step)
         numbers = _check_metrics(metrics)
-        began = time.perf_counter()
+        saving = self._report.save(step)
         checkpoint: Checkpoint | None = None
         self._catalog.hold(step)
         try:
@@ -356,7 +310,7 @@ class CheckpointManager(Blocking):
                     on_busy=on_busy or self._on_busy,
                 )
         except BusyError:
-            self._skip(step)
+            self._report.skipped(step)
             raise
         except TimeoutError as error:  # no time is left, and the save before is still in flight
             raise SaveCancelled(self.path(step)) from error
@@ -364,20 +318,23 @@ class CheckpointManager(Blocking):
             if checkpoint is None:
                 self._catalog.let_go(step)
         if checkpoint is None:
-            self._skip(step)
+            self._report.skipped(step)
             return None
         if self._on_error == "warn":
             checkpoint.staged.forgive()
             checkpoint.uploaded.forgive()
         self._last = checkpoint
-        self._tell_of_capture(step, checkpoint.timeline, began)
+        saving.began(checkpoint.timeline)
 
         def ended() -> None:  # in the engine's thread, most likely
+            error = checkpoint.uploaded.error()
             self._catalog.let_go(step)
-            self._end(step, numbers, [checkpoint], checkpoint.uploaded.error())
+            if error is None:
+                self._take_in(step, numbers)
+            saving.ended([checkpoint], error)
 
         checkpoint.uploaded.when_done(ended)
-        self.checkpointer._in_background(self._prune_after, checkpoint.uploaded)
+        self.checkpointer._in_background(self._see_through, step, checkpoint)
         return checkpoint
 
     async def _begin_to_save(self, step: int) -> None:
@@ -408,70 +365,32 @@ class CheckpointManager(Blocking):
         """
         _check_step(step)
         numbers = _check_metrics(metrics)
-        began = time.perf_counter()
+        saving = self._report.save(step)
         note = {"step": step, "metrics": numbers}
         with self._catalog.use(step):
             await self._begin_to_save(step)
             try:
                 async with joint_checkpoint(self.checkpointer, self.path(step), custom_metadata=note) as joint:
-                    self._waited_s += time.perf_counter() - began
                     yield joint
             except Exception as error:
-                self._end(step, numbers, [], error)
+                saving.ended([], error)
                 raise
-        self._end(step, numbers, list(joint.participants.values()), None)
+        self._take_in(step, numbers)
+        saving.ended(list(joint.participants.values()), None)
         self.checkpointer._in_background(self._prune)
 
-    def _skip(self, step: int) -> None:
-        self._skipped += 1
-        self._feed.publish(SaveSkipped(**self._of(step)))
-
-    def _tell_of_capture(self, step: int, timeline: Timeline, began: float) -> None:
-        captured = timeline.between("capture")
-        assert captured is not None
-        self._waited_s += captured[0] - began
-        held_s = captured[1] - captured[0]
-        self._feed.publish(SaveBegan(**self._of(step), waited_s=captured[0] - began, held_s=held_s))
-
-    def _end(self, step: int, metrics: Mapping[str, float], parts: list[Checkpoint], error: Exception | None) -> None:
-        """Take note of how a save has ended, of one state or several."""
-        if error is not None:
-            self._failed += 1
-            self._feed.publish(SaveFailed(**self._of(step), error=error))
-            return
-        self._saved += 1
-        self._last_commit = time.monotonic()
+    def _take_in(self, step: int, metrics: Mapping[str, float]) -> None:
         self._catalog.take_in(Step(step=step, metrics=metrics))
         self._catalog.doom(removes=self._is_coordinator)
-        nbytes = sum(part.progress.bytes_written for part in parts)
-        self._feed.publish(SaveFinished(**self._of(step), nbytes=nbytes, **times_of([part.timeline for part in parts])))
 
-    def _tell_retry(self, place: str, path: str, attempt: Attempt) -> None:
-        self._retried += 1
-        step = step_of(place.rpartition("/")[2])
-        self._feed.publish(
-            Retried(
-                step=-1 if step is None else step,
-                rank=self.checkpointer._rank,
-                checkpoint_id=place,
-                path=path,
-                attempt=attempt,
-            )
-        )
-
-    async def _prune_after(self, uploaded: Milestone) -> None:
-        await uploaded.settled()
+    async def _see_through(self, step: int, checkpoint: Checkpoint) -> None:
+        """Show how far a save has come, and remove what is not to be kept after it."""
+        await self._report.show(step, checkpoint)
+        await checkpoint.uploaded.settled()
         await self._prune()
 
     async def _prune(self) -> None:
-        def tell(step: int, error: OSError | None) -> None:
-            if error is None:
-                self._removed += 1
-                self._feed.publish(StepRemoved(**self._of(step)))
-            else:
-                self._feed.publish(RemovalFailed(**self._of(step), error=error))
-
-        await self._catalog.prune(tell)
+        await self._catalog.prune(self._report.removed)
 
     # --- restoring
 
@@ -518,24 +437,22 @@ class CheckpointManager(Blocking):
             numbers = numbers[:1]
         with self._catalog.use(*numbers):
             for number in numbers:
-                began = time.perf_counter()
                 try:
-                    await self.checkpointer.load(
-                        state_dict,
-                        self.path(number),
-                        planner=planner,
-                        strict=strict,
-                        cast=cast,
-                        weights_only=weights_only,
-                        check_crc=check_crc,
-                    )
+                    with self._report.restoring(number) as self.checkpointer._shown:
+                        await self.checkpointer.load(
+                            state_dict,
+                            self.path(number),
+                            planner=planner,
+                            strict=strict,
+                            cast=cast,
+                            weights_only=weights_only,
+                            check_crc=check_crc,
+                        )
+                    return number
                 except (CorruptError, RankError) as error:
                     if number == numbers[-1] or not _is_damage(error):
                         raise
-                    self._feed.publish(FellBack(**self._of(number), error=error))
-                else:
-                    self._feed.publish(Restored(**self._of(number), seconds=time.perf_counter() - began))
-                    return number
+                    self._report.fell_back(number, error)
         return None
 
     # --- without an event loop
@@ -545,19 +462,14 @@ class CheckpointManager(Blocking):
     refresh_sync = blocking(refresh)
     close = blocking(aclose)
 
-    # ---
-
     async def _clear_up_and_look(self) -> bytes:
         for step in await self._catalog.clear_up(is_live):
-            self._feed.publish(LeftoverRemoved(**self._of(step)))
+            self._report.cleared(step)
         return await self._catalog.look()
 
     @property
     def _is_coordinator(self) -> bool:
         return self.checkpointer._skips.decides
-
-    def _of(self, step: int) -> dict[str, Any]:
-        return {"step": step, "rank": self.checkpointer._rank, "checkpoint_id": self.path(step)}
 
 
 def _is_damage(error: CorruptError | RankError) -> bool:
