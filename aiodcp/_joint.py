@@ -63,7 +63,8 @@ class JointCheckpoint:
           an `await` nothing else runs on the event loop, so their states are of one instant.
         - a function that returns such a state: when the block's body is done, one after the other, without an `await`
           between them: of one instant, too.
-        - an `async` function: it is begun now, as a task of the block, and its state is taken when it returns.
+        - an `async` function: it is begun now, as a task of the block, and its state is taken when it returns. So is
+          that of anything else that can be awaited, such as the answer of another process.
 
         With several ranks all of them add the same names in the same order, and the states are written in that order.
 
@@ -88,10 +89,12 @@ class JointCheckpoint:
         self.participants[name] = part
         asked: Future[Job] = Future()
         self._wish(Wish(name=name, take=lambda: asyncio.wrap_future(asked)))
-        if not callable(state) or isinstance(state, Mapping | Stateful):
+        if isawaitable(state):
+            self._await(name, lambda: state, part, asked)
+        elif not callable(state) or isinstance(state, Mapping | Stateful):
             self._capture(name, state, part, asked)
         elif iscoroutinefunction(state) or iscoroutinefunction(getattr(state, "__call__", None)):  # noqa: B004
-            self._working.append(self._group.create_task(self._take_part(name, state, part, asked)))
+            self._await(name, state, part, asked)
         else:
             self._later.append(partial(self._call, name, state, part, asked))
         return part
@@ -112,9 +115,12 @@ class JointCheckpoint:
         except Exception as error:
             raise ParticipantError(name, f"raised {error!r}") from error
         if isawaitable(state):
-            self._working.append(self._group.create_task(self._take_part(name, lambda: state, part, asked)))
+            self._await(name, lambda: state, part, asked)
         else:
             self._capture(name, state, part, asked)
+
+    def _await(self, name: str, function: Callable[[], Any], part: Checkpoint, asked: Future[Job]) -> None:
+        self._working.append(self._group.create_task(self._take_part(name, function, part, asked)))
 
     async def _take_part(
         self, name: str, function: Callable[[], Awaitable[Any]], part: Checkpoint, asked: Future[Job]

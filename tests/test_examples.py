@@ -137,3 +137,29 @@ def test_a_plain_loop_goes_on_where_it_was_and_stops_when_asked(tmp_path: Path) 
     [step] = re.findall(r"asked to stop at step (\d+)", rest)
     assert f", {step}]" in rest
     assert f"going on after {step}" in run(*loop, "--steps", step)
+
+
+def test_an_orchestrator_that_is_killed_goes_on_with_every_episode_once(tmp_path: Path) -> None:
+    controller = [sys.executable, "-u", "examples/orchestrator.py", "--out", str(tmp_path), "--save-every", "3"]
+    steps = 0
+    for seed in range(2):
+        child = subprocess.Popen([*controller, "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        saves = 0
+        for line in child.stdout:
+            if line.startswith("going on after step"):
+                assert int(re.findall(r"step (\d+)", line)[0]) >= steps > 0
+            saves += "saved step" in line
+            if saves == 4:
+                steps = int(re.findall(r"saved step (\d+)", line)[0])
+                break
+        time.sleep(random.Random(seed).uniform(0, 0.02))
+        child.kill()
+        child.communicate()
+    output = run(*controller, "--steps", str(steps + 30))
+    [resumed] = re.findall(r"going on after step (\d+)", output)
+    assert steps <= int(resumed) <= steps + 30
+    [(played, learnt)] = re.findall(r"(\d+) episodes played, (\d+) learnt from, each once", output)
+    assert int(learnt) == 4 * (steps + 30)
+    assert int(played) >= int(learnt)
+    assert "largest lag of the event loop" in output
