@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from ._retain import Retention
 from ._steps import Step, list_steps, remove_leftovers, remove_step
 from .errors import CheckpointError
 from .storage import Storage
+
+_log = logging.getLogger("aiodcp")
 
 
 class Catalog:
@@ -86,8 +89,12 @@ class Catalog:
 
     async def clear_up(self, is_live: Callable[[str], bool]) -> list[int]:
         """Remove what interrupted saves have left, unless another process may be saving; return these steps."""
-        async with self.storage.claim(self.root, alone=True) as alone:
-            return await remove_leftovers(self.storage, self.root, is_live) if alone else []
+        try:
+            async with self.storage.claim(self.root, alone=True) as alone:
+                return await remove_leftovers(self.storage, self.root, is_live) if alone else []
+        except OSError as error:  # they cost space, and no more
+            _log.warning("%s: what interrupted saves have left could not be removed: %s", self.root, error)
+            return []
 
     async def prune(self, tell: Callable[[int, OSError | None], None]) -> None:
         """Remove the steps that are doomed, one after the other, and `tell` of each, or why it cannot be removed."""

@@ -182,10 +182,23 @@ async def joint_checkpoint(
     Cancellation: gives the checkpoint up, and waits until it has left nothing. Once the commit has begun it is
     finished instead.
     """
+
+    async def encode() -> bytes:
+        return check_note(custom_metadata)
+
+    async with joint_after(checkpointer, checkpoint_id, encode) as joint:
+        yield joint
+
+
+@asynccontextmanager
+async def joint_after(
+    checkpointer: Checkpointer, checkpoint_id: CheckpointId, first: Callable[[], Awaitable[bytes]]
+) -> AsyncIterator[JointCheckpoint]:
+    """As `joint_checkpoint`. `first` is awaited before; it returns the note, or fails the checkpoint on all ranks."""
     checkpointer._check_open()
     place = checkpointer._storage.resolve(check_id(checkpoint_id))
-    note = check_note(custom_metadata)
     checkpointer._raise_untold()
+    note = b""
     turn, ended = Milestone("turn"), Milestone("ended")
     group = asyncio.TaskGroup()
     joint = JointCheckpoint(checkpointer, place, group)
@@ -194,7 +207,7 @@ async def joint_checkpoint(
         joint._fail(error)
         ended.fail(error, told=True)
 
-    joint._operation = checkpointer._begin_several(place, turn, note, joint._wishes.get, ended.reach, fail)
+    joint._operation = checkpointer._begin_several(place, turn, lambda: note, joint._wishes.get, ended.reach, fail)
     give_turns(asyncio.get_running_loop(), ended.done)
 
     async def watch() -> None:
@@ -203,6 +216,7 @@ async def joint_checkpoint(
             raise error
 
     try:
+        note = await first()
         await turn
         with one_error():
             async with group:

@@ -154,7 +154,7 @@ class Saver:
         operation: Operation,
         place: int,
         checkpoint_id: str,
-        note: bytes,
+        note: Callable[[], bytes],
         wishes: Callable[[], Awaitable[Wish]],
     ) -> list[str]:
         """Save several states, each when it is there, in one checkpoint; return the files that are to be removed now.
@@ -166,7 +166,7 @@ class Saver:
             operation: the ranks that save.
             place: a digest of where to, the same on all ranks.
             checkpoint_id: where to.
-            note: stands behind the metadata, encoded.
+            note: returns what stands behind the metadata, encoded, when all states are there.
             wishes: waits for the next one; the last has no name.
 
         Raises:
@@ -202,7 +202,7 @@ class Saver:
                             await write(operation, attempt, len(names) - 1, wish)
             await self._write_part(operation, attempt, wish, "")
             parts = [written[number] for number in range(len(names))]
-            record = await self._commit(operation, attempt, parts, note)
+            record = await self._commit(operation, attempt, parts, note())
         self._keep_only({"", *names})
         return await self._told([part.job for part in parts], record, save_id)
 

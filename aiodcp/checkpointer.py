@@ -356,6 +356,22 @@ class Checkpointer(Blocking):
 
         Cancellation: while it waits its turn, gives the turn up.
         """
+
+        async def encode() -> bytes:
+            return check_note(custom_metadata)
+
+        return await self._save(state_dict, checkpoint_id, encode, planner=planner, on_busy=on_busy)
+
+    async def _save(
+        self,
+        state_dict: Mapping[str, Any],
+        checkpoint_id: CheckpointId,
+        first: Callable[[], Awaitable[bytes]],
+        *,
+        planner: SavePlanner | None,
+        on_busy: Literal["wait", "skip", "raise"],
+    ) -> Checkpoint | None:
+        """Save as `save` does. `first` is awaited before; it returns the note, or fails the save on all ranks."""
         self._check_open()
         number = next(self._calls)
         skipped = on_busy in ("skip", "raise") and await self._skips.ask()
@@ -364,7 +380,7 @@ class Checkpointer(Blocking):
         asked: Future[Job] = Future()
         try:
             place = self._storage.resolve(check_id(checkpoint_id))
-            note = check_note(custom_metadata)
+            note = await first()
             if on_busy not in ("wait", "skip", "raise"):
                 raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
             if planner is not None and not isinstance(planner, SavePlanner):
@@ -453,7 +469,7 @@ class Checkpointer(Blocking):
         self,
         place: str,
         turn: Milestone,
-        note: bytes,
+        note: Callable[[], bytes],
         wishes: Callable[[], Awaitable[Wish]],
         succeed: Callable[[], None],
         fail: Callable[[Exception], None],

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
@@ -17,14 +18,15 @@ from ._catalog import Catalog
 from ._checkpoint import Checkpoint
 from ._commit import is_live
 from ._events import Event
-from ._joint import JointCheckpoint, joint_checkpoint
+from ._joint import JointCheckpoint, joint_after
 from ._milestone import Milestone
 from ._names import step_place
 from ._preempt import Preemption
 from ._report import Report, Stats
 from ._retain import Best, Retention
 from ._steps import Step
-from .checkpointer import Checkpointer, check_id
+from ._transfer import write_errors
+from .checkpointer import Checkpointer, check_id, check_note
 from .errors import ArgumentError, BusyError, CorruptError, RankError, SaveCancelled
 
 CLEAR_UP_S = 1.0  # of the time that preemption leaves: to remove what was written of a save that is given up
@@ -129,7 +131,8 @@ class CheckpointManager(Blocking):
         await self.checkpointer.__aenter__()
         try:
             self._catalog.root = self._catalog.storage.resolve(self._catalog.root)
-            self._report.rank = self.checkpointer._rank
+            line = self.checkpointer._line
+            self._report.rank = line.members[line.rank] if line else 0
             self._report.shows = self._progress and self._is_coordinator
             self._catalog.learn(await self.checkpointer._ask("list steps", self._clear_up_and_look))
             self._listen()
@@ -142,6 +145,7 @@ class CheckpointManager(Blocking):
     def _listen(self) -> None:
         line = self.checkpointer._line
         self._preemption = self._preemption.anew()
+        self._told_of_preemption = False
         try:
             if line is None:
                 self._preemption.start()
@@ -294,19 +298,17 @@ class CheckpointManager(Blocking):
 
         Cancellation: while it waits its turn, gives the turn up.
         """
-        _check_step(step)
-        numbers = _check_metrics(metrics)
         saving = self._report.save(step)
+        numbers: dict[str, float] = {}
         checkpoint: Checkpoint | None = None
         self._catalog.hold(step)
         try:
-            await self._begin_to_save(step)
             async with asyncio.timeout(self._preemption.left_s):
-                checkpoint = await self.checkpointer.save(
+                checkpoint = await self.checkpointer._save(
                     state_dict,
                     self.path(step),
+                    partial(self._begin_to_save, step, metrics, numbers),
                     planner=planner,
-                    custom_metadata={"step": step, "metrics": numbers},
                     on_busy=on_busy or self._on_busy,
                 )
         except BusyError:
@@ -337,13 +339,20 @@ class CheckpointManager(Blocking):
         self.checkpointer._in_background(self._see_through, step, checkpoint)
         return checkpoint
 
-    async def _begin_to_save(self, step: int) -> None:
-        self.checkpointer._check_open()
+    async def _begin_to_save(self, step: int, metrics: Mapping[str, float] | None, numbers: dict[str, float]) -> bytes:
+        """Check what is given, make sure that nobody removes what is to be written, and return the note.
+
+        The metrics as they are now go into `numbers`.
+        """
+        numbers.update(_check_metrics(metrics))
+        note = check_note({"step": _check_step(step), "metrics": numbers})
         if self._is_coordinator and not self._claimed:  # until it is left: nobody clears up meanwhile
-            claim = self._catalog.storage.claim(self._catalog.root, alone=False)
-            await self.checkpointer._on_engine(self.checkpointer._held.enter_async_context, claim)
+            with write_errors(self._catalog.storage.locate(self._catalog.root)):
+                claim = self._catalog.storage.claim(self._catalog.root, alone=False)
+                await self.checkpointer._on_engine(self.checkpointer._held.enter_async_context, claim)
             self._claimed = True
         await self._catalog.until_removed(step)
+        return note
 
     @asynccontextmanager
     async def checkpoint(
@@ -363,14 +372,12 @@ class CheckpointManager(Blocking):
 
         Raises, Cancellation: as `joint_checkpoint`.
         """
-        _check_step(step)
-        numbers = _check_metrics(metrics)
         saving = self._report.save(step)
-        note = {"step": step, "metrics": numbers}
+        numbers: dict[str, float] = {}
+        first = partial(self._begin_to_save, step, metrics, numbers)
         with self._catalog.use(step):
-            await self._begin_to_save(step)
             try:
-                async with joint_checkpoint(self.checkpointer, self.path(step), custom_metadata=note) as joint:
+                async with joint_after(self.checkpointer, self.path(step), first) as joint:
                     yield joint
             except Exception as error:
                 saving.ended([], error)

@@ -20,6 +20,7 @@ from aiodcp import (
 )
 
 from .conftest import FaultyStorage, Gate, assert_equal, blank, make_state
+from .test_torn import SlowCopy
 from .worlds import World
 
 
@@ -80,24 +81,26 @@ def test_a_manager_can_be_closed_early_and_in_time(faulty: FaultyStorage) -> Non
     assert not faulty.files.get("root/step-1")
 
 
-def test_a_guarded_optimizer_waits_here_too(faulty: FaultyStorage) -> None:
+def test_a_guarded_optimizer_waits_here_too(faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.nn.Parameter(torch.zeros(1000))
     optimizer = torch.optim.SGD([weight], lr=1.0)
+    slow = SlowCopy(monkeypatch)
     with Checkpointer(storage=faulty) as checkpointer:
-        for guarded in (False, True):
-            if guarded:
-                checkpointer.guard(optimizer)
-            gate = Gate("create")
-            faulty.gate = gate
-            ckpt = checkpointer.save_sync({"w": weight}, "a")
-            weight.grad = torch.ones(1000)
-            threading.Timer(0.02, gate.open).start()
-            optimizer.step()
-            if guarded:
-                ckpt.uploaded.wait()
-            else:
-                with pytest.raises(TornSnapshotError):
-                    ckpt.uploaded.wait()
+        ckpt = checkpointer.save_sync({"w": weight}, "a")
+        weight.grad = torch.ones(1000)
+        optimizer.step()
+        slow.let_go.set()
+        with pytest.raises(TornSnapshotError):
+            ckpt.uploaded.wait()
+        slow.let_go.clear()
+        checkpointer.guard(optimizer)
+        ckpt = checkpointer.save_sync({"w": weight}, "a")
+        threading.Timer(0.02, slow.let_go.set).start()
+        optimizer.step()
+        ckpt.uploaded.wait()
+        target = {"w": torch.zeros(1000)}
+        checkpointer.load_sync(target, "a")
+        assert bool((target["w"] == -1).all())
 
 
 async def test_inside_an_event_loop_it_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from aiodcp import (
     CorruptError,
     LocalStorage,
     NotACheckpointError,
+    RankError,
+    SaveError,
     WriteError,
 )
 from aiodcp._events import (
@@ -433,3 +435,63 @@ def test_damage_that_one_rank_finds_takes_all_back(world: World, tmp_path: Path)
     data[200_000] ^= 1
     file.write_bytes(data)
     assert world.run(2, _ranks_fall_back, tmp_path) == [(1, 1.0), (1, 1.0)]
+
+
+def _one_rank_is_wrong(rank: int, size: int, root: Path) -> list[str]:
+    class Closed(LocalStorage):
+        def claim(self, root: str, *, alone: bool) -> Any:
+            if not alone:
+                raise OSError(13, "Permission denied")
+            return super().claim(root, alone=alone)
+
+    async def main() -> list[str]:
+        told: list[str] = []
+        state = {"w": torch.ones(100)}
+        async with CheckpointManager(root) as manager:
+            metrics: Any = {"loss": "low"} if rank == 1 else {"loss": 1.0}
+            for joint in (False, True):
+                try:
+                    if joint:
+                        async with manager.checkpoint(1, metrics=metrics) as ckpt:
+                            ckpt.add("a", state)
+                    else:
+                        await (await manager.save(1, state, metrics=metrics))  # type: ignore[misc]
+                except (RankError, ArgumentError, SaveError) as error:
+                    told.append(f"{type(error).__name__}: {error}")
+            ckpt_after = await manager.save(2, state)
+            assert ckpt_after is not None
+            await ckpt_after
+        async with CheckpointManager(root, checkpointer=Checkpointer(storage=Closed())) as manager:
+            try:
+                await (await manager.save(3, state))  # type: ignore[misc]
+            except (RankError, WriteError) as error:
+                told.append(f"{type(error).__name__}: {error}")
+        return told
+
+    return asyncio.run(main())
+
+
+def test_what_is_wrong_on_one_rank_is_told_on_all_at_once(world: World, tmp_path: Path) -> None:
+    zero, one = world.run(2, _one_rank_is_wrong, tmp_path)
+    assert all("metrics" in each for each in zero[:2] + one[:2])
+    assert "Permission denied" in zero[-1]
+    assert "Permission denied" in one[-1]
+
+
+async def test_a_root_that_may_only_be_read_can_be_read(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path) as manager:
+        await _save(manager, 1)
+    (tmp_path / ".aiodcp.lock").unlink()
+    nobody = 65534
+    if os.geteuid() != 0:
+        pytest.skip("takes another user")
+    tmp_path.chmod(0o755)
+    os.seteuid(nobody)
+    try:
+        async with CheckpointManager(tmp_path) as manager:
+            assert manager.steps() == [1]
+    finally:
+        os.seteuid(0)
+    async with CheckpointManager(tmp_path / "nothing") as manager:
+        assert manager.steps() == []
+    assert not (tmp_path / "nothing").exists()

@@ -176,8 +176,17 @@ class LocalStorage:
                 yield False
                 return
             with CancelScope(shield=True):
-                await _make_durable_directory(root)
-                lock = await _locks.open(os.path.join(root, LOCK_NAME))
+                if not alone:
+                    await _make_durable_directory(root)
+                try:
+                    lock = await _locks.open(os.path.join(root, LOCK_NAME))
+                except OSError:
+                    if not alone:
+                        raise
+                    lock = None
+            if lock is None:  # nobody who may only read there, or where nothing is, needs to be alone
+                yield False
+                return
             try:
                 yield await _wait_for_lock(lock, alone=alone)
             finally:
