@@ -82,7 +82,7 @@ class JointCheckpoint:
             raise ArgumentError("name", f"{name!r} is not the name of a participant")
         if name in self.participants:
             raise ArgumentError("name", f"{name!r} is there already")
-        part = Checkpoint(self.checkpoint_id, self._checkpointer._engine)
+        part = Checkpoint(self.checkpoint_id, self._checkpointer._service.engine)
         part._operation = self._operation
         for milestone in (part.staged, part.uploaded):
             milestone.forgive()  # a failure is raised when the block is left
@@ -142,7 +142,7 @@ class JointCheckpoint:
             part._fail(error)
 
     def _wish(self, wish: Wish) -> None:
-        self._checkpointer._engine.call_soon(self._wishes.put, wish)
+        self._checkpointer._service.engine.call_soon(self._wishes.put, wish)
 
     def _give_up(self, error: CheckpointError) -> None:
         async def cancel() -> None:
@@ -150,7 +150,7 @@ class JointCheckpoint:
                 self._operation.cancel(error)
 
         with suppress(ClosedError):  # the engine has stopped, and with it the save
-            self._checkpointer._engine.call_soon(cancel)
+            self._checkpointer._service.engine.call_soon(cancel)
 
 
 @asynccontextmanager
@@ -195,7 +195,7 @@ async def joint_after(
     checkpointer: Checkpointer, checkpoint_id: CheckpointId, first: Callable[[], Awaitable[bytes]]
 ) -> AsyncIterator[JointCheckpoint]:
     """As `joint_checkpoint`. `first` is awaited before; it returns the note, or fails the checkpoint on all ranks."""
-    checkpointer._check_open()
+    checkpointer._service.check_open()
     place = checkpointer._storage.resolve(check_id(checkpoint_id))
     checkpointer._raise_untold()
     note = b""

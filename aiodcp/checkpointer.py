@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from concurrent.futures import Future, InvalidStateError
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from functools import partial
 from hashlib import blake2b
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, TypeVarTuple, overload
-from weakref import WeakSet
 
-import anyio
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
@@ -26,10 +23,8 @@ from ._capture import PerRank, capture
 from ._checkpoint import Checkpoint, EarlierFailureError
 from ._commit import remove_files
 from ._devices import CopyStreams
-from ._engine import Engine
 from ._guard import Guard, Guards
 from ._judge import Kind
-from ._line import Line
 from ._load import Loader
 from ._milestone import Milestone
 from ._note import encode_note
@@ -38,12 +33,12 @@ from ._progress import Bar, NoBar
 from ._ranks import Operation
 from ._retry import Attempt, PersistentStorage, Retry
 from ._save import Saver, Wish
-from ._skips import Skips
+from ._service import Service, answer
 from ._stage import Checksum, default_checksum
 from ._steps import read_note
 from ._timeline import Trace
 from ._transfer import Job, Transfer, write_errors
-from ._turns import give_turns, prompt_turns
+from ._turns import give_turns
 from ._wanted import Wanted, want
 from ._watch import Watch
 from ._windows import MIN_NBYTES
@@ -53,7 +48,6 @@ from .errors import (
     CheckpointError,
     ClosedError,
     LoadError,
-    RankError,
     SaveCancelled,
     SaveError,
 )
@@ -156,61 +150,36 @@ class Checkpointer(Blocking):
         self._max_host_bytes = max_host_bytes
         self._check_torn = check_torn
         self._checksum = checksum or default_checksum()
-        self._engine = Engine(copy_threads=copy_threads, io_threads=io_threads)
-        self._open = False
-        self._saves: set[Future[None]] = set()  # from being asked for until what they replaced is removed
-        self._turns: dict[Milestone, Future[Job]] = {}  # of the saves that are not captured yet
-        self._work: set[Future[Any]] = set()  # loads and preparations
-        self._operations: WeakSet[Operation] = WeakSet()  # all that has been asked for and is not over
+        self._service = Service(copy_threads=copy_threads, io_threads=io_threads)
         self._last: Checkpoint | None = None
-        self._in_flight = ""  # where the last save goes that had its turn
         self._staging: list[Checkpoint] = []  # captured, and perhaps not staged yet
-        self._line: Line | None = None
-        self._calls = count(1)  # the same call has the same number on all ranks
         self._saver: Saver
         self._loader: Loader
         self._guards: Guards
         self._streams: CopyStreams
         self._trace = Trace()
-        self._skips: Skips
-        self._slot: anyio.Semaphore
-        self._held: AsyncExitStack  # on the engine's loop: what is let go of when all is drained
 
     def __repr__(self) -> str:
-        ranks = f"rank {self._line.rank} of {self._line.size}, " if self._line else ""
-        busy = "busy" if self._is_busy() else "idle"
-        return f"<Checkpointer on {self._storage!r}, {self._engine!r}, {ranks}{busy}>"
+        line = self._service.line
+        ranks = f"rank {line.rank} of {line.size}, " if line else ""
+        is_busy = self._service.is_asked() or (self._last is not None and not self._last.uploaded.done())
+        return f"<Checkpointer on {self._storage!r}, {self._service.engine!r}, {ranks}{'busy' if is_busy else 'idle'}>"
 
     async def __aenter__(self) -> Checkpointer:
-        group = self._find_group()
-        self._engine.start()
-        try:
-            if group is not None:
-                self._line = Line(group, root=self._coordinator, timeout_s=self._timeout)
-                await self._on_engine(self._connect, self._line)
-        except BaseException:
-            self._line = None
-            self._engine.stop()
-            raise
-        self._open = True
-        self._calls = count(1)
-        self._slot = anyio.Semaphore(1)  # fair: saves go in the order in which they were asked for
-        self._skips = Skips(decides=self._line is None or self._line.rank == self._line.root)
+        await self._service.open(self._find_group(), coordinator=self._coordinator, timeout_s=self._timeout)
+        threads = self._service.engine.threads
         make_transfer = partial(
             Transfer,
             self._storage,
-            self._engine.threads,
+            threads,
             keep_buffers=self._keep_buffers,
             max_host_nbytes=self._max_host_bytes,
             checksum=self._checksum,
         )
         self._streams = CopyStreams()
-        self._saver = Saver(
-            self._storage, self._engine.threads, make_transfer, share_transfer=self._max_host_bytes is not None
-        )
-        self._loader = Loader(self._storage, self._engine.threads, checksum=self._checksum)
+        self._saver = Saver(self._storage, threads, make_transfer, share_transfer=self._max_host_bytes is not None)
+        self._loader = Loader(self._storage, threads, checksum=self._checksum)
         self._guards = Guards(self._on_step)
-        self._held = AsyncExitStack()
         return self
 
     def _find_group(self) -> torch.distributed.ProcessGroup | None:
@@ -226,32 +195,12 @@ class Checkpointer(Blocking):
             raise ArgumentError("coordinator", f"{self._coordinator} is no rank of {group.size()}")
         return group if group.size() > 1 else None
 
-    async def _connect(self, line: Line) -> None:
-        operation = Operation(line, Kind.OPEN, 0, ClosedError("opening was cancelled"))
-
-        async def nothing() -> None:
-            pass
-
-        try:
-            await operation.together("open", nothing)
-        except RankError:
-            await line.give_up_opening()
-            raise
-
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open = False
         try:
-            try:
-                await self._drain()
-            finally:
-                await self._on_engine(self._held.aclose)
+            await self._service.close()
         finally:
-            if self._line is not None:
-                self._line.close()
-            self._engine.stop()
-            self._line = None
             self._guards.close()
             del self._saver, self._loader  # and with them the host memory
         untold = self._take_untold()
@@ -261,38 +210,6 @@ class Checkpointer(Blocking):
         if error is None:
             raise untold
         error.add_note(f"aiodcp: besides, the save in flight failed: {untold!r}")
-
-    async def _drain(self) -> None:
-        """Wait for all that was asked for. Cancelled meanwhile, give it all up, and wait for that."""
-        cancelled = False
-        while flows := [*self._saves, *self._work]:
-            done = Milestone("drained")
-            flows[0].add_done_callback(lambda _, done=done: done.reach())  # type: ignore[misc]
-            try:
-                await done
-            except asyncio.CancelledError:
-                cancelled = True
-                self._give_up()
-        if cancelled:
-            raise asyncio.CancelledError
-
-    def _give_up(self) -> None:
-        for turn, asked in list(self._turns.items()):
-            closed = ClosedError("the Checkpointer was closed before this save had its turn")
-            turn.fail(closed)
-            _answer(asked, closed)
-        for operation in list(self._operations):
-            self._engine.call_soon(_cancel, operation)
-        if self._line is None:
-            for work in list(self._work):
-                work.cancel()
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise ClosedError("the Checkpointer is not open: use it inside `async with`")
-
-    def _is_busy(self) -> bool:
-        return bool(self._turns) or (self._last is not None and not self._last.uploaded.done())
 
     # --- saving
 
@@ -372,42 +289,41 @@ class Checkpointer(Blocking):
         on_busy: Literal["wait", "skip", "raise"],
     ) -> Checkpoint | None:
         """Save as `save` does. `first` is awaited before; it returns the note, or fails the save on all ranks."""
-        self._check_open()
-        number = next(self._calls)
-        skipped = on_busy in ("skip", "raise") and await self._skips.ask()
+        self._service.check_open()
+        number = self._service.count_call()
+        skipped = on_busy in ("skip", "raise") and await self._service.skips.ask()
         checkpoint: Checkpoint | None = None
         turn = Milestone("turn")
         asked: Future[Job] = Future()
-        try:
-            place = self._storage.resolve(check_id(checkpoint_id))
-            note = await first()
-            if on_busy not in ("wait", "skip", "raise"):
-                raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
-            if planner is not None and not isinstance(planner, SavePlanner):
-                raise ArgumentError("planner", f"a {type(planner).__name__} is no SavePlanner")
-            self._raise_untold()
-            if skipped and on_busy == "skip":
-                return None
-            if skipped:
-                raise BusyError(self._in_flight or place)
-            checkpoint = self._begin(number, place, checkpoint_id, turn, asked)
-            await turn
-            self._raise_untold()  # of the save that this one waited for
-            job = self._capture(checkpoint, state_dict, note, planner)
-            if not _answer(asked, job):
-                await checkpoint.uploaded  # another rank has failed: raises that
-                raise ClosedError("the Checkpointer was closed before this save was captured")
-            self._last = checkpoint
-        except BaseException as error:
-            reason = error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
-            if self._last is not None and self._last.uploaded.failed_with(error):
-                reason = EarlierFailureError(f"told of an earlier save: {error!r}"[:_RETOLD_LENGTH])
-            if checkpoint is None and self._line is not None and not skipped:
-                self._begin(number, str(checkpoint_id), checkpoint_id, turn, asked)  # the other ranks must be told
-            _answer(asked, reason)
-            raise
-        finally:
-            self._turns.pop(turn, None)
+        with self._service.waiting(turn, asked):
+            try:
+                place = self._storage.resolve(check_id(checkpoint_id))
+                note = await first()
+                if on_busy not in ("wait", "skip", "raise"):
+                    raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
+                if planner is not None and not isinstance(planner, SavePlanner):
+                    raise ArgumentError("planner", f"a {type(planner).__name__} is no SavePlanner")
+                self._raise_untold()
+                if skipped and on_busy == "skip":
+                    return None
+                if skipped:
+                    raise BusyError(self._service.in_flight or place)
+                checkpoint = self._begin(number, place, checkpoint_id, turn, asked)
+                await turn
+                self._raise_untold()  # of the save that this one waited for
+                job = self._capture(checkpoint, state_dict, note, planner)
+                if not answer(asked, job):
+                    await checkpoint.uploaded  # another rank has failed: raises that
+                    raise ClosedError("the Checkpointer was closed before this save was captured")
+                self._last = checkpoint
+            except BaseException as error:
+                reason = error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
+                if self._last is not None and self._last.uploaded.failed_with(error):
+                    reason = EarlierFailureError(f"told of an earlier save: {error!r}"[:_RETOLD_LENGTH])
+                if checkpoint is None and self._service.line is not None and not skipped:
+                    self._begin(number, str(checkpoint_id), checkpoint_id, turn, asked)  # the others must be told
+                answer(asked, reason)
+                raise
         give_turns(asyncio.get_running_loop(), checkpoint.uploaded.done)
         return checkpoint
 
@@ -422,9 +338,9 @@ class Checkpointer(Blocking):
         checkpoint._log.restart()
         with checkpoint.timeline.record("capture"):
             if planner is None:
-                taken = capture(state_dict, self._rank)
+                taken = capture(state_dict, self._service.rank)
             else:
-                taken = capture_planned(state_dict, planner, is_coordinator=self._skips.decides)
+                taken = capture_planned(state_dict, planner, is_coordinator=self._service.skips.decides)
             checkpoint._crossing = self._streams.begin(taken.values, taken.fqns)
             if self._check_torn:
                 checkpoint._watch = Watch(taken)
@@ -445,12 +361,8 @@ class Checkpointer(Blocking):
             timeline=checkpoint.timeline,
         )
 
-    @property
-    def _rank(self) -> int:
-        return self._line.rank if self._line else 0
-
     def _begin(self, number: int, place: str, checkpoint_id: object, turn: Milestone, asked: Future[Job]) -> Checkpoint:
-        checkpoint = Checkpoint(place, self._engine)
+        checkpoint = Checkpoint(place, self._service.engine)
 
         async def take() -> Job:
             return await asyncio.wrap_future(asked)
@@ -462,7 +374,6 @@ class Checkpointer(Blocking):
                 checkpoint._watch = None  # and with it what it held of the state
 
         checkpoint._operation = self._begin_flow(number, place, turn, save, checkpoint._fail)
-        self._turns[turn] = asked
         return checkpoint
 
     def _begin_several(
@@ -481,7 +392,7 @@ class Checkpointer(Blocking):
             succeed()
             return replaced
 
-        return self._begin_flow(next(self._calls), place, turn, save, fail)
+        return self._begin_flow(self._service.count_call(), place, turn, save, fail)
 
     def _begin_flow(
         self,
@@ -491,46 +402,20 @@ class Checkpointer(Blocking):
         save: Callable[[Operation], Awaitable[list[str]]],
         fail: Callable[[Exception], None],
     ) -> Operation:
-        self._skips.open()
-        operation = Operation(self._line, Kind.SAVE, number, SaveCancelled(place), skips=self._skips, on_failure=fail)
-        self._operations.add(operation)
-        flow = self._engine.call_soon(self._save_in_turn, operation, place, turn, save, fail)
-        self._saves.add(flow)
-        flow.add_done_callback(self._saves.discard)
-        return operation
+        async def save_or_fail(operation: Operation) -> list[str]:
+            try:
+                return await save(operation)
+            except CheckpointError as error:
+                fail(error)
+            except Exception as error:
+                failure = SaveError(repr(error))
+                failure.__cause__ = error
+                fail(failure)
+            return []
 
-    async def _save_in_turn(
-        self,
-        operation: Operation,
-        place: str,
-        turn: Milestone,
-        save: Callable[[Operation], Awaitable[list[str]]],
-        fail: Callable[[Exception], None],
-    ) -> None:
-        replaced: list[str] = []
-        async with self._slot:
-            self._in_flight = place
-            turn.reach()
-            with self._under_way(operation):
-                try:
-                    replaced = await save(operation)
-                except CheckpointError as error:
-                    fail(error)
-                except Exception as error:
-                    failure = SaveError(repr(error))
-                    failure.__cause__ = error
-                    fail(failure)
         # Removing a large file takes long (0.2 s a GiB on ext4): the next save need not wait for it.
-        await remove_files(self._storage, place, replaced)
-
-    @contextmanager
-    def _under_way(self, operation: Operation) -> Iterator[None]:
-        try:
-            with prompt_turns():
-                yield
-        finally:
-            operation.close()
-            self._operations.discard(operation)
+        remove = partial(remove_files, self._storage, place)
+        return self._service.begin_save(number, place, turn, save_or_fail, remove, on_failure=fail)
 
     def guard(self, *optimizers: torch.optim.Optimizer) -> Guard:
         """Make optimizers wait, before each step, for the staging that is in flight.
@@ -546,7 +431,7 @@ class Checkpointer(Blocking):
         Returns:
             The guard. It is removed by its `remove()`, on leaving a `with` block of it, and with the Checkpointer.
         """
-        self._check_open()
+        self._service.check_open()
         return self._guards.add(optimizers)
 
     def step(self, number: int) -> AbstractContextManager[None]:
@@ -563,7 +448,7 @@ class Checkpointer(Blocking):
             WriteError: the file cannot be written.
         """
         with write_errors(os.fspath(path)):
-            Path(path).write_text(self._trace.render(torch.distributed.get_rank() if self._line else 0))
+            Path(path).write_text(self._trace.render(torch.distributed.get_rank() if self._service.line else 0))
 
     def _on_step(self, optimizer: torch.optim.Optimizer, guarded: bool) -> None:
         for checkpoint in self._staging:
@@ -599,17 +484,16 @@ class Checkpointer(Blocking):
 
         Cancellation: takes effect when the step under way is done.
         """
-        self._check_open()
-        take = self._take(lambda: capture(state_dict, self._rank))
-        operation = Operation(self._line, Kind.PREPARE, next(self._calls), ClosedError("the preparation was cancelled"))
-        self._operations.add(operation)
+        self._service.check_open()
+        take = self._take(lambda: capture(state_dict, self._service.rank))
+        operation = self._service.operation(Kind.PREPARE, ClosedError("the preparation was cancelled"))
 
         async def prepare_in_turn() -> None:
-            async with self._slot:
-                with self._under_way(operation):
+            async with self._service.slot:
+                with self._service.under_way(operation):
                     await self._saver.prepare(operation, take)
 
-        await self._on_engine(prepare_in_turn, operation=operation)
+        await self._service.run(prepare_in_turn, operation=operation)
 
     def _take(self, function: Callable[[], T]) -> Callable[[], Awaitable[T]]:
         """Call `function` here and now; what it returns or raises is for the engine, so that all ranks hear of it."""
@@ -617,7 +501,7 @@ class Checkpointer(Blocking):
         try:
             taken.set_result(function())
         except Exception as error:
-            if self._line is None:
+            if self._service.line is None:
                 raise
             taken.set_exception(error)
 
@@ -672,20 +556,19 @@ class Checkpointer(Blocking):
 
         Cancellation: takes effect when the read under way is done; tensors may already have changed.
         """
-        self._check_open()
+        self._service.check_open()
         place = ""
 
         def ask() -> Wanted:
             nonlocal place
             place = self._storage.resolve(check_id(checkpoint_id))
-            return want(state_dict, self._rank, planner, self._streams)
+            return want(state_dict, self._service.rank, planner, self._streams)
 
         take = self._take(ask)
-        operation = Operation(self._line, Kind.LOAD, next(self._calls), LoadError("the load was cancelled"))
-        self._operations.add(operation)
+        operation = self._service.operation(Kind.LOAD, LoadError("the load was cancelled"))
 
         async def load() -> Wanted:
-            with self._under_way(operation):
+            with self._service.under_way(operation):
                 return await self._loader.load(
                     operation,
                     _digest(checkpoint_id),
@@ -699,10 +582,10 @@ class Checkpointer(Blocking):
                 )
 
         async def load_in_turn() -> Wanted:
-            async with self._slot:
+            async with self._service.slot:
                 return await load()
 
-        wanted = await self._on_engine(load_in_turn if self._line else load, operation=operation)
+        wanted = await self._service.run(load_in_turn if self._service.line else load, operation=operation)
         for number, value in wanted.loaded.items():
             holder, key = wanted.holders[number]
             if isinstance(holder, PerRank):
@@ -725,34 +608,8 @@ class Checkpointer(Blocking):
             NotACheckpointError: there is no committed checkpoint.
             ReadError: storage refused.
         """
-        self._check_open()
-        return await self._on_engine(read_note, self._storage, self._storage.resolve(check_id(checkpoint_id)))
-
-    def _in_background(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> Future[T]:
-        """Begin `function` on the engine's loop; leaving the block waits for it."""
-        future = self._engine.call_soon(function, *args)
-        self._work.add(future)
-        future.add_done_callback(self._work.discard)
-        return future
-
-    async def _ask(self, phase: str, function: Callable[[], Awaitable[bytes]]) -> bytes:
-        """Have the coordinator call `function`, on its engine's loop, and return its answer on every rank."""
-        operation = Operation(self._line, Kind.ASK, next(self._calls), LoadError(f"{phase}: cancelled"))
-        self._operations.add(operation)
-
-        async def answer() -> bytes:
-            return await function() if operation.is_coordinator else b""
-
-        async def ask() -> bytes:
-            with self._under_way(operation):
-                answered, _ = await operation.together(phase, answer)
-                return await operation.broadcast(answered)
-
-        async def ask_in_turn() -> bytes:
-            async with self._slot:
-                return await ask()
-
-        return await self._on_engine(ask_in_turn if self._line else ask, operation=operation)
+        self._service.check_open()
+        return await self._service.run(read_note, self._storage, self._storage.resolve(check_id(checkpoint_id)))
 
     # --- without an event loop
 
@@ -761,66 +618,15 @@ class Checkpointer(Blocking):
     load_sync = blocking(load)
     read_custom_metadata_sync = blocking(read_custom_metadata)
 
-    # --- the engine
-
-    async def _on_engine(
-        self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, operation: Operation | None = None
-    ) -> T:
-        """Run `function` on the engine's loop and wait for it here.
-
-        Cancellation: cancels it there, and waits until it has stopped: it may be using the caller's memory. An
-        `operation` of several ranks is given up instead, so that the others hear of it.
-        """
-        ended = Milestone("ended")
-
-        async def run() -> T:
-            try:
-                with prompt_turns():
-                    return await function(*args)
-            finally:
-                ended.reach()
-
-        future = self._in_background(run)
-        give_turns(asyncio.get_running_loop(), ended.done)
-        try:
-            await ended
-        except asyncio.CancelledError:
-            if operation is not None and self._line is not None:
-                self._engine.call_soon(_cancel, operation)
-            else:
-                future.cancel()
-            while not ended.done():
-                with suppress(asyncio.CancelledError):
-                    await ended
-            raise
-        if future.cancelled():
-            raise ClosedError("the Checkpointer was closed meanwhile")
-        return future.result()
-
 
 def _log_retry(place: str, path: str, attempt: Attempt) -> None:
     _log.warning("%s: %s", path, attempt)
-
-
-async def _cancel(operation: Operation) -> None:
-    operation.cancel()
 
 
 def _ranks_on_this_host() -> int:
     """As torchrun tells it. More copying threads than cores wait for each other: measured, 10 times as long."""
     told = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, int(told)) if told.isdecimal() else 1
-
-
-def _answer(asked: Future[Job], answer: Job | Exception) -> bool:
-    """Answer a flow that waits, unless it has been answered already; tell whether this was the answer."""
-    with suppress(InvalidStateError):
-        if isinstance(answer, Exception):
-            asked.set_exception(answer)
-        else:
-            asked.set_result(answer)
-        return True
-    return False
 
 
 def check_id(checkpoint_id: object, argument: str = "checkpoint_id") -> str:

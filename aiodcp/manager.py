@@ -131,10 +131,10 @@ class CheckpointManager(Blocking):
         await self.checkpointer.__aenter__()
         try:
             self._catalog.root = self._catalog.storage.resolve(self._catalog.root)
-            line = self.checkpointer._line
+            line = self.checkpointer._service.line
             self._report.rank = line.members[line.rank] if line else 0
             self._report.shows = self._progress and self._is_coordinator
-            self._catalog.learn(await self.checkpointer._ask("list steps", self._clear_up_and_look))
+            self._catalog.learn(await self.checkpointer._service.ask("list steps", self._clear_up_and_look))
             self._listen()
         except BaseException:
             await self.checkpointer.__aexit__(None, None, None)
@@ -143,7 +143,7 @@ class CheckpointManager(Blocking):
         return self
 
     def _listen(self) -> None:
-        line = self.checkpointer._line
+        line = self.checkpointer._service.line
         self._preemption = self._preemption.anew()
         self._told_of_preemption = False
         try:
@@ -253,7 +253,7 @@ class CheckpointManager(Blocking):
         Raises:
             ReadError: storage refused.
         """
-        self._catalog.learn(await self.checkpointer._ask("list steps", self._catalog.look))
+        self._catalog.learn(await self.checkpointer._service.ask("list steps", self._catalog.look))
         return self.steps()
 
     # --- saving
@@ -336,7 +336,7 @@ class CheckpointManager(Blocking):
             saving.ended([checkpoint], error)
 
         checkpoint.uploaded.when_done(ended)
-        self.checkpointer._in_background(self._see_through, step, checkpoint)
+        self.checkpointer._service.begin(self._see_through, step, checkpoint)
         return checkpoint
 
     async def _begin_to_save(self, step: int, metrics: Mapping[str, float] | None, numbers: dict[str, float]) -> bytes:
@@ -349,7 +349,7 @@ class CheckpointManager(Blocking):
         if self._is_coordinator and not self._claimed:  # until it is left: nobody clears up meanwhile
             with write_errors(self._catalog.storage.locate(self._catalog.root)):
                 claim = self._catalog.storage.claim(self._catalog.root, alone=False)
-                await self.checkpointer._on_engine(self.checkpointer._held.enter_async_context, claim)
+                await self.checkpointer._service.run(self.checkpointer._service.held.enter_async_context, claim)
             self._claimed = True
         await self._catalog.until_removed(step)
         return note
@@ -384,7 +384,7 @@ class CheckpointManager(Blocking):
                 raise
         self._take_in(step, numbers)
         saving.ended(list(joint.participants.values()), None)
-        self.checkpointer._in_background(self._prune)
+        self.checkpointer._service.begin(self._prune)
 
     def _take_in(self, step: int, metrics: Mapping[str, float]) -> None:
         self._catalog.take_in(Step(step=step, metrics=metrics))
@@ -476,7 +476,7 @@ class CheckpointManager(Blocking):
 
     @property
     def _is_coordinator(self) -> bool:
-        return self.checkpointer._skips.decides
+        return self.checkpointer._service.is_coordinator
 
 
 def _is_damage(error: CorruptError | RankError) -> bool:

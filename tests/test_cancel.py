@@ -105,7 +105,7 @@ def _engine_has_turned(checkpointer: Checkpointer) -> None:
         await asyncio.sleep(0)
 
     for _ in range(3):
-        checkpointer._engine.call_soon(nothing).result(30)
+        checkpointer._service.engine.call_soon(nothing).result(30)
 
 
 @pytest.mark.parametrize("after", range(12))

@@ -34,7 +34,7 @@ LAYERS = [
     ["_plan", "_reads", "_wanted", "_watch"],
     ["_commit", "_decode", "_planner", "_transfer"],
     ["_spans", "_prepare"],
-    ["_save", "_load", "_checkpoint"],
+    ["_save", "_load", "_checkpoint", "_service"],
     ["checkpointer"],
     ["_inspect"],
     ["_export"],

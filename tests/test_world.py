@@ -81,12 +81,12 @@ def _exchanged(rank: int, size: int, folder: Path, count: int) -> tuple[int, int
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_prepare, "plan_local", plan)
             async with Checkpointer() as checkpointer:
-                assert checkpointer._line is not None
+                assert checkpointer._service.line is not None
                 await (await checkpointer.save(state, folder / f"{count}"))
-                before = checkpointer._line.nbytes
+                before = checkpointer._service.line.nbytes
                 for step in range(4):
                     await (await checkpointer.save(state | {"lr": 0.2 + step}, folder / f"{count}"))
-                return (checkpointer._line.nbytes - before) // 4, plans
+                return (checkpointer._service.line.nbytes - before) // 4, plans
 
     return asyncio.run(main())
 
