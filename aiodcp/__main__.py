@@ -8,10 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from math import isfinite
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import ArgumentError, CheckpointError, CorruptError
 
 DIFFERENT = 1  # exit status: `verify` has found damage, `diff` a difference
 FAILED = 2
@@ -22,14 +23,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exits with 0; with 1 if `verify` finds damage or `diff` a difference; with 2 if the command fails.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "show" and options.fqn is None and rest and not rest[0].startswith("-"):
+        options.fqn = rest.pop(0)  # argparse finds an optional name only before the flags
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status = options.run(options)
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except ArgumentError as error:
+        print(f"aiodcp {options.command}: {error.problem}", file=sys.stderr)
+        status = FAILED
+    except CorruptError as error:
+        print(f"aiodcp {options.command}: {error}\nall that is damaged tells: aiodcp verify", file=sys.stderr)
+        status = FAILED
     except (CheckpointError, OSError) as error:
-        print(f"aiodcp: {error}", file=sys.stderr)
+        print(f"aiodcp {options.command}: {error}", file=sys.stderr)
         status = FAILED
     if status:
         sys.exit(status)
@@ -37,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="aiodcp", description="Asyncio-native checkpoints for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"aiodcp {version('aiodcp')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -62,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     gc = add("gc", _gc, "remove steps that are not to be kept, and what interrupted saves have left")
     gc.add_argument("root", help="the directory with step-<n> in it")
-    gc.add_argument("--keep-last", type=_positive_int, metavar="N", help="keep the newest N steps (default: all)")
+    gc.add_argument("--keep-last", type=_positive_int, metavar="N", help="keep the newest N steps; without it, all")
     gc.add_argument("--keep-every", type=_positive_int, metavar="N", help="keep multiples of N besides")
     gc.add_argument(
         "--keep-best", type=_best, metavar="METRIC:min|max[:N]", help="keep the N best besides (default: 1)"
@@ -73,13 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", help="its directory")
     export.add_argument("--to", choices=["safetensors", "torch"], required=True, help="the format")
     export.add_argument("out", help="a file for torch, a directory for safetensors")
-    export.add_argument("--prefix", default="", help="safetensors: only names with this prefix, and without it")
+    export.add_argument("--prefix", default="", help="safetensors: only what lies below this name, and without it")
     export.add_argument(
         "--shard-gb", type=_positive_float, default=5.0, help="safetensors: GB of one file at most (default: 5)"
     )
 
-    bench = add("bench", _bench, "measure saving and loading on this machine, or under torchrun, against DCP")
-    bench.add_argument("directory", nargs="?", default=".", help="on the file system to measure (default: here)")
+    bench = add(
+        "bench", _bench, "measure saving and loading on this machine, or under torchrun, against DCP; takes minutes"
+    )
+    bench.add_argument(
+        "directory",
+        nargs="?",
+        default=".",
+        help="on the file system to measure; made if it is not there (default: here)",
+    )
     bench.add_argument("--gib", type=_positive_float, default=1.0, help="size of the state in 64 tensors (default: 1)")
     bench.add_argument(
         "--tensors", type=_positive_int, default=10_000, help="of 4 KiB in the other state (default: 10000)"
@@ -107,14 +127,16 @@ def _gc(options: argparse.Namespace) -> int:
     from . import _roots
     from ._retain import Retention
 
+    if options.keep_last is None and (options.keep_every or options.keep_best):
+        raise ArgumentError("keep_last", "--keep-every and --keep-best keep steps besides those of --keep-last")
     retention = Retention(keep_last=options.keep_last, keep_every=options.keep_every, keep_best=options.keep_best)
-    tell = print if not options.json else lambda text: None
-    result = _roots.collect(options.root, retention, dry_run=options.dry_run, tell=tell)
+    result = _roots.collect(options.root, retention, dry_run=options.dry_run)
 
     def summary() -> str:
-        what = "would be removed" if options.dry_run else "removed"
-        steps, leftovers = (", ".join(map(str, result[key])) or "none" for key in ("removed", "leftovers"))
-        return f"{what}: steps {steps}; leftovers of interrupted saves in steps {leftovers}"
+        what = "would remove" if options.dry_run else "removed"
+        lines = [f"{what} step {step}" for step in result["removed"]]
+        lines += [f"{what} what an interrupted save has left of step {step}" for step in result["leftovers"]]
+        return "\n".join(lines) or "nothing to remove"
 
     _print(options, result, summary)
     return 0
@@ -131,15 +153,16 @@ def _show(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from . import _inspect
     from ._progress import bar
+    from ._tables import plural
 
     with bar("verifying") as shown:
         problems = _inspect.verify(options.checkpoint, shown.advance, shown.total)
 
     def text() -> str:
         lines = [": ".join(filter(None, (each.fqn, each.file, each.problem))) for each in problems]
-        return "\n".join([*lines, f"{len(problems)} problems"]) if problems else "whole: every item is as it was saved"
+        return "\n".join([*lines, plural(len(problems), "problem")]) if problems else "whole: all is as it was saved"
 
-    _print(options, [dataclasses.asdict(each) for each in problems], text)
+    _print(options, {"whole": not problems, "problems": [dataclasses.asdict(each) for each in problems]}, text)
     return DIFFERENT if problems else 0
 
 
@@ -149,7 +172,8 @@ def _diff(options: argparse.Namespace) -> int:
 
     with bar("comparing") as shown:
         differences = _inspect.diff(options.a, options.b, shown.advance, shown.total)
-    _print(options, [dataclasses.asdict(each) for each in differences], lambda: _inspect.format_diff(differences))
+    found = {"same": not differences, "differences": [dataclasses.asdict(each) for each in differences]}
+    _print(options, found, lambda: _inspect.format_diff(differences))
     return DIFFERENT if differences else 0
 
 
@@ -157,6 +181,8 @@ def _export(options: argparse.Namespace) -> int:
     from . import _export as export
     from ._progress import bar
 
+    if options.to == "torch" and options.prefix:
+        raise ArgumentError("prefix", "--prefix is for --to safetensors")
     with bar("exporting") as shown:
         if options.to == "torch":
             result = export.export_torch(options.checkpoint, options.out)
@@ -215,16 +241,18 @@ def _in_json(value: Any) -> Any:
 
 
 def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
 
 
 def _positive_float(text: str) -> float:
-    value = float(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 

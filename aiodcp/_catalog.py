@@ -13,7 +13,7 @@ from ._milestone import Milestone
 from ._names import step_place
 from ._retain import Retention
 from ._steps import Step, list_steps, remove_leftovers, remove_step
-from .errors import CheckpointError
+from .errors import CheckpointError, ClosedError
 from .storage import Storage
 
 _log = logging.getLogger("aiodcp")
@@ -27,14 +27,22 @@ class Catalog:
         self.root = root
         self.retention = retention
         self._lock = threading.Lock()
+        self.has_looked = False
         self._known: tuple[Step, ...] = ()
+        self._damaged: set[int] = set()
         self._in_use: Counter[int] = Counter()  # by step, how many save or restore it: not to be removed
         self._doomed: deque[int] = deque()
         self._removing: dict[int, Milestone] = {}  # reached when the step is removed, or cannot be
 
     @property
     def known(self) -> tuple[Step, ...]:
-        """The complete steps, in order."""
+        """The complete steps, in order.
+
+        Raises:
+            ClosedError: nobody has looked yet.
+        """
+        if not self.has_looked:
+            raise ClosedError("the CheckpointManager does not know its steps yet: use it inside `async with` or `with`")
         return self._known
 
     def learn(self, data: bytes) -> None:
@@ -42,21 +50,29 @@ class Catalog:
         with self._lock:
             found = [Step(step=number, metrics=metrics) for number, metrics in json.loads(data)]
             self._known = tuple(each for each in found if each.step not in self._removing)
+            self.has_looked = True
 
     def take_in(self, step: Step) -> None:
         """Know of a step that is committed now."""
         with self._lock:
             others = [each for each in self._known if each.step != step.step]
+            self._damaged.discard(step.step)
             self._known = tuple(sorted([*others, step], key=lambda each: each.step))
 
     def doom(self, *, removes: bool) -> None:
         """Forget the steps that are not to be kept; `prune` removes them, on the rank that does so."""
         with self._lock:
-            doomed = [step for step in self.retention.doomed(self._known) if not self._in_use[step]]
+            good = [each for each in self._known if each.step not in self._damaged]
+            doomed = [step for step in self.retention.doomed(good) if not self._in_use[step]]
             self._known = tuple(each for each in self._known if each.step not in doomed)
             if removes:
                 self._removing.update({step: Milestone(f"removal of step {step}") for step in doomed})
                 self._doomed += doomed
+
+    def distrust(self, step: int) -> None:
+        """Count a step that is damaged not among those that are kept instead of others; it stays until it is saved."""
+        with self._lock:
+            self._damaged.add(step)
 
     @contextmanager
     def use(self, *steps: int) -> Iterator[None]:

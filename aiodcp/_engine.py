@@ -106,7 +106,7 @@ class Engine:
             ClosedError: the engine does not run, or runs in the process that this one was forked from.
         """
         if self._portal is None:
-            raise ClosedError("the Checkpointer is not open: use it inside `async with`")
+            raise ClosedError("the Checkpointer is not open: use it inside `async with` or `with`")
         if os.getpid() != self._pid:
             raise ClosedError("this process was forked from the one that opened the Checkpointer: open one here")
         return self._portal.start_task_soon(function, *args)

@@ -230,6 +230,7 @@ class Feed:
         self._callback = callback
         self._lock = threading.Lock()
         self._followers: list[tuple[deque[Event | None], Callable[[], None]]] = []
+        self._is_open = False
 
     def publish(self, event: Event) -> None:
         """Tell everybody of an event. A callback that raises is told in the log, and harms nothing."""
@@ -241,8 +242,13 @@ class Feed:
                 _log.exception("on_event raised for %r", event)
         self._hand_on(event)
 
+    def begin(self) -> None:
+        """Let those who follow from now on wait for events."""
+        self._is_open = True
+
     def end(self) -> None:
-        """Let all who follow come to an end."""
+        """Let all who follow come to an end, and who follows from now on."""
+        self._is_open = False
         self._hand_on(None)
 
     def _hand_on(self, event: Event | None) -> None:
@@ -263,6 +269,8 @@ class Feed:
 
         follower = queue, wake
         with self._lock:
+            if not self._is_open:
+                return
             self._followers.append(follower)
         try:
             while True:

@@ -82,7 +82,7 @@ def export_safetensors(
     Args:
         checkpoint_id: the directory.
         out: a directory, which is made.
-        prefix: only names that begin with it, and without it.
+        prefix: only what lies below this name, and without it: "model" or "model.".
         shard_nbytes: of one file at most, unless a tensor is larger.
         advance, total: called with bytes that are written, and before with how many there are.
 
@@ -97,6 +97,8 @@ def export_safetensors(
     except ImportError as error:
         raise ArgumentError("to", "safetensors is not installed: pip install 'aiodcp[export]'") from error
     metadata, _ = read(checkpoint_id)
+    if prefix and not prefix.endswith("."):
+        prefix += "."
     entries, left_out = _tensors_of(metadata, prefix)
     if not entries:
         raise ArgumentError("prefix", f"{checkpoint_id} holds no tensor whose name begins with {prefix!r}")
@@ -109,7 +111,10 @@ def export_safetensors(
     folder = Path(out)
     for name in [*names, INDEX_NAME]:
         _refuse_existing(folder / name)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(out, f"is to be a directory: {error.strerror}") from error
     weight_map: dict[str, str] = {}
     nbytes = {fqn: entry.size.numel() * entry.properties.dtype.itemsize for fqn, entry in entries.items()}
     total(sum(nbytes.values()))
@@ -119,6 +124,7 @@ def export_safetensors(
             tensors = {fqn.removeprefix(prefix): state.pop(fqn) for fqn in fqns}
             try:
                 save_file(tensors, folder / name, metadata={"format": "pt"})
+                (folder / name).chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
             except (OSError, SafetensorError, KeyError) as error:
                 raise WriteError(str(folder / name), f"{error!r}") from error
             weight_map.update(dict.fromkeys(tensors, name))
@@ -143,6 +149,12 @@ def _tensors_of(metadata: Metadata, prefix: str) -> tuple[dict[str, TensorStorag
         else:
             left_out.append(fqn)
     return entries, sorted(left_out)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _refuse_existing(path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +18,11 @@ import torch
 
 from ._chunks import is_whole
 from ._decode import Check
-from ._names import METADATA_NAME
+from ._names import METADATA_NAME, step_of
 from ._note import decode_note
-from ._tables import number, size, table
+from ._tables import number, plural, size, table
 from .checkpointer import Checkpointer
-from .errors import ArgumentError, NotACheckpointError
+from .errors import ArgumentError, CorruptError, NotACheckpointError, UnsafeError
 from .metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -31,6 +32,7 @@ from .metadata import (
     read_metadata,
 )
 
+MISSING = "the file is missing"
 PIECE_NBYTES = 256 << 20  # of tensors held in memory at a time, from each of two checkpoints
 
 
@@ -45,6 +47,10 @@ def read(checkpoint_id: str) -> tuple[Metadata, dict[str, Any]]:
     try:
         data = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
+        steps = sorted(each.name for each in Path(checkpoint_id).glob("step-*") if step_of(each.name) is not None)
+        if steps:
+            problem = f"{checkpoint_id} is a directory of steps, such as {checkpoint_id}/{steps[-1]}: see `aiodcp ls`"
+            raise ArgumentError("checkpoint", problem) from error
         raise NotACheckpointError(checkpoint_id) from error
     return read_metadata(data, path), decode_note(data)
 
@@ -111,10 +117,11 @@ def _decode(checkpoint_id: str, fqn: str, info: StorageInfo) -> Any:
 def format_show(result: Mapping[str, Any], *, chunks: bool) -> str:
     """Return the table of `aiodcp show`."""
     rows = []
+    every = sorted({chunk["file"] for row in result["values"] for chunk in row["chunks"]})
     for row in result["values"]:
         shape = "" if row["shape"] is None else str(tuple(row["shape"]))
         files = sorted({chunk["file"] for chunk in row["chunks"]})
-        where = files[0] if len(files) == 1 else f"{len(files)} files"
+        where = "" if len(every) == 1 else files[0] if len(files) == 1 else f"{len(files)} files"
         rows.append([row["fqn"], shape, row["dtype"] or "value", size(row["nbytes"]), where])
         if chunks and row["shape"] is not None:
             rows += [
@@ -123,7 +130,9 @@ def format_show(result: Mapping[str, Any], *, chunks: bool) -> str:
                     str(tuple(chunk["sizes"] or ())),
                     "",
                     size(chunk["nbytes"]),
-                    f"{chunk['file']} from {chunk['offset']}",
+                    f"{where or files[0]} from {chunk['offset']}"
+                    if len(every) == 1
+                    else f"{chunk['file']} from {chunk['offset']}",
                 ]
                 for chunk in row["chunks"]
             ]
@@ -131,10 +140,10 @@ def format_show(result: Mapping[str, Any], *, chunks: bool) -> str:
     if "value" in result:
         lines.append(f"\n{result['value']}")
     tensors = [row for row in result["values"] if row["shape"] is not None]
-    lines.append(
-        f"{len(tensors)} tensors, {size(sum(row['nbytes'] for row in tensors))}; "
-        f"{len(result['values']) - len(tensors)} other values"
-    )
+    others = len(result["values"]) - len(tensors)
+    nbytes = size(sum(row["nbytes"] for row in tensors))
+    where = every[0] if len(every) == 1 else plural(len(every), "file")
+    lines.append(f"{plural(len(tensors), 'tensor')}, {nbytes}; {plural(others, 'other value')}; in {where}")
     if result["custom_metadata"]:
         lines.append(", ".join(f"{name}: {value}" for name, value in result["custom_metadata"].items()))
     return "\n".join(lines)
@@ -169,9 +178,11 @@ def verify(checkpoint_id: str, advance: Callable[[int], None], total: Callable[[
 
     Raises:
         NotACheckpointError: there is none.
-        CorruptError, UnsafeError: its metadata cannot be read.
     """
-    metadata, _ = read(checkpoint_id)
+    try:
+        metadata, _ = read(checkpoint_id)
+    except (CorruptError, UnsafeError) as error:
+        return [Problem(fqn="", file=METADATA_NAME, problem=error.problem)]
     problems = list(_uncovered(metadata))
     items = sorted(metadata.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset))
     total(sum(info.length for _, info in items))
@@ -184,7 +195,17 @@ def verify(checkpoint_id: str, advance: Callable[[int], None], total: Callable[[
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # a CRC32 of much data lets go of the GIL
         problems += [problem for problem in pool.map(check, items) if problem is not None]
-    return problems
+    return _by_file(problems)
+
+
+def _by_file(problems: Sequence[Problem]) -> list[Problem]:
+    """Tell once of a file what would be told of every value in it."""
+    values = Counter(problem.file for problem in problems if problem.problem == MISSING)
+    told = [
+        Problem(fqn="", file=file, problem=f"{MISSING}, and with it {plural(count, 'value')}")
+        for file, count in values.items()
+    ]
+    return [*told, *(problem for problem in problems if problem.problem != MISSING)]
 
 
 def _uncovered(metadata: Metadata) -> Iterator[Problem]:
@@ -228,7 +249,7 @@ def _damage(path: str, info: StorageInfo, payload_nbytes: int | None) -> str:
                     return f"the CRC32 of {damaged} is not the one it was saved with"
                 sizes = {each.filename.partition("/")[2]: each.file_size for each in archive.infolist()}
     except FileNotFoundError:
-        return "the file is missing"
+        return MISSING
     except OSError as error:
         return f"cannot be read: {error}"
     except Exception as error:  # a damaged archive can raise almost anything
@@ -414,4 +435,6 @@ def format_diff(differences: list[Difference]) -> str:
         ]
         for each in differences
     ]
-    return f"{table(['name', 'change', '>elements', '>largest', '>mean'], rows)}\n{len(differences)} values differ"
+    verb = "differs" if len(differences) == 1 else "differ"
+    titles = ["name", "change", ">elements", ">largest", ">mean"]
+    return f"{table(titles, rows)}\n{plural(len(differences), 'value')} {verb}"

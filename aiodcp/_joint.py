@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import asynccontextmanager, suppress
+from copy import copy
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any
@@ -49,6 +50,7 @@ class JointCheckpoint:
         self._working: list[asyncio.Task[None]] = []
         self._operation: Operation | None = None
         self._is_closed = False
+        self._task = _current_task()
 
     def __repr__(self) -> str:
         states = ", ".join(f"{name}: {each.progress.phase}" for name, each in self.participants.items())
@@ -86,6 +88,7 @@ class JointCheckpoint:
         part._operation = self._operation
         for milestone in (part.staged, part.uploaded):
             milestone.forgive()  # a failure is raised when the block is left
+        part.uploaded.check_before(self._refuse_inside)
         self.participants[name] = part
         asked: Future[Job] = Future()
         self._wish(Wish(name=name, take=lambda: asyncio.wrap_future(asked)))
@@ -103,6 +106,10 @@ class JointCheckpoint:
         """Ask for the checkpoint to stop, as `Checkpoint.cancel` does; leaving the block raises `SaveCancelled`."""
         assert self._operation is not None
         self._give_up(SaveCancelled(self.checkpoint_id))
+
+    def _refuse_inside(self) -> None:
+        if not self._is_closed and _current_task() is self._task:
+            raise ClosedError("`uploaded` is reached when the block of the joint checkpoint is left: await it there")
 
     def _capture(self, name: str, state: Any, part: Checkpoint, asked: Future[Job]) -> None:
         job = self._checkpointer._capture(part, {name: state})
@@ -240,9 +247,17 @@ async def joint_after(
         raise failure
 
 
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop is running in this thread
+        return None
+
+
 async def _end(joint: JointCheckpoint, ended: Milestone, error: BaseException) -> None:
     """Give the save up, and wait until it is over."""
-    given_up = error if isinstance(error, CheckpointError) else SaveCancelled(joint.checkpoint_id)
+    # A copy: the error itself is on its way through the caller's frames, which are not the engine's to clear.
+    given_up = copy(error) if isinstance(error, CheckpointError) else SaveCancelled(joint.checkpoint_id)
     joint._give_up(given_up)
     while not ended.done():
         with suppress(asyncio.CancelledError):

@@ -29,6 +29,7 @@ class Milestone:
         self._future: Future[None] = Future()
         self._told = False
         self._waiters = 0
+        self._check: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
         if not self._future.done():
@@ -42,6 +43,7 @@ class Milestone:
         return self._wait().__await__()
 
     async def _wait(self) -> None:
+        self._check()
         self._waiters += 1
         try:
             if not self._future.done():
@@ -72,6 +74,8 @@ class Milestone:
             TimeoutError: it was not reached in time; the save goes on.
             SaveError: the save failed.
         """
+        if not self._future.done():
+            self._check()
         try:
             error = self._future.exception(timeout)
         except TimeoutError:
@@ -79,6 +83,10 @@ class Milestone:
         if error is not None:
             self._told = True
             raise error
+
+    def check_before(self, check: Callable[[], None]) -> None:
+        """Have `check` called before anyone waits; it may raise, where to wait would be for ever."""
+        self._check = check
 
     def settle(self) -> None:
         """Block this thread until the milestone is reached or will never be: no failure counts as told."""

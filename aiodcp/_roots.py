@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import anyio
 from ._names import METADATA_NAME, step_of, step_place
 from ._retain import Retention
 from ._steps import list_steps, metrics_of, read_note, remove_leftovers, remove_step
-from ._tables import number, size, table
-from .errors import ArgumentError, BusyError, NotACheckpointError
+from ._tables import number, plural, size, table
+from .errors import ArgumentError
 from .storage import LocalStorage
 
 
@@ -22,11 +21,17 @@ def look(root: str) -> list[dict[str, Any]]:
     """Return what there is of each step, in order: complete ones and what saves under way or interrupted have left.
 
     Raises:
-        NotACheckpointError: there is no such directory.
+        ArgumentError: it is no directory, or a checkpoint.
     """
-    if not Path(root).is_dir():
-        raise NotACheckpointError(root)
+    _check_root(root)
     return anyio.run(_look, root)
+
+
+def _check_root(root: str) -> None:
+    if not Path(root).is_dir():
+        raise ArgumentError("root", f"{root} is no directory")
+    if Path(root, METADATA_NAME).exists():
+        raise ArgumentError("root", f"{root} is a checkpoint, not a directory of steps: see `aiodcp show`")
 
 
 async def _look(root: str) -> list[dict[str, Any]]:
@@ -61,32 +66,27 @@ def format_steps(rows: list[dict[str, Any]]) -> str:
         )
         metrics = ", ".join(f"{name} {number(value)}" for name, value in row["metrics"].items())
         cells.append([str(row["step"]), when, size(row["nbytes"]), str(row["files"]), metrics])
-    total = f"{len(rows)} steps, {size(sum(row['nbytes'] for row in rows))}"
+    total = f"{plural(len(rows), 'step')}, {size(sum(row['nbytes'] for row in rows))}"
     return f"{table(['>step', 'saved', '>size', '>files', 'metrics'], cells)}\n{total}" if rows else "no steps"
 
 
-def collect(root: str, retention: Retention, *, dry_run: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+def collect(root: str, retention: Retention, *, dry_run: bool) -> dict[str, Any]:
     """Remove the steps that are not to be kept, and what interrupted saves have left; return which.
 
     Raises:
-        NotACheckpointError: there is no such directory.
-        ArgumentError: what to keep is not said in a way that can be meant.
-        BusyError: a process that saves there is alive.
+        ArgumentError: it is no directory of steps, or a process that saves there is alive.
         OSError: a step cannot be removed.
     """
-    if not Path(root).is_dir():
-        raise NotACheckpointError(root)
+    _check_root(root)
     retention.check()
-    if retention.keep_best is not None and retention.keep_last is None:
-        raise ArgumentError("keep_best", "says what is kept besides the last: give keep_last, too")
-    return anyio.run(_collect, root, retention, dry_run, tell)
+    return anyio.run(_collect, root, retention, dry_run)
 
 
-async def _collect(root: str, retention: Retention, dry_run: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+async def _collect(root: str, retention: Retention, dry_run: bool) -> dict[str, Any]:
     storage = LocalStorage()
     async with storage.claim(root, alone=True) as alone:
         if not alone:
-            raise BusyError(root)
+            raise ArgumentError("root", f"a process that saves below {root} is alive, and removes steps by itself")
         doomed = retention.doomed(await list_steps(storage, root))
         if dry_run:
             leftovers = [row["step"] for row in await _look(root) if not row["complete"]]
@@ -94,5 +94,4 @@ async def _collect(root: str, retention: Retention, dry_run: bool, tell: Callabl
             leftovers = await remove_leftovers(storage, root, lambda name: False)
             for step in doomed:
                 await remove_step(storage, step_place(root, step))
-                tell(f"removed step {step}")
     return {"removed": doomed, "leftovers": leftovers}

@@ -140,7 +140,7 @@ class Service:
     def check_open(self) -> None:
         """Raise `ClosedError` unless anything may be asked."""
         if not self.is_open:
-            raise ClosedError("the Checkpointer is not open: use it inside `async with`")
+            raise ClosedError("the Checkpointer is not open: use it inside `async with` or `with`")
 
     def is_asked(self) -> bool:
         """Whether a save waits its turn, or is being captured."""

@@ -28,6 +28,11 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def number(value: float) -> str:
     """Return a number in few digits."""
     return f"{value:.4g}"

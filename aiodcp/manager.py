@@ -27,7 +27,7 @@ from ._retain import Best, Retention
 from ._steps import Step
 from ._transfer import write_errors
 from .checkpointer import Checkpointer, check_id, check_note
-from .errors import ArgumentError, BusyError, CorruptError, RankError, SaveCancelled
+from .errors import ArgumentError, BusyError, CorruptError, NotACheckpointError, RankError, SaveCancelled
 
 CLEAR_UP_S = 1.0  # of the time that preemption leaves: to remove what was written of a save that is given up
 
@@ -125,7 +125,8 @@ class CheckpointManager(Blocking):
         self._claimed = False
 
     def __repr__(self) -> str:
-        return f"<CheckpointManager of {self._catalog.root!r}, steps {self.steps()}>"
+        steps = f"steps {self.steps()}" if self._catalog.has_looked else "not entered yet"
+        return f"<CheckpointManager of {self._catalog.root!r}, {steps}>"
 
     async def __aenter__(self) -> CheckpointManager:
         await self.checkpointer.__aenter__()
@@ -136,6 +137,7 @@ class CheckpointManager(Blocking):
             self._report.shows = self._progress and self._is_coordinator
             self._catalog.learn(await self.checkpointer._service.ask("list steps", self._clear_up_and_look))
             self._listen()
+            self._report.feed.begin()
         except BaseException:
             await self.checkpointer.__aexit__(None, None, None)
             raise
@@ -217,7 +219,11 @@ class CheckpointManager(Blocking):
     # --- what there is
 
     def steps(self) -> list[int]:
-        """Return the complete steps, oldest first, as this manager knows them: see `refresh`."""
+        """Return the complete steps, oldest first, as this manager knows them: see `refresh`.
+
+        Raises:
+            ClosedError: the manager has never been entered, and has not looked.
+        """
         return [each.step for each in self._catalog.known]
 
     @property
@@ -231,8 +237,15 @@ class CheckpointManager(Blocking):
         return next(iter(self._catalog.retention.best(self._catalog.known)), None)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Return what was told of a step when it was saved."""
-        return next((dict(each.metrics) for each in self._catalog.known if each.step == step), {})
+        """Return what was told of a step when it was saved.
+
+        Raises:
+            NotACheckpointError: the step is not there, or not complete.
+        """
+        for each in self._catalog.known:
+            if each.step == step:
+                return dict(each.metrics)
+        raise NotACheckpointError(self.path(step))
 
     def path(self, step: int) -> str:
         """Return where the checkpoint of a step is, or will be."""
@@ -459,6 +472,7 @@ class CheckpointManager(Blocking):
                 except (CorruptError, RankError) as error:
                     if number == numbers[-1] or not _is_damage(error):
                         raise
+                    self._catalog.distrust(number)
                     self._report.fell_back(number, error)
         return None
 

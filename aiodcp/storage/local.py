@@ -17,7 +17,7 @@ import os
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import aiofiles
@@ -373,4 +373,5 @@ _lock = wrap(fcntl.lockf)
 
 @wrap
 def _unlink(path: str) -> None:
-    Path(path).unlink(missing_ok=True)
+    with suppress(NotADirectoryError):  # then it is not there, either
+        Path(path).unlink(missing_ok=True)
