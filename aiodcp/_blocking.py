@@ -7,6 +7,8 @@ caller's own thread: what is captured is captured there, as with `await`.
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from functools import update_wrapper
@@ -24,6 +26,8 @@ class Blocking(ABC):
     """Can be entered without an event loop, too."""
 
     _runner: asyncio.Runner | None = None
+    _sigint: Any = None
+    _thread = 0
 
     @abstractmethod
     async def __aenter__(self) -> Self: ...
@@ -37,6 +41,8 @@ class Blocking(ABC):
         _refuse_inside_a_loop("async with")
         if self._runner is not None:
             raise ClosedError("it is open already: use one `with` at a time")
+        self._sigint = signal.getsignal(signal.SIGINT)  # a Runner that runs sets its own for as long
+        self._thread = threading.get_ident()
         self._runner = asyncio.Runner()
         try:
             return self._runner.run(self.__aenter__())
@@ -67,6 +73,8 @@ def blocking(method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> Cal
         _refuse_inside_a_loop(f"await {name}()")
         if self._runner is None:
             raise ClosedError(f"{name}_sync() is for a `with` block; in an `async with` one `await {name}()`")
+        if self._thread != threading.get_ident():
+            raise ClosedError(f"{name}_sync() is for the thread that entered the `with` block")
         return self._runner.run(method(self, *args, **kwargs))
 
     update_wrapper(call, method)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import suppress
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from traceback import walk_tb
@@ -14,7 +14,9 @@ from ._milestone import Milestone, Progress, ProgressLog
 from ._ranks import Operation
 from ._timeline import Timeline
 from ._watch import Watch
-from .errors import CheckpointError, ClosedError, RankError, SaveCancelled
+from .errors import CheckpointError, ClosedError, RankError, SaveCancelled, SaveError
+
+RETOLD_LENGTH = 1000  # characters of an earlier failure, told to ranks that have not heard of it
 
 
 class Checkpoint:
@@ -40,6 +42,7 @@ class Checkpoint:
         self._crossing = Crossing()
         self._fenced = False
         self._queued = Milestone("queued")
+        self._blocked_by: Callable[[], str] = lambda: ""
 
     def __repr__(self) -> str:
         latest = self.progress
@@ -70,9 +73,14 @@ class Checkpoint:
         Tensors on devices may still be on their way then: the thread's current streams wait for the copies, so that
         kernels queued from now on run after them, and `staged` comes later. For tensors in host memory, and until all
         copies are queued, the thread itself waits. A save that fails lets go too; the milestones tell the failure.
+
+        Raises:
+            SaveError: it would wait for a participant that is not ready, and may need this very thread.
         """
         if self.staged.done() or self._fenced:
             return
+        if name := self._blocked_by():
+            raise SaveError(f"staging waits for the participant {name!r}, which is not ready: add it after this one")
         watch = self._watch
         with self.timeline.record("fence"):
             if not self._crossing:

@@ -114,4 +114,7 @@ class Engine:
     def stop(self) -> None:
         """Wait for the last work and end every thread. Blocks for a few milliseconds when nothing is under way."""
         self._portal = None
-        self._stack.close()
+        if os.getpid() == self._pid:
+            self._stack.close()
+        else:  # forked: the threads are the parent's
+            self._stack.pop_all()

@@ -238,7 +238,7 @@ class Feed:
         if self._callback is not None:
             try:
                 self._callback(event)
-            except Exception:
+            except BaseException:  # SystemExit, too: it would end the engine's loop, and nothing else
                 _log.exception("on_event raised for %r", event)
         self._hand_on(event)
 
@@ -250,6 +250,8 @@ class Feed:
         """Let all who follow come to an end, and who follows from now on."""
         self._is_open = False
         self._hand_on(None)
+        with self._lock:
+            self._followers.clear()
 
     def _hand_on(self, event: Event | None) -> None:
         with self._lock:
@@ -257,8 +259,8 @@ class Feed:
                 queue.append(event)
                 wake()
 
-    async def follow(self) -> AsyncIterator[Event]:
-        """Yield the events from now on, until the end."""
+    def follow(self) -> AsyncIterator[Event]:
+        """Return the events from now on, until the end."""
         loop = asyncio.get_running_loop()
         news = asyncio.Event()
         queue: deque[Event | None] = deque()
@@ -269,21 +271,27 @@ class Feed:
 
         follower = queue, wake
         with self._lock:
-            if not self._is_open:
-                return
-            self._followers.append(follower)
-        try:
-            while True:
-                await news.wait()
-                news.clear()
-                while queue:
-                    event = queue.popleft()
-                    if event is None:
-                        return
-                    yield event
-        finally:
-            with self._lock:
-                self._followers.remove(follower)
+            if self._is_open:
+                self._followers.append(follower)
+            else:
+                queue.append(None)
+                news.set()
+
+        async def events() -> AsyncIterator[Event]:
+            try:
+                while True:
+                    await news.wait()
+                    news.clear()
+                    while queue:
+                        event = queue.popleft()
+                        if event is None:
+                            return
+                        yield event
+            finally:
+                with self._lock, suppress(ValueError):  # it is gone when all have come to an end
+                    self._followers.remove(follower)
+
+        return events()
 
 
 def _facts(event: Event) -> dict[str, object]:

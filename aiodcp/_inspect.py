@@ -18,7 +18,7 @@ import torch
 
 from ._chunks import is_whole
 from ._decode import Check
-from ._names import METADATA_NAME, step_of
+from ._names import METADATA_NAME, step_of, step_place
 from ._note import decode_note
 from ._tables import number, plural, size, table
 from .checkpointer import Checkpointer
@@ -47,9 +47,11 @@ def read(checkpoint_id: str) -> tuple[Metadata, dict[str, Any]]:
     try:
         data = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        steps = sorted(each.name for each in Path(checkpoint_id).glob("step-*") if step_of(each.name) is not None)
+        complete = Path(checkpoint_id).glob(f"step-*/{METADATA_NAME}")
+        steps = [step for each in complete if (step := step_of(each.parent.name)) is not None]
         if steps:
-            problem = f"{checkpoint_id} is a directory of steps, such as {checkpoint_id}/{steps[-1]}: see `aiodcp ls`"
+            newest = step_place(checkpoint_id, max(steps))
+            problem = f"{checkpoint_id} is a directory of steps, such as {newest}: see `aiodcp ls`"
             raise ArgumentError("checkpoint", problem) from error
         raise NotACheckpointError(checkpoint_id) from error
     return read_metadata(data, path), decode_note(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from copy import copy
 from functools import partial
@@ -13,10 +13,11 @@ from typing import Any
 
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ._checkpoint import Checkpoint
+from ._checkpoint import RETOLD_LENGTH, Checkpoint, EarlierFailureError
 from ._milestone import Milestone
 from ._ranks import Operation
 from ._save import Wish
+from ._service import answer
 from ._transfer import Job
 from ._turns import give_turns
 from .checkpointer import Checkpointer, CheckpointId, check_id, check_note
@@ -27,7 +28,6 @@ from .errors import (
     ClosedError,
     ParticipantError,
     SaveCancelled,
-    one_error,
 )
 
 
@@ -40,11 +40,14 @@ class JointCheckpoint:
             all of them at once, after the block: not to be awaited inside it.
     """
 
-    def __init__(self, checkpointer: Checkpointer, checkpoint_id: str, group: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, checkpointer: Checkpointer, checkpoint_id: str, group: asyncio.TaskGroup, ended: Milestone
+    ) -> None:
         self.checkpoint_id = checkpoint_id
         self.participants: dict[str, Checkpoint] = {}
         self._checkpointer = checkpointer
         self._group = group
+        self._ended = ended
         self._wishes: asyncio.Queue[Wish] = asyncio.Queue()  # of the engine's loop
         self._later: list[Callable[[], None]] = []
         self._working: list[asyncio.Task[None]] = []
@@ -89,6 +92,7 @@ class JointCheckpoint:
         for milestone in (part.staged, part.uploaded):
             milestone.forgive()  # a failure is raised when the block is left
         part.uploaded.check_before(self._refuse_inside)
+        part._blocked_by = partial(self._not_ready_before, name)
         self.participants[name] = part
         asked: Future[Job] = Future()
         self._wish(Wish(name=name, take=lambda: asyncio.wrap_future(asked)))
@@ -107,14 +111,24 @@ class JointCheckpoint:
         assert self._operation is not None
         self._give_up(SaveCancelled(self.checkpoint_id))
 
+    def _not_ready_before(self, name: str) -> str:
+        """Return a participant that must be staged before `name` and is not ready: several ranks keep to an order."""
+        if self._checkpointer._service.line is None:
+            return ""
+        before = list(self.participants)[: list(self.participants).index(name)]
+        return next((each for each in before if not self.participants[each].timeline.between("capture")), "")
+
     def _refuse_inside(self) -> None:
         if not self._is_closed and _current_task() is self._task:
             raise ClosedError("`uploaded` is reached when the block of the joint checkpoint is left: await it there")
 
     def _capture(self, name: str, state: Any, part: Checkpoint, asked: Future[Job]) -> None:
-        job = self._checkpointer._capture(part, {name: state})
-        with suppress(InvalidStateError):  # the save has failed meanwhile
-            asked.set_result(job)
+        try:
+            job = self._checkpointer._capture(part, {name: state})
+        except Exception as error:
+            answer(asked, copy(error))  # whoever catches the error: a participant that is not there fails all
+            raise
+        answer(asked, job)  # to nobody, if the save has failed meanwhile
 
     def _call(self, name: str, function: Callable[[], Any], part: Checkpoint, asked: Future[Job]) -> None:
         try:
@@ -167,7 +181,8 @@ async def joint_checkpoint(
     """Save what several participants hold in one checkpoint, which is committed when the block is left.
 
         async with aiodcp.joint_checkpoint(checkpointer, "checkpoints/step-100") as ckpt:
-            ckpt.add("trainer", {"model": model, "optim": optimizer})
+            ckpt.add("model", model)
+            ckpt.add("optim", optimizer)
             ckpt.add("replay", replay.snapshot)  # a function, or an async one
 
     It waits its turn first: one save is in flight at a time. Then each participant is staged and written when its
@@ -175,7 +190,7 @@ async def joint_checkpoint(
     durable. An error in the block, of a participant or of its cancellation, of storage or of another rank ends the
     others and leaves nothing.
 
-    It reads as any other checkpoint, each participant's values under its name: `load({"trainer": ..., "replay": ...})`.
+    It reads as any other checkpoint, each participant's values under its name: `load({"model": ..., "replay": ...})`.
 
     Args:
         checkpointer: of which it is a save.
@@ -199,16 +214,30 @@ async def joint_checkpoint(
 
 @asynccontextmanager
 async def joint_after(
-    checkpointer: Checkpointer, checkpoint_id: CheckpointId, first: Callable[[], Awaitable[bytes]]
+    checkpointer: Checkpointer,
+    checkpoint_id: CheckpointId,
+    first: Callable[[], Awaitable[bytes]],
+    told: Callable[[JointCheckpoint, Exception | None], None] = lambda joint, error: None,
 ) -> AsyncIterator[JointCheckpoint]:
-    """As `joint_checkpoint`. `first` is awaited before; it returns the note, or fails the checkpoint on all ranks."""
-    checkpointer._service.check_open()
-    place = checkpointer._storage.resolve(check_id(checkpoint_id))
-    checkpointer._raise_untold()
+    """As `joint_checkpoint`.
+
+    Args:
+        checkpointer, checkpoint_id: likewise.
+        first: is awaited before; it returns the note, or fails the checkpoint on all ranks.
+        told: called when it is known how the checkpoint has ended, in whatever thread knows it.
+    """
+    service = checkpointer._service
+    service.check_open()
+    wrong: ArgumentError | None = None
+    try:
+        place = checkpointer._storage.resolve(check_id(checkpoint_id))
+    except ArgumentError as error:  # the other ranks are to hear of it
+        place, wrong = str(checkpoint_id), error
     note = b""
     turn, ended = Milestone("turn"), Milestone("ended")
     group = asyncio.TaskGroup()
-    joint = JointCheckpoint(checkpointer, place, group)
+    joint = JointCheckpoint(checkpointer, place, group, ended)
+    ended.when_done(partial(told, joint))
 
     def fail(error: Exception) -> None:
         joint._fail(error)
@@ -223,21 +252,28 @@ async def joint_after(
             raise error
 
     try:
+        if wrong is not None:
+            raise wrong
+        checkpointer._raise_untold()
         note = await first()
         await turn
-        with one_error():
-            async with group:
-                watching = group.create_task(watch())
-                yield joint
-                joint._is_closed = True
-                for call in joint._later:  # no await between them
-                    call()
-                await asyncio.gather(*joint._working)
-                watching.cancel()
-                if not joint.participants:  # most likely a mistake: it would replace a checkpoint by nothing
-                    raise CaptureError("", "the checkpoint has no participant")
+        checkpointer._raise_untold()  # of the save that this one waited for
+        async with group:
+            watching = group.create_task(watch())
+            yield joint
+            joint._is_closed = True
+            for call in joint._later:  # no await between them
+                call()
+            await asyncio.gather(*joint._working)
+            watching.cancel()
+            if not joint.participants:  # most likely a mistake: it would replace a checkpoint by nothing
+                raise CaptureError("", "the checkpoint has no participant")
         joint._wish(Wish(name=""))
         await ended.settled()
+    except BaseExceptionGroup as errors:
+        first_one = errors.exceptions[0]  # which may be a group of the body's own
+        await _end(joint, ended, first_one)
+        raise first_one from first_one.__cause__
     except BaseException as error:
         await _end(joint, ended, error)
         raise
@@ -257,7 +293,10 @@ def _current_task() -> asyncio.Task[Any] | None:
 async def _end(joint: JointCheckpoint, ended: Milestone, error: BaseException) -> None:
     """Give the save up, and wait until it is over."""
     # A copy: the error itself is on its way through the caller's frames, which are not the engine's to clear.
+    last = joint._checkpointer._last
     given_up = copy(error) if isinstance(error, CheckpointError) else SaveCancelled(joint.checkpoint_id)
+    if last is not None and last.uploaded.failed_with(error):
+        given_up = EarlierFailureError(f"told of an earlier save: {error!r}"[:RETOLD_LENGTH])
     joint._give_up(given_up)
     while not ended.done():
         with suppress(asyncio.CancelledError):

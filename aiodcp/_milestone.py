@@ -7,6 +7,7 @@ loop at all. A waiter that is cancelled stops waiting, and changes nothing for t
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator
@@ -18,6 +19,9 @@ from typing import Any, Literal
 Phase = Literal["plan", "stage", "write", "commit", "done", "failed", "cancelled"]
 
 
+_log = logging.getLogger("aiodcp")
+
+
 class Milestone:
     """A point that a save reaches once, or fails to reach. Await it any number of times, from any event loop.
 
@@ -27,6 +31,11 @@ class Milestone:
     def __init__(self, name: str) -> None:
         self._name = name
         self._future: Future[None] = Future()
+        self._lock = threading.Lock()
+        self._is_settled = False
+        self._error: Exception | None = None
+        self._before: list[Callable[[Exception | None], None]] = []  # called before anyone hears of it
+        self._wakers: dict[object, Callable[[], None]] = {}  # of those who wait on event loops
         self._told = False
         self._waiters = 0
         self._check: Callable[[], None] = lambda: None
@@ -61,8 +70,21 @@ class Milestone:
             if not woken.done():
                 woken.set_result(None)
 
-        self._future.add_done_callback(lambda _: _call_soon(loop, wake))
-        await woken
+        with self._lock:
+            self._wakers[woken] = lambda: _call_soon(loop, wake)
+        if self._future.done():
+            wake()
+        try:
+            await woken
+        finally:
+            with self._lock:
+                self._wakers.pop(woken, None)
+
+    def _wake_all(self) -> None:
+        with self._lock:
+            wakers = list(self._wakers.values())
+        for each in wakers:
+            each()
 
     def wait(self, timeout: float | None = None) -> None:
         """Block this thread until the milestone is reached: for callers without an event loop.
@@ -102,17 +124,36 @@ class Milestone:
         return self._future.done()
 
     def reach(self) -> None:
-        if not self._future.done():
-            self._future.set_result(None)
+        self._settle(None)
 
     def fail(self, error: Exception, *, told: bool = False) -> None:
-        if not self._future.done():
-            self._future.set_exception(error)
         self._told = self._told or told
+        self._settle(error)
 
-    def when_done(self, function: Callable[[], None]) -> None:
-        """Call `function` when the milestone is reached or will never be, in whatever thread says so."""
-        self._future.add_done_callback(lambda _: function())
+    def _settle(self, error: Exception | None) -> None:
+        with self._lock:
+            if self._is_settled:
+                return
+            self._is_settled, self._error = True, error
+            before, self._before = self._before, []
+        for function in before:
+            try:
+                function(error)
+            except Exception:
+                _log.exception("%s: what is to be called first failed", self._name)
+        if error is None:
+            self._future.set_result(None)
+        else:
+            self._future.set_exception(error)
+        self._wake_all()
+
+    def when_done(self, function: Callable[[Exception | None], None]) -> None:
+        """Call `function` with how it has ended, before anyone who waits is let go, in whatever thread says so."""
+        with self._lock:
+            if not self._is_settled:
+                self._before.append(function)
+                return
+        function(self._error)
 
     def forgive(self) -> None:
         """Count a failure, also one to come, as told: somebody else tells it."""

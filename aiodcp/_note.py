@@ -46,6 +46,6 @@ def decode_note(tail: bytes) -> dict[str, Any]:
         return {}
     try:
         note = json.loads(tail[len(tail) - nbytes : len(tail) - FOOT_NBYTES])
-    except ValueError:  # damaged: a checkpoint is none the worse for it
+    except (ValueError, RecursionError):  # damaged: a checkpoint is none the worse for it
         return {}
     return note if isinstance(note, dict) else {}

@@ -20,7 +20,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -28,6 +28,7 @@ from ._milestone import Milestone
 
 POLL_S = 1.0  # how often a rank looks at the store: 4,096 of them ask it as many times a second
 _AGREE_POLL_S = 0.1
+_LONGEST_WAIT_S = 3600.0  # a queue does not wait for ever so long
 AGREE_S = 30.0  # after which a rank that is asked waits no longer for the others: some of them are gone
 
 _log = logging.getLogger("aiodcp")
@@ -39,6 +40,8 @@ class Preemption:
     Attributes:
         milestone: reached when this rank is to stop.
         reason: why, in words; empty until it is known.
+        has_started: whether it has ever listened.
+        on_heard: called when it is heard that the process will be ended, from the thread that looks.
     """
 
     def __init__(self, *, signals: Sequence[signal.Signals], grace_s: float, deadline: float | None) -> None:
@@ -51,13 +54,16 @@ class Preemption:
         """
         self.milestone = Milestone("preempted")
         self.reason = ""
-        self._signals = signals
+        self.has_started = False
+        self.on_heard: Callable[[], None] = lambda: None
+        self._signals = list(dict.fromkeys(signals))
         self._grace_s = grace_s
         self._deadline = deadline
         self._stop_by: float | None = None
         self._news: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # a signal may interrupt even its own `put`
         self._before: dict[signal.Signals, Any] = {}
         self._pid = os.getpid()
+        self._is_closed = False
         self._lock = threading.Lock()
         self._answered = -1  # up to which step the answer was no
         self._frozen = False
@@ -72,33 +78,52 @@ class Preemption:
         """Return one that has heard nothing yet."""
         return Preemption(signals=self._signals, grace_s=self._grace_s, deadline=self._deadline)
 
-    def start(self, *, store: Any = None, rank: int = 0, size: int = 1, root: int = 0) -> None:
+    def start(
+        self, before: Mapping[int, Any], *, store: Any = None, rank: int = 0, size: int = 1, root: int = 0
+    ) -> None:
         """Begin to listen. In the main thread, if there are signals to hear.
 
         Args:
+            before: handlers to put back in the end, where they are not the ones that are set now.
             store: shared by the ranks; None if there is one.
             rank, size, root: this rank, how many there are, the coordinator.
 
         Raises:
-            ValueError: signals can only be heard in the main thread.
+            ValueError, OSError: signals can only be heard in the main thread, and not all of them can.
         """
+        self.has_started = True
         self._store, self._rank, self._size, self._root = store, rank, size, root
-        for each in self._signals:
-            before = signal.signal(each, self._on_signal)
-            self._before[each] = before if before is not None else signal.SIG_DFL  # None: not Python's to put back
+        try:
+            for each in self._signals:
+                handler = before.get(each, signal.getsignal(each))
+                self._before[each] = (
+                    handler if handler is not None else signal.SIG_DFL
+                )  # None: not Python's to put back
+                signal.signal(each, self._on_signal)
+        except (ValueError, OSError):
+            self.close()
+            raise
         self._thread = threading.Thread(target=self._listen, name="aiodcp-preempt", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Listen no longer, and hand the signals back."""
-        for each, before in self._before.items():
+        self._is_closed = True
+        for each in self._before:
             if signal.getsignal(each) == self._on_signal:  # nobody has taken it over meanwhile
-                signal.signal(each, before)
-        self._before.clear()
+                signal.signal(each, self._handler_before(each))
         if self._thread is not None:
             self._news.put(None)
             self._thread.join()
             self._thread = None
+
+    def _handler_before(self, number: signal.Signals) -> Any:
+        """Return what handled a signal before: not another one's handler that has been closed meanwhile."""
+        handler = self._before[number]
+        other = getattr(handler, "__self__", None)
+        if isinstance(other, Preemption) and other._is_closed:
+            return other._handler_before(number)
+        return handler
 
     def ask(self, reason: str) -> None:
         """Ask all ranks to stop. From any thread, and from a signal's handler."""
@@ -128,9 +153,8 @@ class Preemption:
         return True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        before = self._before[signal.Signals(number)]
-        signal.signal(number, before)  # a second one does what it did before
-        if os.getpid() != self._pid:  # a forked child, of a data loader perhaps: not ours to keep alive
+        signal.signal(number, self._handler_before(signal.Signals(number)))  # a second one does what it did before
+        if self._is_closed or os.getpid() != self._pid:  # left, or a forked child's: not ours to hear any more
             os.kill(os.getpid(), number)
         else:
             self.ask(f"signal {signal.Signals(number).name}")
@@ -155,7 +179,7 @@ class Preemption:
     def _next_look_s(self) -> float | None:
         waits = [] if self._store is None else [POLL_S]
         if self._deadline is not None:
-            waits.append(max(0.0, self._deadline - self._grace_s - time.time()))
+            waits.append(min(_LONGEST_WAIT_S, max(0.0, self._deadline - self._grace_s - time.time())))
         return min(waits, default=None)
 
     def _look(self) -> str:
@@ -174,9 +198,13 @@ class Preemption:
     def _hear(self, reason: str) -> None:
         with self._lock:
             self._frozen = True
-        self._stop_by = time.monotonic() + self._grace_s
+        left_s = self._grace_s
+        if self._deadline is not None:
+            left_s = min(left_s, max(0.0, self._deadline - time.time()))
+        self._stop_by = time.monotonic() + left_s
         self.reason = reason
-        _log.warning("rank %d: to be stopped within %.1f s: %s", self._rank, self._grace_s, reason)
+        _log.warning("rank %d: to be stopped within %.1f s: %s", self._rank, left_s, reason)
+        self.on_heard()
 
     def _agree(self) -> None:
         try:

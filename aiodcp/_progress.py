@@ -41,6 +41,7 @@ class RichBar:
         self._total: int | None = None
         self._done = 0
         self._progress: Any = None
+        self._is_closed = False
 
     def total(self, nbytes: int) -> None:
         self._total = nbytes
@@ -48,6 +49,8 @@ class RichBar:
     def advance(self, nbytes: int) -> None:
         with self._lock:
             self._done += nbytes
+            if self._is_closed:
+                return
             if self._progress is None and time.monotonic() >= self._began + SHOWN_AFTER_S:
                 self._show()
             if self._progress is not None:
@@ -67,6 +70,7 @@ class RichBar:
 
     def close(self) -> None:
         with self._lock:
+            self._is_closed = True
             if self._progress is not None:
                 self._progress.stop()
                 self._progress = None

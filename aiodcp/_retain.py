@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isnan, nan
 from typing import Literal
 
-from ._steps import Step
+from ._steps import Step, in_order
 from .errors import ArgumentError
 
 Best = tuple[str, Literal["min", "max"]] | tuple[str, Literal["min", "max"], int]
@@ -48,10 +48,10 @@ class Retention:
         return [-number for _, number in sorted(rated)]
 
     def doomed(self, steps: Sequence[Step]) -> list[int]:
-        """Return the complete `steps` that are not to be kept, oldest first; never the newest."""
+        """Return the complete `steps` that are not to be kept, oldest first; never the one committed last."""
         if self.keep_last is None:
             return []
-        numbers = sorted(each.step for each in steps)
+        numbers = [each.step for each in in_order(steps)]
         kept = set(numbers[-self.keep_last :])
         if self.keep_every is not None:
             kept.update(number for number in numbers if number % self.keep_every == 0)

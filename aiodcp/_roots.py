@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ._names import METADATA_NAME, step_of, step_place
 from ._retain import Retention
 from ._steps import list_steps, metrics_of, read_note, remove_leftovers, remove_step
 from ._tables import number, plural, size, table
-from .errors import ArgumentError
+from .errors import ArgumentError, NotACheckpointError
 from .storage import LocalStorage
 
 
@@ -41,20 +42,29 @@ async def _look(root: str) -> list[dict[str, Any]]:
         if step is None:
             continue
         place = step_place(root, step)
-        files = await storage.names(place)
-        stats = {file: os.stat(os.path.join(place, file)) for file in files}
-        complete = METADATA_NAME in files
+        stats = {}
+        for file in await storage.names(place):
+            with suppress(FileNotFoundError):  # a save goes on meanwhile
+                stats[file] = os.stat(os.path.join(place, file))
+        complete = METADATA_NAME in stats
         rows.append(
             {
                 "step": step,
                 "complete": complete,
                 "saved_at": stats[METADATA_NAME].st_mtime if complete else None,
                 "nbytes": sum(stat.st_size for stat in stats.values()),
-                "files": len(files),
-                "metrics": metrics_of(await read_note(storage, place)) if complete else {},
+                "files": len(stats),
+                "metrics": metrics_of(await _note(storage, place)) if complete else {},
             }
         )
     return sorted(rows, key=lambda row: row["step"])
+
+
+async def _note(storage: LocalStorage, place: str) -> dict[str, Any]:
+    try:
+        return await read_note(storage, place)
+    except NotACheckpointError:  # removed meanwhile
+        return {}
 
 
 def format_steps(rows: list[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ import time
 import uuid
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 import anyio.lowlevel
@@ -97,6 +97,7 @@ class Saver:
         self._share_transfer = share_transfer
         self._transfers = {"": make_transfer()}  # by the name of the state
         self._plans = Plans(threads)
+        self._sharing = anyio.Semaphore(1)
 
     async def prepare(self, operation: Operation, take: Callable[[], Awaitable[Capture]]) -> None:
         """Plan, and have host memory ready, so that the first save is as quick as the others."""
@@ -159,8 +160,8 @@ class Saver:
     ) -> list[str]:
         """Save several states, each when it is there, in one checkpoint; return the files that are to be removed now.
 
-        Alone, the states are planned, staged and written beside each other; with other ranks, or where they share
-        bounded memory, in the order in which they were wished for.
+        Alone, the states are planned, staged and written beside each other; where they share bounded memory, one after
+        the other as they are there; with other ranks, in the order in which they were wished for.
 
         Args:
             operation: the ranks that save.
@@ -191,19 +192,21 @@ class Saver:
             if found is not None:
                 written[number] = found
 
-        async with self._all_or_nothing(operation, checkpoint_id, save_id) as attempt:
-            with one_error():
-                async with anyio.create_task_group() as group:
-                    while (wish := await operation.wait_for(wishes)).name:
-                        names.append(wish.name)
-                        if operation.size == 1 and not self._share_transfer:
-                            group.start_soon(write, operation.branch(), attempt, len(names) - 1, wish)
-                        else:
-                            await write(operation, attempt, len(names) - 1, wish)
-            await self._write_part(operation, attempt, wish, "")
-            parts = [written[number] for number in range(len(names))]
-            record = await self._commit(operation, attempt, parts, note())
-        self._keep_only({"", *names})
+        try:
+            async with self._all_or_nothing(operation, checkpoint_id, save_id) as attempt:
+                with one_error():
+                    async with anyio.create_task_group() as group:
+                        while (wish := await operation.wait_for(wishes)).name:
+                            names.append(wish.name)
+                            if operation.size == 1:
+                                group.start_soon(write, operation.branch(), attempt, len(names) - 1, wish)
+                            else:
+                                await write(operation, attempt, len(names) - 1, wish)
+                await self._write_part(operation, attempt, wish, "")
+                parts = [written[number] for number in range(len(names))]
+                record = await self._commit(operation, attempt, parts, note())
+        finally:
+            self._keep_only({"", *names})
         return await self._told([part.job for part in parts], record, save_id)
 
     async def _write_part(self, operation: Operation, attempt: Attempt, wish: Wish, file: str) -> Written | None:
@@ -222,7 +225,10 @@ class Saver:
             facts=lambda begun: [*numbers_of(begun[1]), zlib.crc32(wish.name.encode())],
             decide=_agree_on_part,
         )
-        return None if job is None else await self._write(operation, attempt, wish.name, job, kept.get(answer[0]), file)
+        if job is None:
+            return None
+        async with self._sharing if self._share_transfer else nullcontext():
+            return await self._write(operation, attempt, wish.name, job, kept.get(answer[0]), file)
 
     @asynccontextmanager
     async def _all_or_nothing(self, operation: Operation, checkpoint_id: str, save_id: str) -> AsyncIterator[Attempt]:

@@ -50,7 +50,8 @@ class Service:
         self._calls = count(1)  # the same call has the same number on all ranks
         self._saves: set[Future[None]] = set()  # from being asked for until what they replaced is removed
         self._turns: dict[Milestone, Future[Any]] = {}  # of the saves that are not captured yet
-        self._work: set[Future[Any]] = set()  # all else
+        self._work: set[Future[Any]] = set()  # all else that is waited for
+        self._background: set[Future[Any]] = set()  # and what nobody waits for before the end
         self._operations: WeakSet[Operation] = WeakSet()  # all that has been asked for and is not over
 
     @property
@@ -115,7 +116,7 @@ class Service:
 
     async def _drain(self) -> None:
         cancelled = False
-        while flows := [*self._saves, *self._work]:
+        while flows := [*self._saves, *self._work, *self._background]:
             done = Milestone("drained")
             flows[0].add_done_callback(lambda _, done=done: done.reach())  # type: ignore[misc]
             try:
@@ -133,9 +134,8 @@ class Service:
             answer(asked, closed)
         for operation in list(self._operations):
             self.engine.call_soon(_cancel, operation)
-        if self.line is None:
-            for work in list(self._work):
-                work.cancel()
+        for work in [*self._background, *(self._work if self.line is None else ())]:
+            work.cancel()
 
     def check_open(self) -> None:
         """Raise `ClosedError` unless anything may be asked."""
@@ -216,11 +216,14 @@ class Service:
         finally:
             self._turns.pop(turn, None)
 
-    def begin(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> Future[T]:
-        """Begin `function` on the engine's loop; closing waits for it."""
+    def in_background(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> None:
+        """Begin `function` on the engine's loop. Closing waits for it; given up, it is cancelled."""
+        self._begin(self._background, function, *args)
+
+    def _begin(self, where: set[Future[Any]], function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> Future[T]:
         future = self.engine.call_soon(function, *args)
-        self._work.add(future)
-        future.add_done_callback(self._work.discard)
+        where.add(future)
+        future.add_done_callback(where.discard)
         return future
 
     async def run(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, operation: Operation | None = None) -> T:
@@ -238,7 +241,7 @@ class Service:
             finally:
                 ended.reach()
 
-        future = self.begin(run_there)
+        future = self._begin(self._work, run_there)
         give_turns(asyncio.get_running_loop(), ended.done)
         try:
             await ended
@@ -255,11 +258,18 @@ class Service:
             raise ClosedError("the Checkpointer was closed meanwhile")
         return future.result()
 
-    async def ask(self, phase: str, function: Callable[[], Awaitable[bytes]]) -> bytes:
-        """Have the coordinator call `function`, on its engine's loop, and return its answer on every rank."""
+    async def ask(
+        self, phase: str, function: Callable[[], Awaitable[bytes]], *, problem: Exception | None = None
+    ) -> bytes:
+        """Have the coordinator call `function`, on its engine's loop, and return its answer on every rank.
+
+        A `problem` that this rank has fails it on all.
+        """
         operation = self.operation(Kind.ASK, LoadError(f"{phase}: cancelled"))
 
         async def look() -> bytes:
+            if problem is not None:
+                raise problem
             return await function() if operation.is_coordinator else b""
 
         async def ask() -> bytes:

@@ -27,10 +27,12 @@ class Step:
 
     Attributes:
         step: its number.
+        saved_at: when it was committed, in seconds of `time.time()`; 0 if nothing is noted of it.
         metrics: what was noted of it, by name.
     """
 
     step: int
+    saved_at: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -72,7 +74,8 @@ async def list_steps(storage: Storage, root: str) -> list[Step]:
                 note = await read_note(storage, step_place(root, step))
             except NotACheckpointError:
                 return
-            found.append(Step(step=step, metrics=metrics_of(note)))
+            saved_at = _number(note.get("saved_at"))
+            found.append(Step(step=step, saved_at=saved_at or 0.0, metrics=metrics_of(note)))
 
     await _for_each(look, await _numbers(storage, root))
     return sorted(found, key=lambda each: each.step)
@@ -83,7 +86,20 @@ def metrics_of(note: Mapping[str, Any]) -> dict[str, float]:
     metrics = note.get("metrics")
     if not isinstance(metrics, dict):
         return {}
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    numbers = {name: _number(value) for name, value in metrics.items()}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:  # an int that no float can be
+        return None
+
+
+def in_order(steps: Sequence[Step]) -> list[Step]:
+    """Return steps in the order in which they were committed: a run may have gone back to an earlier one."""
+    return sorted(steps, key=lambda each: (each.saved_at, each.step))
 
 
 async def remove_step(storage: Storage, checkpoint_id: str) -> None:

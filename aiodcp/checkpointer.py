@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ._blocking import Blocking, blocking
 from ._capture import PerRank, capture
-from ._checkpoint import Checkpoint, EarlierFailureError
+from ._checkpoint import RETOLD_LENGTH, Checkpoint, EarlierFailureError
 from ._commit import remove_files
 from ._devices import CopyStreams
 from ._guard import Guard, Guards
@@ -60,8 +60,6 @@ CheckpointId = str | os.PathLike[str]
 
 
 _log = logging.getLogger("aiodcp")
-
-_RETOLD_LENGTH = 1000  # characters
 
 
 class Checkpointer(Blocking):
@@ -319,7 +317,7 @@ class Checkpointer(Blocking):
             except BaseException as error:
                 reason = error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
                 if self._last is not None and self._last.uploaded.failed_with(error):
-                    reason = EarlierFailureError(f"told of an earlier save: {error!r}"[:_RETOLD_LENGTH])
+                    reason = EarlierFailureError(f"told of an earlier save: {error!r}"[:RETOLD_LENGTH])
                 if checkpoint is None and self._service.line is not None and not skipped:
                     self._begin(number, str(checkpoint_id), checkpoint_id, turn, asked)  # the others must be told
                 answer(asked, reason)
@@ -600,6 +598,14 @@ class Checkpointer(Blocking):
                 target.load_state_dict(loaded)
             else:
                 state_dict[key] = state
+
+    @contextmanager
+    def _show_loading(self, shown: Bar) -> Iterator[None]:
+        self._shown = shown
+        try:
+            yield
+        finally:
+            self._shown = NoBar()
 
     async def read_custom_metadata(self, checkpoint_id: CheckpointId) -> dict[str, Any]:
         """Return what was noted of a checkpoint when it was saved; empty if nothing was. Each rank may ask for itself.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
+from math import isfinite
 from types import TracebackType
 from typing import Any, Literal
 
@@ -22,12 +24,20 @@ from ._joint import JointCheckpoint, joint_after
 from ._milestone import Milestone
 from ._names import step_place
 from ._preempt import Preemption
-from ._report import Report, Stats
+from ._report import Report, Saving, Stats
 from ._retain import Best, Retention
-from ._steps import Step
 from ._transfer import write_errors
 from .checkpointer import Checkpointer, check_id, check_note
-from .errors import ArgumentError, BusyError, CorruptError, NotACheckpointError, RankError, SaveCancelled
+from .errors import (
+    ArgumentError,
+    BusyError,
+    CorruptError,
+    LoadError,
+    NotACheckpointError,
+    RankError,
+    SaveCancelled,
+    UnsafeError,
+)
 
 CLEAR_UP_S = 1.0  # of the time that preemption leaves: to remove what was written of a save that is given up
 
@@ -108,6 +118,8 @@ class CheckpointManager(Blocking):
             raise ArgumentError("grace_s", f"{grace_s!r} is not a number of seconds")
         if deadline is not None and type(deadline) not in (int, float):
             raise ArgumentError("deadline", f"{deadline!r} is not a number of seconds, as time.time()'s")
+        if deadline is not None and not isfinite(deadline):
+            raise ArgumentError("deadline", f"{deadline!r} is no time; None means that there is none")
         if on_event is not None and not callable(on_event):
             raise ArgumentError("on_event", f"{on_event!r} cannot be called")
         self.checkpointer = checkpointer if checkpointer is not None else Checkpointer()
@@ -123,6 +135,7 @@ class CheckpointManager(Blocking):
         self._last: Checkpoint | None = None
         self.checkpointer._on_retry = self._report.retried
         self._claimed = False
+        self._limits: dict[object, Callable[[], object]] = {}  # what bounds each wait, once preemption is heard of
 
     def __repr__(self) -> str:
         steps = f"steps {self.steps()}" if self._catalog.has_looked else "not entered yet"
@@ -130,15 +143,21 @@ class CheckpointManager(Blocking):
 
     async def __aenter__(self) -> CheckpointManager:
         await self.checkpointer.__aenter__()
+        service = self.checkpointer._service
         try:
             self._catalog.root = self._catalog.storage.resolve(self._catalog.root)
-            line = self.checkpointer._service.line
-            self._report.rank = line.members[line.rank] if line else 0
-            self._report.shows = self._progress and self._is_coordinator
-            self._catalog.learn(await self.checkpointer._service.ask("list steps", self._clear_up_and_look))
-            self._listen()
+            self._report.rank = service.line.members[service.line.rank] if service.line else 0
+            self._report.shows = self._progress and service.is_coordinator
             self._report.feed.begin()
+            problem: Exception | None = None
+            try:
+                self._listen()
+            except ArgumentError as error:  # the other ranks are to hear of it
+                problem = error
+            mark = self._catalog.mark()
+            self._catalog.learn(await service.ask("list steps", self._clear_up_and_look, problem=problem), mark)
         except BaseException:
+            self._preemption.close()
             await self.checkpointer.__aexit__(None, None, None)
             raise
         self._is_open = True
@@ -146,21 +165,23 @@ class CheckpointManager(Blocking):
 
     def _listen(self) -> None:
         line = self.checkpointer._service.line
-        self._preemption = self._preemption.anew()
-        self._told_of_preemption = False
+        if self._preemption.has_started:
+            self._preemption = self._preemption.anew()
+            self._told_of_preemption = False
+        self._preemption.on_heard = self._cut_short
+        before: dict[int, Any] = {signal.SIGINT: self._sigint} if self._runner is not None else {}
         try:
             if line is None:
-                self._preemption.start()
+                self._preemption.start(before)
             else:
-                self._preemption.start(store=line.store, rank=line.rank, size=line.size, root=line.root)
-        except ValueError as error:
+                self._preemption.start(before, store=line.store, rank=line.rank, size=line.size, root=line.root)
+        except (ValueError, OSError) as error:
             raise ArgumentError("signals", f"cannot be heard here: {error}") from error
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        left_s = self._preemption.left_s
-        await self._leave(None if left_s is None else max(0.0, left_s - CLEAR_UP_S), error)
+        await self._leave(None, error)
 
     async def aclose(self, timeout: float | None = None) -> None:
         """Leave the manager before its block ends: wait for the save in flight, and let go of everything.
@@ -173,10 +194,7 @@ class CheckpointManager(Blocking):
             SaveCancelled: the save was given up; not with `on_error="warn"`, which tells it in the log.
             SaveError: the save failed, and nobody had awaited it; likewise.
         """
-        if timeout is None:
-            await self.__aexit__(None, None, None)
-        else:
-            await self._leave(timeout, None)
+        await self._leave(timeout, None)
 
     async def _leave(self, limit_s: float | None, error: BaseException | None) -> None:
         if not self._is_open:
@@ -184,7 +202,7 @@ class CheckpointManager(Blocking):
         self._is_open = False
         gave_up = False
         try:
-            async with asyncio.timeout(limit_s) as limit:
+            async with self._in_time(limit_s, spare_s=CLEAR_UP_S) as limit:
                 await self.checkpointer.__aexit__(type(error) if error else None, error, None)
         except TimeoutError:
             gave_up = limit.expired()
@@ -198,7 +216,39 @@ class CheckpointManager(Blocking):
             given_up = SaveCancelled(self._last.checkpoint_id)
             if error is None:
                 raise given_up
-            error.add_note(f"aiodcp: besides, {given_up}: it was not done within {limit_s:.1f} s")
+            error.add_note(f"aiodcp: besides, {given_up}: there was no time left for it")
+
+    @asynccontextmanager
+    async def _in_time(self, limit_s: float | None = None, *, spare_s: float = 0.0) -> AsyncIterator[asyncio.Timeout]:
+        """Cancel the block after `limit_s`, and `spare_s` before the process is ended, also if that is heard of later.
+
+        Raises:
+            TimeoutError: that was done.
+        """
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(limit_s) as limit:
+
+            def cut() -> None:
+                left_s = self._preemption.left_s
+                if key in self._limits and left_s is not None:
+                    until = loop.time() + max(0.0, left_s - spare_s)
+                    when = limit.when()
+                    if not limit.expired() and (when is None or until < when):
+                        limit.reschedule(until)
+
+            key = object()
+            self._limits[key] = partial(loop.call_soon_threadsafe, cut)
+            try:
+                cut()
+                yield limit
+            finally:
+                del self._limits[key]
+
+    def _cut_short(self) -> None:
+        """Bound all that is waited for: it is heard that the process will be ended. In any thread."""
+        for cut in list(self._limits.values()):
+            with suppress(RuntimeError):  # that loop is closed
+                cut()
 
     # --- when to stop
 
@@ -228,8 +278,8 @@ class CheckpointManager(Blocking):
 
     @property
     def latest(self) -> int | None:
-        """The newest complete step."""
-        return next((each.step for each in reversed(self._catalog.known)), None)
+        """The newest complete step: the one committed last, also when the run had gone back to an earlier one."""
+        return next((each.step for each in self._catalog.newest), None)
 
     @property
     def best(self) -> int | None:
@@ -266,7 +316,8 @@ class CheckpointManager(Blocking):
         Raises:
             ReadError: storage refused.
         """
-        self._catalog.learn(await self.checkpointer._service.ask("list steps", self._catalog.look))
+        mark = self._catalog.mark()
+        self._catalog.learn(await self.checkpointer._service.ask("list steps", self._catalog.look), mark)
         return self.steps()
 
     # --- saving
@@ -316,7 +367,7 @@ class CheckpointManager(Blocking):
         checkpoint: Checkpoint | None = None
         self._catalog.hold(step)
         try:
-            async with asyncio.timeout(self._preemption.left_s):
+            async with self._in_time():
                 checkpoint = await self.checkpointer._save(
                     state_dict,
                     self.path(step),
@@ -341,15 +392,11 @@ class CheckpointManager(Blocking):
         self._last = checkpoint
         saving.began(checkpoint.timeline)
 
-        def ended() -> None:  # in the engine's thread, most likely
-            error = checkpoint.uploaded.error()
-            self._catalog.let_go(step)
-            if error is None:
-                self._take_in(step, numbers)
-            saving.ended([checkpoint], error)
+        def ended(error: Exception | None) -> None:  # in the engine's thread, most likely
+            self._end(saving, numbers, [checkpoint], error)
 
         checkpoint.uploaded.when_done(ended)
-        self.checkpointer._service.begin(self._see_through, step, checkpoint)
+        self.checkpointer._service.in_background(self._see_through, step, checkpoint)
         return checkpoint
 
     async def _begin_to_save(self, step: int, metrics: Mapping[str, float] | None, numbers: dict[str, float]) -> bytes:
@@ -358,7 +405,7 @@ class CheckpointManager(Blocking):
         The metrics as they are now go into `numbers`.
         """
         numbers.update(_check_metrics(metrics))
-        note = check_note({"step": _check_step(step), "metrics": numbers})
+        note = check_note({"step": _check_step(step), "saved_at": time.time(), "metrics": numbers})
         if self._is_coordinator and not self._claimed:  # until it is left: nobody clears up meanwhile
             with write_errors(self._catalog.storage.locate(self._catalog.root)):
                 claim = self._catalog.storage.claim(self._catalog.root, alone=False)
@@ -374,7 +421,8 @@ class CheckpointManager(Blocking):
         """Save a step of several participants, which is committed when the block is left: see `joint_checkpoint`.
 
             async with manager.checkpoint(step) as ckpt:
-                ckpt.add("trainer", {"model": model, "optim": optimizer})
+                ckpt.add("model", model)
+                ckpt.add("optim", optimizer)
                 ckpt.add("replay", replay.snapshot)  # a function, or an async one
 
         Its failure is raised on leaving the block, whatever `on_error` says.
@@ -385,31 +433,42 @@ class CheckpointManager(Blocking):
 
         Raises, Cancellation: as `joint_checkpoint`.
         """
+        self.checkpointer._service.check_open()
         saving = self._report.save(step)
         numbers: dict[str, float] = {}
         first = partial(self._begin_to_save, step, metrics, numbers)
-        with self._catalog.use(step):
-            try:
-                async with joint_after(self.checkpointer, self.path(step), first) as joint:
-                    yield joint
-            except Exception as error:
-                saving.ended([], error)
-                raise
-        self._take_in(step, numbers)
-        saving.ended(list(joint.participants.values()), None)
-        self.checkpointer._service.begin(self._prune)
 
-    def _take_in(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._catalog.take_in(Step(step=step, metrics=metrics))
-        self._catalog.doom(removes=self._is_coordinator)
+        def ended(joint: JointCheckpoint, error: Exception | None) -> None:  # in the engine's thread, most likely
+            self._end(saving, numbers, list(joint.participants.values()), error)
+
+        self._catalog.hold(step)
+        try:
+            async with self._in_time():
+                async with joint_after(self.checkpointer, self.path(step), first, ended) as joint:
+                    self.checkpointer._service.in_background(self._prune_after, joint._ended)
+                    yield joint
+        except TimeoutError as error:
+            if self._preemption.left_s is None:
+                raise
+            raise SaveCancelled(self.path(step)) from error  # no time is left
+
+    def _end(
+        self, saving: Saving, metrics: Mapping[str, float], parts: list[Checkpoint], error: Exception | None
+    ) -> None:
+        """Take note of how a save has ended."""
+        self._catalog.let_go(saving.step)
+        if error is None:
+            self._catalog.take_in(saving.step, metrics)
+            self._catalog.doom(removes=self._is_coordinator)
+        saving.ended(parts, error)
 
     async def _see_through(self, step: int, checkpoint: Checkpoint) -> None:
         """Show how far a save has come, and remove what is not to be kept after it."""
         await self._report.show(step, checkpoint)
-        await checkpoint.uploaded.settled()
-        await self._prune()
+        await self._prune_after(checkpoint.uploaded)
 
-    async def _prune(self) -> None:
+    async def _prune_after(self, ended: Milestone) -> None:
+        await ended.settled()
         await self._catalog.prune(self._report.removed)
 
     # --- restoring
@@ -448,17 +507,17 @@ class CheckpointManager(Blocking):
             raise ArgumentError("step", 'which is "best" is said by keep_best=')
 
         await self.refresh()
-        newest_first = self.steps()[::-1]
+        numbers = [each.step for each in self._catalog.newest]
         if isinstance(step, int):
-            numbers = [step, *(each for each in newest_first if each < step)]
-        else:
-            numbers = self._catalog.retention.best(self._catalog.known) if step == "best" else newest_first
+            numbers = [step, *(numbers[numbers.index(step) + 1 :] if step in numbers else ())]
+        elif step == "best":
+            numbers = self._catalog.retention.best(self._catalog.known)
         if not fall_back:
             numbers = numbers[:1]
         with self._catalog.use(*numbers):
             for number in numbers:
                 try:
-                    with self._report.restoring(number) as self.checkpointer._shown:
+                    with self._report.restoring(number) as shown, self.checkpointer._show_loading(shown):
                         await self.checkpointer.load(
                             state_dict,
                             self.path(number),
@@ -469,7 +528,7 @@ class CheckpointManager(Blocking):
                             check_crc=check_crc,
                         )
                     return number
-                except (CorruptError, RankError) as error:
+                except (CorruptError, UnsafeError, RankError) as error:
                     if number == numbers[-1] or not _is_damage(error):
                         raise
                     self._catalog.distrust(number)
@@ -493,10 +552,10 @@ class CheckpointManager(Blocking):
         return self.checkpointer._service.is_coordinator
 
 
-def _is_damage(error: CorruptError | RankError) -> bool:
-    """Whether what is stored is damaged, as this rank found or another one."""
-    kinds = {failure.kind for failure in error.failures} if isinstance(error, RankError) else {CorruptError.__name__}
-    return kinds == {CorruptError.__name__}
+def _is_damage(error: LoadError) -> bool:
+    """Whether what is stored is damaged, as this rank found or another one; damage may look as if it meant harm."""
+    kinds = {failure.kind for failure in error.failures} if isinstance(error, RankError) else {type(error).__name__}
+    return bool(kinds) and kinds <= {CorruptError.__name__, UnsafeError.__name__}
 
 
 def _check_step(step: object) -> int:

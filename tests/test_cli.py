@@ -89,7 +89,9 @@ def test_ls_lists_what_is_complete_and_what_is_not(root: Path, capsys: pytest.Ca
     assert rows[0]["nbytes"] == sum(os.stat(file).st_size for file in (root / "step-5").iterdir())
     (root.parent / "empty").mkdir()
     assert run(capsys, "ls", root.parent / "empty") == "no steps\n"
-    assert "no committed checkpoint" in run(capsys, "ls", root / "nothing", status=2)
+    assert "is no directory" in run(capsys, "ls", root / "nothing", status=2)
+    assert "is a checkpoint, not a directory of steps" in run(capsys, "ls", root / "step-5", status=2)
+    assert f"such as {root}/step-15:" in run(capsys, "show", root, status=2)
 
 
 def test_show_names_every_value(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +126,7 @@ def test_verify_finds_damage_wherever_it_is(by: str, tmp_path: Path, capsys: pyt
     flip(tmp_path, state["model"]["weight"].numpy().tobytes())
     flip(tmp_path, state["model"]["ids"].numpy().tobytes())
     flip(tmp_path, b"state 1")
-    problems = json.loads(run(capsys, "verify", tmp_path, "--json", status=1))
+    problems = json.loads(run(capsys, "verify", tmp_path, "--json", status=1))["problems"]
     assert {each["fqn"] for each in problems} == {"model.weight", "model.ids", "name"}
     assert all("CRC32" in each["problem"] for each in problems)
     text = run(capsys, "verify", tmp_path, status=1)
@@ -136,13 +138,13 @@ def test_verify_finds_files_that_are_short_or_gone(tmp_path: Path, capsys: pytes
     save(tmp_path, make_state(1))
     [file] = tmp_path.glob("*.distcp")
     os.truncate(file, 8000)
-    problems = json.loads(run(capsys, "verify", tmp_path, "--json", status=1))
+    problems = json.loads(run(capsys, "verify", tmp_path, "--json", status=1))["problems"]
     assert any("the file has 8000 bytes" in each["problem"] for each in problems)
     file.unlink()
-    problems = json.loads(run(capsys, "verify", tmp_path, "--json", status=1))
-    assert {each["problem"] for each in problems} == {"the file is missing"}
+    problems = json.loads(run(capsys, "verify", tmp_path, "--json", status=1))["problems"]
+    assert [each["problem"] for each in problems] == ["the file is missing, and with it 16 values"]
     (tmp_path / ".metadata").write_bytes(b"junk")
-    assert "not a checkpoint's metadata" in run(capsys, "verify", tmp_path, status=2)
+    assert ".metadata: not a checkpoint's metadata" in run(capsys, "verify", tmp_path, status=1)
 
 
 def test_verify_finds_what_does_not_cover(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +157,8 @@ def test_verify_finds_what_does_not_cover(tmp_path: Path, capsys: pytest.Capture
     del metadata.storage_data[index]
     (tmp_path / METADATA_NAME).write_bytes(pickle.dumps(metadata))
     problems = {
-        each["fqn"]: each["problem"] for each in json.loads(run(capsys, "verify", tmp_path, "--json", status=1))
+        each["fqn"]: each["problem"]
+        for each in json.loads(run(capsys, "verify", tmp_path, "--json", status=1))["problems"]
     }
     assert "do not make up its shape (9,)" in problems["w"]
     assert "does not say where its chunk at (0,) is stored" in problems["v"]
@@ -188,9 +191,9 @@ def test_diff_says_what_changed_and_by_how_much(tmp_path: Path, capsys: pytest.C
     }
     save(tmp_path / "a", a)
     save(tmp_path / "b", b)
-    found = {
-        row["fqn"]: row for row in json.loads(run(capsys, "diff", tmp_path / "a", tmp_path / "b", "--json", status=1))
-    }
+    result = json.loads(run(capsys, "diff", tmp_path / "a", tmp_path / "b", "--json", status=1))
+    found = {row["fqn"]: row for row in result["differences"]}
+    assert result["same"] is False
     assert found.keys() == {"moved", "shape", "dtype", "kind", "gone", "new", "lr", "zero", "flag"}
     assert (found["moved"]["count"], found["moved"]["largest"], found["moved"]["mean"]) == (2, 3.0, 1.0)
     assert found["shape"]["change"] == "shape (3,) in A, (4,) in B"
@@ -207,14 +210,14 @@ def test_diff_says_what_changed_and_by_how_much(tmp_path: Path, capsys: pytest.C
 def test_gc_keeps_what_is_to_be_kept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["gc", root, "--keep-last", "1", "--keep-best", "loss:min"]
     dry = run(capsys, *arguments, "--dry-run")
-    assert "would be removed: steps 5; leftovers of interrupted saves in steps 20" in dry
+    assert dry == "would remove step 5\nwould remove what an interrupted save has left of step 20\n"
     assert len(list(root.glob("step-*"))) == 4
     result = json.loads(run(capsys, *arguments, "--json"))
     assert result == {"removed": [5], "leftovers": [20]}
     assert sorted(path.name for path in root.glob("step-*")) == ["step-10", "step-15"]
-    assert "steps none" in run(capsys, "gc", root)
+    assert run(capsys, "gc", root) == "nothing to remove\n"
     for wrong in (["--keep-best", "loss:min"], ["--keep-every", "5"]):
-        assert "give keep_last" in run(capsys, "gc", root, *wrong, status=2)
+        assert "besides those of --keep-last" in run(capsys, "gc", root, *wrong, status=2)
     assert "usage" in run(capsys, "gc", root, "--keep-best", "loss", status=2)
 
 
@@ -228,7 +231,7 @@ async def test_gc_does_not_touch_a_root_where_somebody_saves(root: Path, capsys:
             check=False,
         )
     assert done.returncode == 2
-    assert "is in flight" in done.stderr
+    assert "a process that saves below" in done.stderr
     assert len(list(root.glob("step-*"))) == 4
 
 

@@ -171,7 +171,7 @@ async def test_a_step_that_is_being_removed_is_waited_for_when_it_is_saved_again
         ckpt = await again
         assert ckpt is not None
         await ckpt
-    assert _there(faulty) == {"step-2"}  # step 1 is the older one, and is removed again
+    assert _there(faulty) == {"step-1"}  # the one that was committed last
 
 
 async def test_damage_is_an_error_or_a_reason_to_fall_back(tmp_path: Path) -> None:

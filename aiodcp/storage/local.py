@@ -171,6 +171,7 @@ class LocalStorage:
         A POSIX record lock: children that are forked do not inherit it, and network file systems know it. Within a
         process it does not hold, hence `_claims` beside it. Source: fcntl_locking(2).
         """
+        root = await _realpath(root)  # one root has one lock, by whatever name it is called
         async with _claims.hold(root, alone=alone) as free:
             if not free:
                 yield False
@@ -369,6 +370,9 @@ async def _wait_for_lock(lock: int, *, alone: bool) -> bool:
 
 
 _lock = wrap(fcntl.lockf)
+
+
+_realpath = wrap(os.path.realpath)
 
 
 @wrap
