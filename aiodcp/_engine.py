@@ -27,6 +27,7 @@ Ts = TypeVarTuple("Ts")
 NAME = "aiodcp"
 
 _limiting = threading.Lock()
+_left_behind: list[ExitStack] = []  # of the parent's: to let go of them would wait for its threads
 
 
 class Threads:
@@ -85,6 +86,11 @@ class Engine:
     def __repr__(self) -> str:
         return f"<Engine {'closed' if self._portal is None else 'running'}>"
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked from the one that started it."""
+        return os.getpid() != self._pid
+
     def start(self) -> None:
         """Start the loop and the threads."""
         if self._portal is not None:
@@ -107,14 +113,14 @@ class Engine:
         """
         if self._portal is None:
             raise ClosedError("the Checkpointer is not open: use it inside `async with` or `with`")
-        if os.getpid() != self._pid:
+        if self.is_forked:
             raise ClosedError("this process was forked from the one that opened the Checkpointer: open one here")
         return self._portal.start_task_soon(function, *args)
 
     def stop(self) -> None:
         """Wait for the last work and end every thread. Blocks for a few milliseconds when nothing is under way."""
         self._portal = None
-        if os.getpid() == self._pid:
+        if self.is_forked:  # the threads are the parent's
+            _left_behind.append(self._stack.pop_all())
+        else:
             self._stack.close()
-        else:  # forked: the threads are the parent's
-            self._stack.pop_all()

@@ -22,7 +22,7 @@ from ._names import METADATA_NAME, step_of, step_place
 from ._note import decode_note
 from ._tables import number, plural, size, table
 from .checkpointer import Checkpointer
-from .errors import ArgumentError, CorruptError, NotACheckpointError, UnsafeError
+from .errors import ArgumentError, CorruptError, LoadError, NotACheckpointError, UnsafeError
 from .metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -54,7 +54,23 @@ def read(checkpoint_id: str) -> tuple[Metadata, dict[str, Any]]:
             problem = f"{checkpoint_id} is a directory of steps, such as {newest}: see `aiodcp ls`"
             raise ArgumentError("checkpoint", problem) from error
         raise NotACheckpointError(checkpoint_id) from error
-    return read_metadata(data, path), decode_note(data)
+    metadata = read_metadata(data, path)
+    try:
+        wrong = [fqn for fqn, entry in metadata.state_dict_metadata.items() if not _is_sound(entry)]
+    except (AttributeError, TypeError) as error:
+        raise CorruptError(path, "", f"not a checkpoint's metadata: {error}") from error
+    if wrong:
+        raise CorruptError(path, wrong[0], "the metadata does not say what it is")
+    return metadata, decode_note(data)
+
+
+def _is_sound(entry: object) -> bool:
+    """Whether an entry has the fields that it must have: a damaged pickle may give anything."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return isinstance(entry, BytesStorageMetadata)
+    fields: list[tuple[Any, type]] = [(entry.properties.dtype, torch.dtype), (entry.size, torch.Size)]
+    fields += [(part, torch.Size) for chunk in entry.chunks for part in (chunk.offsets, chunk.sizes)]
+    return all(isinstance(value, kind) for value, kind in fields)
 
 
 # --- show
@@ -385,33 +401,53 @@ def load(
     checkpoint_id: str,
     entries: Mapping[str, TensorStorageMetadata | BytesStorageMetadata],
 ) -> dict[str, Any]:
-    """Load values by their names, as they are stored."""
+    """Load values by their names, as they are stored.
+
+    Raises:
+        LoadError: they cannot be read, or are of a kind that cannot be loaded into a plain tensor.
+    """
     state: dict[str, Any] = {
         fqn: torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
         for fqn, entry in entries.items()
     }
-    checkpointer.load_sync(state, checkpoint_id, strict=False)
+    try:
+        checkpointer.load_sync(state, checkpoint_id, strict=False)
+    except RuntimeError as error:
+        raise LoadError(f"{checkpoint_id}: holds a tensor that is not a plain one: {error}") from error
     return state
 
 
 def _compare(fqn: str, one: Any, other: Any) -> Difference | None:
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        same = type(one) is type(other) and bool(one == other)
+        same = type(one) is type(other) and _archive_of(one) == _archive_of(other)
         return None if same else Difference(fqn=fqn, change=_short(one) + " in A, " + _short(other) + " in B")
     if not one.numel() or torch.equal(_bytes_of(one), _bytes_of(other)):
         return None
-    kind = torch.complex128 if one.is_complex() else torch.float64
     try:
-        apart = (one.to(kind) - other.to(kind)).abs()
+        differs = (one != other) & ~((one != one) & (other != other))  # what is not itself is NaN
+        count = int(differs.sum())
+        if not count:
+            return Difference(fqn=fqn, change="other bits, the same values", count=0, largest=0.0, mean=0.0)
+        apart = _apart(one[differs], other[differs])
     except RuntimeError:  # dtypes that torch does not compute with
         return Difference(fqn=fqn, change="other bits")
-    differs = (apart != 0) & ~(one.isnan() & other.isnan()) if one.is_floating_point() else apart != 0
-    count = int(differs.sum())
-    if not count:
-        return Difference(fqn=fqn, change="other bits, the same values", count=0, largest=0.0, mean=0.0)
-    return Difference(
-        fqn=fqn, change="other values", count=count, largest=float(apart.max()), mean=float(apart.double().mean())
-    )
+    mean = float(apart.sum()) / one.numel()
+    return Difference(fqn=fqn, change="other values", count=count, largest=float(apart.max()), mean=mean)
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the absolute differences, in float64; of integers computed as such, where that is exact."""
+    if one.is_complex():
+        return (one.to(torch.complex128) - other.to(torch.complex128)).abs()
+    if one.is_floating_point() or one.dtype is torch.uint64:
+        return (one.double() - other.double()).abs()
+    return (one.long() - other.long()).abs().double()
+
+
+def _archive_of(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,9 @@ class Service:
         Cancellation: gives it all up, and waits for that.
         """
         self.is_open = False
+        if self.engine.is_forked:  # all that was asked is the parent's
+            self.engine.stop()
+            return
         try:
             try:
                 await self._drain()

@@ -188,7 +188,8 @@ class CheckpointManager(Blocking):
 
         Args:
             timeout: seconds to wait at most. A save that is not done by then is given up: it leaves nothing, and the
-                checkpoint before it stays the newest. By default what preemption leaves, or for as long as it takes.
+                checkpoint before it stays the newest. A commit that has begun is finished, which is one small file.
+                By default what preemption leaves, or for as long as it takes.
 
         Raises:
             SaveCancelled: the save was given up; not with `on_error="warn"`, which tells it in the log.

@@ -143,9 +143,9 @@ def read_metadata(data: bytes, path: str) -> Metadata:
         raise
     except Exception as error:  # a damaged pickle can raise almost anything
         raise CorruptError(path, "", f"not a checkpoint's metadata: {error!r}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+    if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
         raise CorruptError(path, "", f"not a checkpoint's metadata: a {type(metadata).__name__}")
-    if not isinstance(metadata.storage_data, dict):
+    if not isinstance(getattr(metadata, "storage_data", None), dict):
         raise CorruptError(path, "", "says of no value where it is stored")
     files: set[str] = set()
     for index, info in metadata.storage_data.items():

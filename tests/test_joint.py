@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from aiodcp import (
     Checkpointer,
     CheckpointManager,
     ClosedError,
+    LocalStorage,
     ParticipantError,
+    PerRank,
     RankError,
     SaveCancelled,
+    SaveError,
     TornSnapshotError,
     WriteError,
     joint_checkpoint,
@@ -480,3 +485,162 @@ def test_ranks_save_several_participants_and_fail_together(world: World, tmp_pat
     assert "the ranks do not add the same" in one[1]
     assert zero[2].startswith("RankError")
     assert one[2].startswith("KeyError")
+
+
+async def test_a_participant_that_cannot_be_captured_fails_the_whole_also_if_the_body_goes_on(
+    faulty: FaultyStorage,
+) -> None:
+    async with Checkpointer(storage=faulty) as checkpointer:
+        with pytest.raises(CaptureError, match=r"replay\.lock"):
+            async with joint_checkpoint(checkpointer, "a") as ckpt:
+                ckpt.add("trainer", make_state())
+                with contextlib.suppress(CaptureError):
+                    ckpt.add("replay", {"lock": threading.Lock()})
+                await asyncio.sleep(30)
+        assert not faulty.files.get("a")
+
+
+async def test_with_bounded_memory_participants_go_through_it_as_they_are_ready(faulty: FaultyStorage) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1 << 19))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    ready = asyncio.Event()
+
+    async def slow() -> int:
+        await ready.wait()
+        return 1
+
+    async with Checkpointer(storage=faulty, max_host_bytes=MIN_NBYTES) as checkpointer:
+        checkpointer.guard(optimizer)
+        async with joint_checkpoint(checkpointer, "a") as ckpt:
+            ckpt.add("slow", slow)
+            trainer = ckpt.add("trainer", {"w": weight})
+            weight.grad = torch.ones(1 << 19)
+            await asyncio.wait_for(asyncio.to_thread(optimizer.step), 30)
+            assert trainer.staged.done()
+            ready.set()
+
+
+async def test_uploaded_cannot_be_awaited_inside_the_block(faulty: FaultyStorage) -> None:
+    async with Checkpointer(storage=faulty) as checkpointer:
+        with pytest.raises(ClosedError, match="block of the joint checkpoint"):
+            async with joint_checkpoint(checkpointer, "a") as ckpt:
+                await ckpt.add("trainer", make_state()).uploaded
+        assert not faulty.files.get("a")
+
+
+async def test_a_failed_participant_leaves_no_noise_in_the_event_loop(faulty: FaultyStorage) -> None:
+    noise: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: noise.append(context))
+    async with CheckpointManager("root", checkpointer=Checkpointer(storage=faulty)) as manager:
+        for fail in (_fail_async, _fail_sync):
+            with pytest.raises(ParticipantError):
+                async with manager.checkpoint(1) as ckpt:
+                    ckpt.add("trainer", make_state())
+                    await fail(ckpt)
+    gc.collect()
+    await asyncio.sleep(0)
+    assert noise == []
+
+
+async def test_a_group_that_the_body_raises_keeps_all_its_errors(faulty: FaultyStorage) -> None:
+    async with Checkpointer(storage=faulty) as checkpointer:
+        with pytest.raises(ExceptionGroup) as caught:
+            async with joint_checkpoint(checkpointer, "a") as ckpt:
+                ckpt.add("trainer", make_state())
+                raise ExceptionGroup("two", [KeyError("first"), ValueError("second")])
+    assert [type(each) for each in caught.value.exceptions] == [KeyError, ValueError]
+
+
+async def test_a_joint_checkpoint_that_is_cancelled_too_late_counts(faulty: FaultyStorage) -> None:
+    gate = Gate("put")
+    async with CheckpointManager("root", checkpointer=Checkpointer(storage=faulty), keep_last=1) as manager:
+        async with manager.checkpoint(1) as ckpt:
+            ckpt.add("a", make_state())
+
+        async def save() -> None:
+            async with manager.checkpoint(2) as ckpt:
+                ckpt.add("a", make_state())
+
+        faulty.gate = gate
+        task = asyncio.ensure_future(save())
+        await gate.wait_reached()
+        task.cancel()
+        gate.open()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert manager.steps() == [2]
+        assert manager.stats.saved == 2
+    assert {place for place, files in faulty.files.items() if files} == {"root/step-2"}
+
+
+def _ranks_told_of_an_earlier_failure(rank: int, size: int, folder: Path) -> list[str]:
+    class Bad(LocalStorage):
+        bad = True
+
+        async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
+            if self.bad:
+                raise PermissionError("no")
+            await super().put(checkpoint_id, name, data)
+
+    async def main() -> list[str]:
+        told: list[str] = []
+        storage = Bad()
+        async with Checkpointer(storage=storage) as checkpointer:
+            ckpt = await checkpointer.save({"w": torch.ones(3)}, folder / "first")
+            if rank == 0:
+                with contextlib.suppress(RankError):
+                    await ckpt
+            else:
+                await ckpt.uploaded.settled()
+            storage.bad = False
+            for number in range(3):
+                try:
+                    async with joint_checkpoint(checkpointer, folder / "latest") as joint:
+                        joint.add("a", {"w": PerRank(torch.full((3,), float(number)))})
+                    told.append("committed")
+                except RankError:
+                    told.append("failed")
+            target = {"a": {"w": PerRank(torch.zeros(3))}}
+            await checkpointer.load(target, folder / "latest")
+            told.append(str(target["a"]["w"].value.tolist()))
+        return told
+
+    return asyncio.run(main())
+
+
+def test_a_rank_that_is_told_of_an_earlier_failure_fails_the_joint_checkpoint_of_all(
+    world: World, tmp_path: Path
+) -> None:
+    expected = ["failed", "committed", "committed", "[2.0, 2.0, 2.0]"]
+    assert world.run(2, _ranks_told_of_an_earlier_failure, tmp_path) == [expected] * 2
+
+
+def _ranks_guard_in_order(rank: int, size: int, folder: Path) -> str:
+    async def main() -> str:
+        weight = torch.nn.Parameter(torch.zeros(1000))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        ready = asyncio.Event()
+
+        async def slow() -> int:
+            await ready.wait()
+            return 1
+
+        async with Checkpointer() as checkpointer:
+            checkpointer.guard(optimizer)
+            async with joint_checkpoint(checkpointer, folder) as ckpt:
+                ckpt.add("slow", slow)
+                ckpt.add("trainer", {"w": weight})
+                weight.grad = torch.ones(1000)
+                try:
+                    optimizer.step()  # on the event loop that "slow" needs
+                except SaveError as error:
+                    told = str(error)
+                ready.set()
+        return told
+
+    return asyncio.run(main())
+
+
+def test_a_step_that_would_wait_for_ever_is_an_error(world: World, tmp_path: Path) -> None:
+    for told in world.run(2, _ranks_guard_in_order, tmp_path):
+        assert "waits for the participant 'slow'" in told

@@ -18,6 +18,7 @@ from aiodcp import (
     BusyError,
     Checkpointer,
     CheckpointManager,
+    ClosedError,
     CorruptError,
     LocalStorage,
     NotACheckpointError,
@@ -495,3 +496,141 @@ async def test_a_root_that_may_only_be_read_can_be_read(tmp_path: Path, monkeypa
     async with CheckpointManager(tmp_path / "nothing") as manager:
         assert manager.steps() == []
     assert not (tmp_path / "nothing").exists()
+
+
+async def test_the_newest_is_the_one_that_was_committed_last(faulty: FaultyStorage) -> None:
+    async with _on(faulty, keep_last=2) as manager:
+        for step in (80, 90, 100):
+            await _save(manager, step)
+        assert await manager.restore(blank(make_state()), 90) == 90  # going back
+        await _save(manager, 95)
+        assert (manager.steps(), manager.latest) == ([95, 100], 95)
+        await _save(manager, 96)
+    async with _on(faulty, keep_last=2) as manager:
+        assert (manager.steps(), manager.latest) == ([95, 96], 96)
+    assert _there(faulty) == {"step-95", "step-96"}
+
+
+async def test_a_damaged_step_takes_no_good_ones_place(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path, keep_last=1, keep_every=50) as manager:
+        for step in (50, 100):
+            await _save(manager, step)
+        [file] = (tmp_path / "step-100").glob("*.distcp")
+        os.truncate(file, 100)
+        assert await manager.restore(blank(make_state()), fall_back=True) == 50
+        await _save(manager, 60)
+        assert manager.latest == 60
+        await _save(manager, 70)
+        assert manager.steps() == [50, 70, 100]
+        await _save(manager, 100)
+        assert await manager.restore(blank(make_state())) == 100
+
+
+async def test_what_is_committed_while_a_look_is_under_way_is_not_forgotten(faulty: FaultyStorage) -> None:
+    async with _on(faulty, keep_last=1) as manager:
+        await _save(manager, 1)
+        mark = manager._catalog.mark()
+        seen = await manager._catalog.look()
+        await _save(manager, 2)
+        manager._catalog.learn(seen, mark)
+        assert manager.steps() == [2]
+
+
+async def test_a_manager_that_has_not_looked_says_so(faulty: FaultyStorage) -> None:
+    manager = _on(faulty)
+    preempted = manager.preempted
+    assert "not entered yet" in repr(manager)
+    with pytest.raises(ClosedError):
+        manager.steps()
+    async with manager:
+        await _save(manager, 1)
+        with pytest.raises(NotACheckpointError):
+            manager.metrics(7)
+        manager.preempt()
+        await asyncio.wait_for(preempted, 10)
+    assert manager.steps() == [1]
+    assert [event async for event in manager.events()] == []
+
+
+async def test_events_count_from_the_call_on(faulty: FaultyStorage) -> None:
+    async with _on(faulty) as manager:
+        events = manager.events()
+        await _save(manager, 1)
+    assert [type(event) for event in [each async for each in events]] == [SaveBegan, SaveFinished]
+
+
+async def test_a_callback_that_wants_to_exit_harms_nothing(faulty: FaultyStorage) -> None:
+    def leave(event: Event) -> None:
+        raise SystemExit(3)
+
+    async with _on(faulty, on_event=leave) as manager:
+        await _save(manager, 1)
+        await _save(manager, 2)
+
+
+async def test_one_root_has_one_lock_by_whatever_name(tmp_path: Path) -> None:
+    root, link = tmp_path / "root", tmp_path / "link"
+    root.mkdir()
+    link.symlink_to(root)
+    storage = LocalStorage()
+    async with storage.claim(str(root), alone=False):
+        async with storage.claim(str(link), alone=True) as alone:
+            assert not alone
+        async with storage.claim(str(link), alone=False):
+            pass
+        code = (
+            "import asyncio, sys\nfrom aiodcp import LocalStorage\n"
+            "async def main():\n"
+            "    async with LocalStorage().claim(sys.argv[1], alone=True) as alone:\n"
+            "        print(alone)\n"
+            "asyncio.run(main())"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
+        assert done.stdout == "False\n"
+
+
+def test_a_forked_child_leaves_its_parents_manager_alone(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, keep_last=1) as manager:
+        for step in (1, 2):
+            manager.save_sync(step, make_state(step))
+        child = os.fork()
+        if child == 0:
+            try:
+                raise KeyError
+            except KeyError:
+                manager.__exit__(None, None, None)
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        manager.save_sync(3, make_state(3))
+    assert manager.steps() == [3]
+
+
+def _ranks_fall_back_during_a_removal(rank: int, size: int, root: Path) -> tuple[list[int], str]:
+    class Slow(LocalStorage):
+        async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
+            await asyncio.sleep(0.2 if durable else 0)
+            await super().remove(checkpoint_id, name, durable=durable)
+
+    async def main() -> tuple[list[int], str]:
+        state = {"w": torch.ones(1000)}
+        async with CheckpointManager(root, keep_last=1, checkpointer=Checkpointer(storage=Slow())) as manager:
+            for step in (1, 2):
+                ckpt = await manager.save(step, state)
+                assert ckpt is not None
+                await ckpt
+            if rank == 0:
+                for file in (root / "step-2").glob("*.distcp"):
+                    os.truncate(file, 10)
+            try:
+                await manager.restore(state, fall_back=True)
+                told = "restored"
+            except RankError as error:
+                told = error.failures[0].kind
+            return manager.steps(), told
+
+    return asyncio.run(main())
+
+
+def test_ranks_know_the_same_while_a_step_is_removed(world: World, tmp_path: Path) -> None:
+    assert world.run(2, _ranks_fall_back_during_a_removal, tmp_path) == [([2], "CorruptError")] * 2

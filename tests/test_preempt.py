@@ -19,6 +19,7 @@ from aiodcp import (
     Checkpointer,
     CheckpointManager,
     Event,
+    LocalStorage,
     Preempted,
     SaveCancelled,
     SaveFailed,
@@ -227,3 +228,78 @@ def _wait_for_it(rank: int, size: int, root: Path) -> bool:
 
 def test_ranks_that_ask_about_no_step_hear_of_it_all_the_same(world: World, tmp_path: Path) -> None:
     assert world.run(2, _wait_for_it, tmp_path) == [True, True]
+
+
+async def test_managers_may_be_left_in_any_order(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    managers = [
+        CheckpointManager(tmp_path / str(n), signals=[signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM]) for n in range(3)
+    ]
+    for manager in managers:
+        await manager.__aenter__()
+    for manager in managers:
+        await manager.__aexit__(None, None, None)
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+async def test_a_signal_that_cannot_be_heard_leaves_no_handler_behind(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ArgumentError, match="signals"):
+        async with CheckpointManager(tmp_path, signals=[signal.SIGTERM, signal.SIGKILL]):
+            pass
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not [each.name for each in threading.enumerate() if each.name.startswith("aiodcp")]
+
+
+def test_ctrl_c_is_handed_back_after_a_plain_loop(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with CheckpointManager(tmp_path, signals=[signal.SIGINT]) as manager:
+        manager.save_sync(1, make_state(1))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+async def test_less_is_left_when_the_deadline_comes_before_the_grace_is_over(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path, deadline=time.time() + 5, grace_s=30) as manager:
+        await asyncio.wait_for(manager.preempted, 10)
+        left_s = manager._preemption.left_s
+        assert left_s is not None
+        assert left_s <= 5
+
+
+async def test_preemption_that_is_heard_while_a_save_is_waited_for_bounds_the_wait(faulty: FaultyStorage) -> None:
+    manager = CheckpointManager("root", checkpointer=Checkpointer(storage=faulty), grace_s=0.2, on_error="warn")
+    async with manager:
+        faulty.gate = Gate("write")
+        await manager.save(1, make_state(1))
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.05, manager.preempt)
+        with pytest.raises(SaveCancelled):
+            await manager.save(2, make_state(2))
+        with pytest.raises(SaveCancelled):
+            async with manager.checkpoint(3) as ckpt:
+                ckpt.add("a", make_state(3))
+    assert not any(faulty.files.values())
+
+
+async def test_leaving_does_not_wait_for_all_removals(tmp_path: Path) -> None:
+    class Slow(LocalStorage):
+        removed = 0
+
+        async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
+            await super().remove(checkpoint_id, name, durable=durable)
+            await asyncio.sleep(0.3 if durable else 0)
+            self.removed += durable
+
+    storage = Slow()
+    async with CheckpointManager(tmp_path) as manager:
+        for step in range(20):
+            await manager.save(step, make_state(step))
+    async with CheckpointManager(tmp_path, keep_last=1, checkpointer=Checkpointer(storage=storage)) as manager:
+        ckpt = await manager.save(20, make_state(20))
+        assert ckpt is not None
+        await ckpt
+        await manager.aclose(timeout=0.1)
+    assert storage.removed < 20
+    async with CheckpointManager(tmp_path, keep_last=1) as manager:
+        await manager.save(21, make_state(21))
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-21"]
