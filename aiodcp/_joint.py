@@ -272,10 +272,10 @@ async def joint_after(
         await ended.settled()
     except BaseExceptionGroup as errors:
         first_one = errors.exceptions[0]  # which may be a group of the body's own
-        await _end(joint, ended, first_one)
+        await _end(joint, turn, ended, first_one)
         raise first_one from first_one.__cause__
     except BaseException as error:
-        await _end(joint, ended, error)
+        await _end(joint, turn, ended, error)
         raise
     finally:
         joint._is_closed = True
@@ -290,14 +290,16 @@ def _current_task() -> asyncio.Task[Any] | None:
         return None
 
 
-async def _end(joint: JointCheckpoint, ended: Milestone, error: BaseException) -> None:
-    """Give the save up, and wait until it is over."""
+async def _end(joint: JointCheckpoint, turn: Milestone, ended: Milestone, error: BaseException) -> None:
+    """Give the save up, and wait until it is over, unless it has not begun."""
     # A copy: the error itself is on its way through the caller's frames, which are not the engine's to clear.
     last = joint._checkpointer._last
     given_up = copy(error) if isinstance(error, CheckpointError) else SaveCancelled(joint.checkpoint_id)
     if last is not None and last.uploaded.failed_with(error):
         given_up = EarlierFailureError(f"told of an earlier save: {error!r}"[:RETOLD_LENGTH])
     joint._give_up(given_up)
+    if not turn.done():
+        return
     while not ended.done():
         with suppress(asyncio.CancelledError):
             await ended.settled()

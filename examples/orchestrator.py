@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import shutil
+import signal
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -147,6 +148,7 @@ class Judge:
 
 def be_the_judge() -> None:
     """What the other process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the controller
     state = {"count": 0, "average": 0.0}
     for line in sys.stdin:
         words = json.loads(line)
@@ -206,7 +208,10 @@ async def watch_lag() -> None:
 async def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     trainer, replay = Trainer(), Replay()
-    async with Judge() as judge, aiodcp.CheckpointManager(options.out, keep_last=2) as manager:
+    async with (
+        Judge() as judge,
+        aiodcp.CheckpointManager(options.out, keep_last=2, signals=[signal.SIGINT, signal.SIGTERM]) as manager,
+    ):
         state: dict[str, Any] = {"model": trainer.model, "optim": trainer.optimizer, "trainer": trainer}
         state |= {"replay": replay, "judge": {"count": 0, "average": 0.0}}
         if await manager.restore(state) is not None:
@@ -225,11 +230,14 @@ async def main(options: argparse.Namespace) -> None:
             reward = await trainer.learn(replay)
             if trainer.step % 10 == 0:
                 print(f"step {trainer.step}: reward {reward:.2f}", flush=True)
-            if trainer.step % options.save_every == 0:
+            if trainer.step % options.save_every == 0 or manager.preempted.done():
                 if saving is not None:
                     await saving
                 saving = asyncio.create_task(save(manager, trainer, replay, judge))
                 await asyncio.sleep(0)
+            if manager.preempted.done():
+                print(f"asked to stop after step {trainer.step}")
+                break
         if saving is not None:
             await saving
         for task in tasks:

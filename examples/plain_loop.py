@@ -21,13 +21,13 @@ import aiodcp
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(512, 64, generator=torch.Generator().manual_seed(step))
-    return x, x.sin().sum(dim=1, keepdim=True)
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(step))
+    return x, x.square().mean(dim=1, keepdim=True)
 
 
 def main(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1))
+    model = nn.Sequential(nn.Linear(16, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     state = {"model": model, "optim": optimizer}
 
@@ -53,13 +53,14 @@ def main(options: argparse.Namespace) -> None:
                 began = time.perf_counter()
                 manager.save_sync(step, state, metrics={"loss": loss.item()})
                 stalled_s += time.perf_counter() - began
-                print(f"step {step}: loss {loss.item():.3f}, saving", flush=True)
+                print(f"step {step}: loss {loss.item():.4f}, saving", flush=True)
             if manager.preempted.done():
                 print(f"asked to stop at step {step}", flush=True)
                 break
 
     # Left the block: all is committed, and what is not to be kept is removed.
-    print(f"kept {manager.steps()}, best {manager.best}; the loop was held {1e3 * stalled_s:.1f} ms by {manager.stats}")
+    saves = manager.stats.saved
+    print(f"kept {manager.steps()}, best {manager.best}; the loop was held {1e3 * stalled_s:.1f} ms by {saves} saves")
 
 
 if __name__ == "__main__":

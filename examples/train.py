@@ -129,15 +129,16 @@ class Save:
     checkpoint: aiodcp.Checkpoint
     stall_s: float
 
-    async def follow(self, compute: list[Span]) -> None:
+    async def follow(self, compute: list[Span], *, is_last: bool) -> None:
         """Print the save's line when it is durable."""
         await self.checkpoint.uploaded
         timeline, nbytes = self.checkpoint.timeline, self.checkpoint.progress.bytes_total
         upload_s = timeline.spans[-1].ended_s - timeline.spans[0].began_s
+        staged, written = (timeline.under(phase, compute) for phase in ("stage", "write"))
+        under = "no step follows" if is_last else f"under compute: {staged:.0%} of staging, {written:.0%} of writing"
         print(
             f"  saved step {self.step}: {nbytes / 1e6:.1f} MB, stalled {1e3 * self.stall_s:.1f} ms, "
-            f"durable after {1e3 * upload_s:.0f} ms ({nbytes / 1e9 / upload_s:.2f} GB/s); under compute: "
-            f"{timeline.under('stage', compute):.0%} of staging, {timeline.under('write', compute):.0%} of writing",
+            f"durable after {1e3 * upload_s:.0f} ms ({nbytes / 1e9 / upload_s:.2f} GB/s); {under}",
             flush=True,
         )
 
@@ -157,12 +158,13 @@ async def train(options: argparse.Namespace) -> None:
     saves: list[Save] = []
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} bytes of text, {device}")
 
-    async with asyncio.TaskGroup() as group, aiodcp.Checkpointer() as checkpointer:
-        if not options.resume:
-            remove_old(options.out, kept=0)  # of an earlier run: a later --resume is to go on with this one
-        elif newest := find_newest(options.out):
-            await checkpointer.load({"app": app}, newest)
-            print(f"resumed after step {app.step} from {newest}")
+    if not options.resume and any(options.out.glob("step-*")):
+        print(f"removing the steps of an earlier run from {options.out}; --resume would go on with them")
+        shutil.rmtree(options.out)
+    async with asyncio.TaskGroup() as group, aiodcp.CheckpointManager(options.out, keep_last=KEPT) as manager:
+        checkpointer = manager.checkpointer
+        if await manager.restore({"app": app}) is not None:
+            print(f"resumed after step {app.step} from {manager.path(app.step)}")
         await checkpointer.prepare({"app": app})
 
         for step in range(app.step + 1, options.steps + 1):
@@ -188,10 +190,10 @@ async def train(options: argparse.Namespace) -> None:
 
             if step % options.save_every == 0 or step == options.steps:
                 began = time.perf_counter()
-                checkpoint = await checkpointer.save({"app": app}, options.out / f"step-{step}")
+                checkpoint = await manager.save(step, {"app": app}, metrics={"loss": loss.item()})
+                assert checkpoint is not None, "no save is skipped"
                 saves.append(Save(step, checkpoint, stall_s=time.perf_counter() - began))
-                group.create_task(saves[-1].follow(compute))
-                remove_old(options.out)
+                group.create_task(saves[-1].follow(compute, is_last=step == options.steps))
             await asyncio.sleep(0)  # everything else that lives on this loop has its turn
         for save in saves:
             await save.checkpoint.uploaded
@@ -201,22 +203,6 @@ async def train(options: argparse.Namespace) -> None:
     if saves:
         print(draw(saves, compute))
     print(f"weights {app.digest()} after step {app.step}")
-
-
-def steps_in(out: Path) -> list[Path]:
-    """Committed checkpoints, oldest first: those that have their `.metadata`."""
-    return sorted((path.parent for path in out.glob("step-*/.metadata")), key=lambda path: int(path.name[5:]))
-
-
-def find_newest(out: Path) -> Path | None:
-    return next(reversed(steps_in(out)), None)
-
-
-def remove_old(out: Path, kept: int = KEPT) -> None:
-    steps = steps_in(out)
-    for path in steps[: len(steps) - kept]:
-        (path / ".metadata").unlink()  # first: what is half removed is no checkpoint
-        shutil.rmtree(path)
 
 
 def draw(saves: list[Save], compute: list[Span], width: int = 72) -> str:
@@ -245,7 +231,7 @@ def draw(saves: list[Save], compute: list[Span], width: int = 72) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("checkpoints"), help="where checkpoints go")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/train"), help="where checkpoints go")
     parser.add_argument("--steps", type=int, default=60, help="train up to this step")
     parser.add_argument("--save-every", type=int, default=10, help="steps between saves")
     parser.add_argument("--log-every", type=int, default=10, help="steps between losses")
