@@ -143,20 +143,20 @@ def _gc(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from . import _inspect
+    from . import _show as show
 
-    result = _inspect.show(options.checkpoint, options.fqn)
-    _print(options, result, lambda: _inspect.format_show(result, chunks=options.chunks))
+    result = show.show(options.checkpoint, options.fqn)
+    _print(options, result, lambda: show.format_show(result, chunks=options.chunks))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from . import _inspect
+    from . import _verify as verify
     from ._progress import bar
     from ._tables import plural
 
     with bar("verifying") as shown:
-        problems = _inspect.verify(options.checkpoint, shown.advance, shown.total)
+        problems = verify.verify(options.checkpoint, shown.advance, shown.total)
 
     def text() -> str:
         lines = [": ".join(filter(None, (each.fqn, each.file, each.problem))) for each in problems]
@@ -167,13 +167,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from . import _inspect
+    from . import _diff as diff
     from ._progress import bar
 
     with bar("comparing") as shown:
-        differences = _inspect.diff(options.a, options.b, shown.advance, shown.total)
+        differences = diff.diff(options.a, options.b, shown.advance, shown.total)
     found = {"same": not differences, "differences": [dataclasses.asdict(each) for each in differences]}
-    _print(options, found, lambda: _inspect.format_diff(differences))
+    _print(options, found, lambda: diff.format_diff(differences))
     return DIFFERENT if differences else 0
 
 

@@ -7,6 +7,7 @@ caller's own thread: what is captured is captured there, as with `await`.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 from abc import ABC, abstractmethod
@@ -21,13 +22,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S", bound="Blocking")
 
+_left_behind: list[asyncio.Runner] = []  # in forked children: to close one would unregister the parent's descriptors
+
 
 class Blocking(ABC):
     """Can be entered without an event loop, too."""
 
     _runner: asyncio.Runner | None = None
     _sigint: Any = None
-    _thread = 0
+    _thread = _pid = 0
 
     @abstractmethod
     async def __aenter__(self) -> Self: ...
@@ -42,7 +45,7 @@ class Blocking(ABC):
         if self._runner is not None:
             raise ClosedError("it is open already: use one `with` at a time")
         self._sigint = signal.getsignal(signal.SIGINT)  # a Runner that runs sets its own for as long
-        self._thread = threading.get_ident()
+        self._thread, self._pid = threading.get_ident(), os.getpid()
         self._runner = asyncio.Runner()
         try:
             return self._runner.run(self.__aenter__())
@@ -54,6 +57,10 @@ class Blocking(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._runner is not None
+        if self._pid != os.getpid():  # forked: what this loop would let go of is the parent's, its selector too
+            _left_behind.append(self._runner)
+            self._runner = None
+            return
         try:
             self._runner.run(self.__aexit__(kind, error, trace))
         finally:
@@ -73,6 +80,8 @@ def blocking(method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> Cal
         _refuse_inside_a_loop(f"await {name}()")
         if self._runner is None:
             raise ClosedError(f"{name}_sync() is for a `with` block; in an `async with` one `await {name}()`")
+        if self._pid != os.getpid():
+            raise ClosedError("this process was forked from the one that entered the `with` block: enter one here")
         if self._thread != threading.get_ident():
             raise ClosedError(f"{name}_sync() is for the thread that entered the `with` block")
         return self._runner.run(method(self, *args, **kwargs))

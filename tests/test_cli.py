@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 from aiodcp import Checkpointer, CheckpointManager, LocalStorage
 from aiodcp.__main__ import main
+from aiodcp._note import encode_note
 from aiodcp.metadata import METADATA_NAME, TensorStorageMetadata
 
 from .conftest import assert_equal, make_state
@@ -312,3 +314,63 @@ def test_a_reader_that_goes_away_is_no_error(root: Path) -> None:
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("NAME")
     assert "Traceback" not in done.stderr
+
+
+def test_a_hostile_note_stops_nobody(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step, note in (
+        (5, {"step": 5, "metrics": {"loss": 10**400}, "saved_at": "soon"}),
+        (10, {"metrics": [1, 2]}),
+    ):
+        with (root / f"step-{step}" / ".metadata").open("ab") as file:
+            file.write(encode_note(note))
+    with (root / "step-15" / ".metadata").open("ab") as file:
+        nested = b"[" * 100_000 + b"]" * 100_000
+        file.write(nested + len(nested).to_bytes(4, "little") + b"\0aiodcp1")
+    assert [row["metrics"] for row in json.loads(run(capsys, "ls", root, "--json"))] == [{}, {}, {}, {}]
+    with CheckpointManager(root, keep_last=3, keep_best=("loss", "min")) as manager:
+        assert manager.steps() == [5, 10, 15]
+
+
+def test_metadata_with_any_bit_flipped_is_read_or_refused_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, {"w": torch.ones(3, 4), "nested": {"lr": 0.1, "v": torch.zeros(2)}})
+    good = (tmp_path / ".metadata").read_bytes()
+    chance = random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(good)
+        damaged[chance.randrange(len(good))] ^= 1 << chance.randrange(8)
+        (tmp_path / ".metadata").write_bytes(damaged)
+        for command in ("show", "verify"):
+            try:
+                main([command, str(tmp_path)])
+            except SystemExit as ended:
+                assert ended.code in (1, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_differences_are_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inf = float("inf")
+    save(tmp_path / "a", {"big": torch.tensor([2**53]), "mask": torch.tensor([-inf, 1.0]), "pair": (torch.ones(2), 3)})
+    save(
+        tmp_path / "b",
+        {"big": torch.tensor([2**53 + 1]), "mask": torch.tensor([-inf, 2.0]), "pair": (torch.ones(2), 3)},
+    )
+    result = json.loads(run(capsys, "diff", tmp_path / "a", tmp_path / "b", "--json", status=1))
+    found = {row["fqn"]: (row["count"], row["largest"], row["mean"]) for row in result["differences"]}
+    assert found == {"big": (1, 1.0, 1.0), "mask": (1, 1.0, 0.5)}
+    save(tmp_path / "sparse", {"s": torch.eye(3).to_sparse()})
+    assert "not a plain one" in run(capsys, "diff", tmp_path / "sparse", tmp_path / "sparse", status=2)
+    assert "whole" in run(capsys, "verify", tmp_path / "sparse")
+
+
+def test_words_for_arguments_that_cannot_be_meant(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not a number from 1 on" in run(capsys, "gc", root, "--keep-last", "x", status=2)
+    assert "unrecognized arguments: --what" in run(capsys, "ls", root, "--what", status=2)
+    assert "--prefix is for" in run(
+        capsys, "export", root / "step-5", "--to", "torch", root / "x", "--prefix", "m", status=2
+    )
+    assert "model.weight" in run(capsys, "show", root / "step-5", "--chunks", "model.weight")
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert not ended.value.code

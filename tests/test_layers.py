@@ -37,7 +37,7 @@ LAYERS = [
     ["_save", "_load", "_checkpoint", "_service"],
     ["checkpointer"],
     ["_inspect"],
-    ["_export"],
+    ["_diff", "_export", "_show", "_verify"],
     ["_joint", "_report"],
     ["manager"],
     ["_floors"],

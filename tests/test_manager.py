@@ -596,10 +596,12 @@ def test_a_forked_child_leaves_its_parents_manager_alone(tmp_path: Path) -> None
         child = os.fork()
         if child == 0:
             try:
-                raise KeyError
-            except KeyError:
+                with pytest.raises(ClosedError, match="forked"):
+                    manager.save_sync(4, make_state(4))
                 manager.__exit__(None, None, None)
                 os._exit(0)
+            finally:
+                os._exit(1)
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == 0
         manager.save_sync(3, make_state(3))
