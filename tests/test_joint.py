@@ -644,3 +644,15 @@ def _ranks_guard_in_order(rank: int, size: int, folder: Path) -> str:
 def test_a_step_that_would_wait_for_ever_is_an_error(world: World, tmp_path: Path) -> None:
     for told in world.run(2, _ranks_guard_in_order, tmp_path):
         assert "waits for the participant 'slow'" in told
+
+
+async def test_participants_larger_than_the_budget_share_its_memory_one_after_the_other(tmp_path: Path) -> None:
+    state = {name: {"w": torch.randn(1 << 20)} for name in ("a", "b", "c")}
+    async with Checkpointer(max_host_bytes=MIN_NBYTES) as checkpointer:
+        for _ in range(2):
+            async with joint_checkpoint(checkpointer, tmp_path) as ckpt:
+                for name, each in state.items():
+                    ckpt.add(name, each)
+            target = blank(state)
+            await checkpointer.load(target, tmp_path)
+            assert_equal(state, target)

@@ -512,18 +512,34 @@ async def test_the_newest_is_the_one_that_was_committed_last(faulty: FaultyStora
 
 
 async def test_a_damaged_step_takes_no_good_ones_place(tmp_path: Path) -> None:
-    async with CheckpointManager(tmp_path, keep_last=1, keep_every=50) as manager:
+    async with CheckpointManager(tmp_path, keep_last=2) as manager:
         for step in (50, 100):
             await _save(manager, step)
         [file] = (tmp_path / "step-100").glob("*.distcp")
         os.truncate(file, 100)
         assert await manager.restore(blank(make_state()), fall_back=True) == 50
         await _save(manager, 60)
-        assert manager.latest == 60
-        await _save(manager, 70)
-        assert manager.steps() == [50, 70, 100]
+        assert (manager.steps(), manager.latest) == ([50, 60, 100], 60)
         await _save(manager, 100)
+        assert manager.steps() == [60, 100]
         assert await manager.restore(blank(make_state())) == 100
+
+
+async def test_a_step_that_is_being_restored_is_not_removed(faulty: FaultyStorage) -> None:
+    async with _on(faulty, keep_last=1) as manager:
+        await _save(manager, 1)
+        gate = Gate("read")
+        faulty.gate = gate
+        state = blank(make_state())
+        restoring = asyncio.ensure_future(manager.restore(state))
+        await gate.wait_reached()
+        await _save(manager, 2)
+        assert manager.steps() == [1, 2]
+        gate.open()
+        assert await restoring == 1
+        assert_equal(make_state(1), state)
+        await _save(manager, 3)
+        assert manager.steps() == [3]
 
 
 async def test_what_is_committed_while_a_look_is_under_way_is_not_forgotten(faulty: FaultyStorage) -> None:
