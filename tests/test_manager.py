@@ -528,7 +528,7 @@ async def test_a_damaged_step_takes_no_good_ones_place(tmp_path: Path) -> None:
 async def test_a_step_that_is_being_restored_is_not_removed(faulty: FaultyStorage) -> None:
     async with _on(faulty, keep_last=1) as manager:
         await _save(manager, 1)
-        gate = Gate("read")
+        gate = Gate("get")
         faulty.gate = gate
         state = blank(make_state())
         restoring = asyncio.ensure_future(manager.restore(state))
