@@ -53,6 +53,21 @@ class Stats:
     age_s: float | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """A save that is told of.
+
+    Attributes:
+        step: which.
+        began_s: when it was asked for, in seconds of `time.perf_counter()`.
+        here: within which span of the caller's.
+    """
+
+    step: int
+    began_s: float
+    here: Any
+
+
 class Report:
     """What one rank tells.
 
@@ -89,7 +104,7 @@ class Report:
 
     def save(self, step: int) -> Saving:
         """Begin to tell of a save, which is asked for now."""
-        return Saving(self, step, self._telemetry.here())
+        return Saving(step=step, began_s=time.perf_counter(), here=self._telemetry.here())
 
     def skipped(self, step: int) -> None:
         self._skipped += 1
@@ -166,25 +181,3 @@ class Report:
 
     def fell_back(self, step: int, error: Exception) -> None:
         self.feed.publish(FellBack(**self._of(step), error=error))
-
-
-class Saving:
-    """A save that is told of.
-
-    Attributes:
-        step: which.
-        began_s: when it was asked for, in seconds of `time.perf_counter()`.
-        here: within which span of the caller's.
-    """
-
-    def __init__(self, report: Report, step: int, here: Any) -> None:
-        self.step = step
-        self.began_s = time.perf_counter()
-        self.here = here
-        self._report = report
-
-    def began(self, timeline: Timeline) -> None:
-        self._report.began(self, timeline)
-
-    def ended(self, parts: Sequence[Checkpoint], error: Exception | None) -> None:
-        self._report.ended(self, parts, error)

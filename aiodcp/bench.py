@@ -322,6 +322,7 @@ async def run_shape(shape: Shape, directory: Path, repeat: int) -> dict[str, Any
     systems = {name: make() for name, make in SYSTEMS.items()}
     try:
         for number in range(repeat + 1):
+            print(f"{shape.name}: round {number} of {repeat}", file=sys.stderr)  # each takes up to two minutes
             if number == 1:  # the round before was to warm up
                 floors, rows = Floors(), {name: [] for name in SYSTEMS}
             floors.measure(state, arena, directory)

@@ -391,7 +391,7 @@ class CheckpointManager(Blocking):
             checkpoint.staged.forgive()
             checkpoint.uploaded.forgive()
         self._last = checkpoint
-        saving.began(checkpoint.timeline)
+        self._report.began(saving, checkpoint.timeline)
 
         def ended(error: Exception | None) -> None:  # in the engine's thread, most likely
             self._end(saving, numbers, [checkpoint], error)
@@ -461,7 +461,7 @@ class CheckpointManager(Blocking):
         if error is None:
             self._catalog.take_in(saving.step, metrics)
             self._catalog.doom(removes=self._is_coordinator)
-        saving.ended(parts, error)
+        self._report.ended(saving, parts, error)
 
     async def _see_through(self, step: int, checkpoint: Checkpoint) -> None:
         """Show how far a save has come, and remove what is not to be kept after it."""

@@ -31,6 +31,7 @@ from aiodcp import (
     joint_checkpoint,
 )
 from aiodcp._save import Saver
+from aiodcp._transfer import Transfer
 from aiodcp._windows import MIN_NBYTES
 
 from .conftest import FaultyStorage, Gate, assert_equal, blank, make_state
@@ -646,8 +647,21 @@ def test_a_step_that_would_wait_for_ever_is_an_error(world: World, tmp_path: Pat
         assert "waits for the participant 'slow'" in told
 
 
-async def test_participants_larger_than_the_budget_share_its_memory_one_after_the_other(tmp_path: Path) -> None:
+async def test_participants_larger_than_the_budget_share_its_memory_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = {name: {"w": torch.randn(1 << 20)} for name in ("a", "b", "c")}
+    running: list[int] = []
+    most: list[int] = []
+    run = Transfer.run
+
+    async def counted(*args: Any) -> None:
+        running.append(1)
+        most.append(len(running))
+        await run(*args)
+        running.pop()
+
+    monkeypatch.setattr(Transfer, "run", counted)
     async with Checkpointer(max_host_bytes=MIN_NBYTES) as checkpointer:
         for _ in range(2):
             async with joint_checkpoint(checkpointer, tmp_path) as ckpt:
@@ -656,3 +670,4 @@ async def test_participants_larger_than_the_budget_share_its_memory_one_after_th
             target = blank(state)
             await checkpointer.load(target, tmp_path)
             assert_equal(state, target)
+    assert most == [1] * 6
