@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from aiodcp import Checkpointer, CheckpointManager, LocalStorage
 from aiodcp.__main__ import main
 from aiodcp._note import encode_note
-from aiodcp.metadata import METADATA_NAME, TensorStorageMetadata
+from aiodcp.metadata import METADATA_NAME, ChunkStorageMetadata, TensorStorageMetadata
 
 from .conftest import assert_equal, make_state
 from .worlds import World
@@ -164,6 +164,10 @@ def test_verify_finds_what_does_not_cover(tmp_path: Path, capsys: pytest.Capture
     }
     assert "do not make up its shape (9,)" in problems["w"]
     assert "does not say where its chunk at (0,) is stored" in problems["v"]
+    entry.chunks = [ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([9]))]
+    (tmp_path / METADATA_NAME).write_bytes(pickle.dumps(metadata))
+    assert "w: " in (text := run(capsys, "verify", tmp_path, status=1))
+    assert "holds 32 bytes, its shape and dtype ask for 36" in text
 
 
 def test_diff_says_what_changed_and_by_how_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
