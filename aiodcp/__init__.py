@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ._guard import Guard as Guard
     from ._joint import JointCheckpoint as JointCheckpoint
     from ._joint import joint_checkpoint as joint_checkpoint
+    from ._matching import LoadReport as LoadReport
     from ._milestone import Milestone as Milestone
     from ._milestone import Progress as Progress
     from ._report import Stats as Stats
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from .errors import CheckpointError as CheckpointError
     from .errors import ClosedError as ClosedError
     from .errors import CorruptError as CorruptError
+    from .errors import DisagreementError as DisagreementError
+    from .errors import FormatError as FormatError
     from .errors import LoadError as LoadError
     from .errors import MismatchError as MismatchError
     from .errors import NotACheckpointError as NotACheckpointError
@@ -48,10 +51,12 @@ if TYPE_CHECKING:
     from .errors import SaveCancelled as SaveCancelled
     from .errors import SaveError as SaveError
     from .errors import StageError as StageError
+    from .errors import StatefulError as StatefulError
     from .errors import TornSnapshotError as TornSnapshotError
     from .errors import UnsafeError as UnsafeError
     from .errors import WriteError as WriteError
     from .manager import CheckpointManager as CheckpointManager
+    from .manager import RestoredStep as RestoredStep
     from .storage import LocalStorage as LocalStorage
     from .storage import MemoryStorage as MemoryStorage
     from .storage import Storage as Storage
@@ -78,6 +83,7 @@ _HOMES = {
         "JointCheckpoint",
         "joint_checkpoint",
     ),
+    "_matching": ("LoadReport",),
     "_milestone": (
         "Milestone",
         "Progress",
@@ -99,6 +105,8 @@ _HOMES = {
         "CheckpointError",
         "ClosedError",
         "CorruptError",
+        "DisagreementError",
+        "FormatError",
         "LoadError",
         "MismatchError",
         "NotACheckpointError",
@@ -109,11 +117,15 @@ _HOMES = {
         "SaveCancelled",
         "SaveError",
         "StageError",
+        "StatefulError",
         "TornSnapshotError",
         "UnsafeError",
         "WriteError",
     ),
-    "manager": ("CheckpointManager",),
+    "manager": (
+        "CheckpointManager",
+        "RestoredStep",
+    ),
     "storage": (
         "LocalStorage",
         "MemoryStorage",

@@ -32,6 +32,7 @@ class StoredTensor:
         dtype, sizes, strides: what it is.
         offset: elements, where in the storage it begins.
         start, stop: bytes, where in the archive the storage lies.
+        has_checksums: whether the archive has CRC32s; torch can be told to write none.
     """
 
     dtype: torch.dtype
@@ -40,6 +41,7 @@ class StoredTensor:
     offset: int
     start: int
     stop: int
+    has_checksums: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +61,20 @@ def find_tensor(archive: memoryview, crc32: Callable[[memoryview, int], int] | N
     try:
         records = _read_directory(archive)
         prefix = next(name for name in records if name.endswith("/data.pkl")).removesuffix("data.pkl")
-        if crc32 and any(crc32(archive[r.start : r.start + r.nbytes], 0) != r.crc for r in records.values()):
+        has_checksums = any(record.crc for record in records.values())
+        if (
+            crc32
+            and has_checksums
+            and any(crc32(archive[r.start : r.start + r.nbytes], 0) != r.crc for r in records.values())
+        ):
             return None
         order = records.get(f"{prefix}byteorder")
         if order and bytes(archive[order.start : order.start + order.nbytes]) != b"little":
             return None
         pickled = records[f"{prefix}data.pkl"]
         found = _Unpickler(io.BytesIO(archive[pickled.start : pickled.start + pickled.nbytes])).load()
-        assert isinstance(found, _Found)
+        if not isinstance(found, _Found):
+            return None
         storage = records[f"{prefix}data/{found.key}"]
         reach = sum((size - 1) * stride for size, stride in zip(found.sizes, found.strides, strict=True))
         last = (found.offset + reach + 1) * found.dtype.itemsize
@@ -83,14 +91,15 @@ def find_tensor(archive: memoryview, crc32: Callable[[memoryview, int], int] | N
         offset=found.offset,
         start=storage.start,
         stop=storage.start + storage.nbytes,
+        has_checksums=has_checksums,
     )
 
 
 def _read_directory(archive: memoryview) -> dict[str, _Record]:
     """Return the records of a zip archive whose members are stored, not compressed; raise for any other."""
     mark, _, _, _, entries, _, position, comment = _END.unpack_from(archive, archive.nbytes - _END.size)
-    assert mark == b"PK\5\6"
-    assert not comment
+    if mark != b"PK\5\6" or comment:
+        raise ValueError("does not end as an archive without a comment does")
     if position == _ZIP64 or entries == 0xFFFF:
         locator = _LOCATOR64.unpack_from(archive, archive.nbytes - _END.size - _LOCATOR64.size)
         end = _END64.unpack_from(archive, locator[2])
@@ -99,9 +108,8 @@ def _read_directory(archive: memoryview) -> dict[str, _Record]:
     for _ in range(entries):
         fields = _ENTRY.unpack_from(archive, position)
         mark, flags, method, crc, nbytes, names, extras, comments = (fields[n] for n in (0, 3, 4, 7, 9, 10, 11, 12))
-        assert mark == b"PK\1\2"
-        assert not method
-        assert not flags & 1  # stored and not encrypted
+        if mark != b"PK\1\2" or method or flags & 1:
+            raise ValueError("has a record that is compressed, encrypted or none")
         header = fields[16]
         position += _ENTRY.size
         name = bytes(archive[position : position + names]).decode()
@@ -110,7 +118,8 @@ def _read_directory(archive: memoryview) -> dict[str, _Record]:
         if _ZIP64 in (nbytes, header):
             nbytes, header = _read_zip64(extra, nbytes, header)
         start = header + 30 + sum(struct.unpack_from("<2H", archive, header + 26))
-        assert start + nbytes <= archive.nbytes
+        if start + nbytes > archive.nbytes:
+            raise ValueError("has a record beyond its end")
         records[name] = _Record(start, nbytes, crc)
     return records
 
@@ -140,16 +149,38 @@ class _Found:
     strides: tuple[int, ...]
 
 
+# The classes themselves would warn that they are deprecated when asked for their dtype.
+_STORAGES = {
+    "UntypedStorage": torch.uint8,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+}
+
 Storage = tuple[str, torch.dtype]  # the name of its record, and the dtype by which it was saved
 
 
 def _rebuild_v2(storage: Storage, offset: int, sizes: Any, strides: Any, *rest: object) -> _Found:
-    assert not any(rest[2:]), "conjugate and negative views are left to torch.load"
+    _refuse_views(rest[2:])
     return _Found(storage[0], storage[1], offset, tuple(sizes), tuple(strides))
 
 
+def _refuse_views(rest: tuple[object, ...]) -> None:
+    if any(rest):
+        raise ValueError("conjugate and negative views are left to torch.load")
+
+
 def _rebuild_v3(storage: Storage, offset: int, sizes: Any, strides: Any, *rest: Any) -> _Found:
-    assert not any(rest[3:])
+    _refuse_views(rest[3:])
     return _Found(storage[0], rest[2], offset, tuple(sizes), tuple(strides))
 
 
@@ -174,5 +205,4 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         _, name, key, _, _ = pid
-        dtype = torch.uint8 if name == "UntypedStorage" else getattr(torch, name).dtype
-        return key, dtype
+        return key, _STORAGES[name]

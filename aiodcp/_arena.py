@@ -111,3 +111,8 @@ def free_nbytes() -> int:
         if name == "MemAvailable":
             return 1024 * int(rest.split()[0])
     raise StageError(0, "/proc/meminfo does not tell how much memory is free")
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous host tensor; valid as long as the tensor is."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -60,7 +60,7 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
         items = local_items(rank, ranks)
         paths: dict[str, Path] = {item.index.fqn: tuple(item.index.fqn.split(".")) for item in items}
         sources = list(range(len(items)))
-        ours.append(pickle.dumps(LocalPlan(items=items, sources=sources, frozen=set(), paths=paths, digests={})))
+        ours.append(pickle.dumps(LocalPlan(items=items, sources=sources, frozen=set(), paths=paths)))
         theirs.append(pickle.dumps(dcp.SavePlan(items, planner_data=paths)))
 
     def dcp_plan() -> int:

@@ -31,6 +31,7 @@ class Blocking(ABC):
     _runner: asyncio.Runner | None = None
     _sigint: Any = None
     _thread = _pid = 0
+    _borrower: Blocking | None = None
 
     @abstractmethod
     async def __aenter__(self) -> Self: ...
@@ -66,8 +67,17 @@ class Blocking(ABC):
         finally:
             self._close_runner()
 
+    def lend_runner(self, other: Blocking) -> None:
+        """Let the same thread call what this one has opened, without an event loop, until this one is left."""
+        if self._runner is not None:
+            other._runner, other._thread, other._pid = self._runner, self._thread, self._pid
+            self._borrower = other
+
     def _close_runner(self) -> None:
         runner, self._runner = self._runner, None
+        if self._borrower is not None:
+            self._borrower._runner = None
+            self._borrower = None
         if runner is not None:
             runner.close()
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -20,7 +22,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, Partial
 
 from ._layout import frame_value
+from ._plain_data import not_plain, unsafe_in_archive
 from .errors import ArgumentError, CaptureError
+from .metadata import ContainerNotes
 
 Path = tuple[str | int, ...]
 StateDict = dict[str, Any]
@@ -28,7 +32,8 @@ StateDict = dict[str, Any]
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _NEVER_STATEFUL = {*PLAIN_TENSORS, DTensor, dict, list, tuple, int, float, str, bytes, bool, type(None)}
 _SCALARS = {int, float, str, bytes, bool, type(None)}
-_QUANTIZED = {torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4}
+COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
+QUANTIZED = {torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4}
 
 
 @dataclass(slots=True)
@@ -38,10 +43,12 @@ class Frozen:
     Attributes:
         data: its pickle, or an archive of `torch.save`.
         framed: which of the two.
+        needs: what it names that is not plain data: `load` does not build it by default.
     """
 
     data: bytes
     framed: bool
+    needs: tuple[str, ...] = ()
 
     def archive(self) -> bytes:
         """Return the archive of `torch.save`. Framing a pickle takes ten times as long as making it."""
@@ -59,7 +66,8 @@ class Capture:
             of parts, which follow all leaves.
         frozen: for every leaf that is not staged, by place, its pickle; framed as `torch.save` does it or still bare.
         sharded: the leaves that are sharded, by place.
-        parts: of each `ShardedTensor`, by place, where among the values its first part is.
+        parts: of each leaf with any number of parts, by place, where among the values its first part is.
+        notes: what the names do not say of the containers.
         planned: the plan of the caller's own planner, whose items are the leaves.
     """
 
@@ -69,11 +77,32 @@ class Capture:
     frozen: dict[int, Frozen]
     sharded: dict[int, DTensor | ShardedTensor]
     parts: dict[int, int]
+    notes: ContainerNotes = field(default_factory=ContainerNotes)
     planned: SavePlan | None = None
 
     def leaf(self, place: int) -> Any:
         """Return a leaf as it stands in the state dict."""
         return self.sharded.get(place, self.values[place])
+
+
+@dataclass(frozen=True, slots=True)
+class Leaves:
+    """The leaves of a state dict: names, paths and values, in step and in its order.
+
+    Attributes:
+        optimizers: where mappings are that have the shape of an optimizer's state dict.
+        per_rank: where values are of which each rank has its own.
+    """
+
+    fqns: list[str]
+    paths: list[Path]
+    values: list[Any]
+    notes: ContainerNotes
+    optimizers: list[Path]
+    per_rank: list[tuple[Path, PerRank]]
+
+
+NewRank = Literal["keep", "raise"] | Callable[[Mapping[int, Any]], Any]
 
 
 class PerRank:
@@ -83,51 +112,79 @@ class PerRank:
     and so on, and loaded by the rank of the same number: `load` fills the tensors inside, or replaces `value`. At the
     top level `value` may be `Stateful`.
 
-    Attributes:
+    Args:
         value: this rank's.
+        new_rank: what a rank of which the checkpoint has no value gets, because it was saved by fewer ranks: "keep"
+            its own; "raise" `MismatchError`; or what this function returns for the values of all ranks that are
+            stored, by rank: a position to go on from, say. It is called in a thread of the library's.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, *, new_rank: NewRank = "keep") -> None:
+        if new_rank not in ("keep", "raise") and not callable(new_rank):
+            raise ArgumentError("new_rank", f'{new_rank!r} is neither "keep" nor "raise", and cannot be called')
         self.value = value
+        self.new_rank = new_rank
 
     def __repr__(self) -> str:
         return f"PerRank({self.value!r})"
 
 
-def capture(state_dict: Mapping[str, Any], rank: int = 0) -> Capture:
+def capture(state_dict: Mapping[str, Any], rank: int = 0, *, may_be_empty: bool = False) -> Capture:
     """Take `state_dict` apart.
+
+    Args:
+        state_dict: of the caller.
+        rank: whose it is.
+        may_be_empty: whether another rank may hold all of it.
 
     Raises:
         ArgumentError: it is no mapping.
-        CaptureError: it is empty, a `state_dict()` raised, or a leaf cannot be pickled.
+        CaptureError: it is empty, a `state_dict()` raised, or a leaf cannot be saved.
     """
-    fqns, paths, values = flatten(call_stateful(state_dict), rank)
-    if not fqns:  # most likely a mistake, and one that would replace a checkpoint by nothing
-        raise CaptureError("", "the state dict holds no value to save")
+    leaves = flatten(call_stateful(state_dict), rank)
+    fqns, values = leaves.fqns, leaves.values
+    if not fqns and not leaves.notes.empty and not may_be_empty:
+        raise nothing_to_save()
     sharded = {
         place: value for place, value in enumerate(values) if type(value) not in PLAIN_TENSORS and is_sharded(value)
     }
     parts: dict[int, int] = {}
+    frozen: dict[int, Frozen] = {}
     for place, value in sharded.items():
         held = local_parts(fqns[place], value)
-        if isinstance(value, ShardedTensor):
+        if isinstance(value, DTensor) and not holds_shards(value):
+            [values[place]] = held
+            if not is_plain(held[0]) and not held[0].is_meta:
+                frozen[place] = freeze(fqns[place], held[0])
+        else:
             parts[place] = len(values)
             values[place] = None
             values += held
-        else:
-            [values[place]] = held
-    frozen = {
+    frozen |= {
         place: freeze(fqns[place], value)
         for place, value in enumerate(values[: len(fqns)])
         # A tensor whose elements lie in a dense buffer that the staging copy understands is only referred to. The
         # test is spelt out: a call for each of 10,000 tensors is half of the time for which the caller is held.
         if type(value) not in PLAIN_TENSORS
         or value.layout is not torch.strided
-        or value.dtype in _QUANTIZED
+        or value.dtype in QUANTIZED
         or value.is_meta
         if place not in sharded
     }
-    return Capture(fqns=fqns, paths=paths, values=values, frozen=frozen, sharded=sharded, parts=parts)
+    return Capture(
+        fqns=fqns,
+        paths=leaves.paths,
+        values=values,
+        frozen=frozen,
+        sharded=sharded,
+        parts=parts,
+        notes=leaves.notes,
+    )
+
+
+def nothing_to_save() -> CaptureError:
+    """Return the error for what is most likely a mistake, and would replace a checkpoint by nothing."""
+    return CaptureError("", "the state dict holds no value to save")
 
 
 def is_plain(value: torch.Tensor) -> bool:
@@ -135,64 +192,122 @@ def is_plain(value: torch.Tensor) -> bool:
     return (
         type(value) in PLAIN_TENSORS
         and value.layout is torch.strided
-        and value.dtype not in _QUANTIZED
+        and value.dtype not in QUANTIZED
         and not value.is_meta
     )
 
 
 def local_parts(fqn: str, value: DTensor | ShardedTensor) -> list[torch.Tensor]:
-    """Return what this rank holds of a sharded tensor: of a `DTensor` one part, of a `ShardedTensor` any number.
+    """Return what this rank holds of a sharded tensor: of a `DTensor` mostly one part, else any number.
 
     Raises:
         CaptureError: it is no part of the tensor's value, or not of a kind that can be copied.
     """
-    if isinstance(value, DTensor):
-        if any(isinstance(placement, Partial) for placement in value.placements):
-            raise CaptureError(fqn, f"{value.placements} is a sum that is not made yet: redistribute it first")
-        with torch.no_grad():
-            parts = [value.to_local()]
-    else:
-        parts = [shard.tensor for shard in value.local_shards()]
+    if isinstance(value, DTensor) and any(isinstance(placement, Partial) for placement in value.placements):
+        raise CaptureError(
+            fqn, f"has Partial placements {value.placements} (a pending reduction): redistribute it first"
+        )
+    parts = held_parts(value)
+    whole = isinstance(value, DTensor) and not holds_shards(value)
     for part in parts:
         if part.is_meta and part.numel():
             raise CaptureError(fqn, "a tensor on the meta device has no data to save")
-        if not part.is_meta and not is_plain(part):
+        if not part.is_meta and not is_plain(part) and not whole:
             raise CaptureError(fqn, f"a {type(value).__name__} of {type(part).__name__}, {part.layout}, {part.dtype}")
     return parts
 
 
+def held_parts(value: DTensor | ShardedTensor) -> list[torch.Tensor]:
+    """Return what this rank holds of a sharded tensor."""
+    if isinstance(value, ShardedTensor):
+        return [shard.tensor for shard in value.local_shards()]
+    with torch.no_grad():
+        local = value.to_local()
+    shards: list[torch.Tensor] = local.local_shards() if holds_shards(value) else [local]  # type: ignore[attr-defined]
+    return shards
+
+
+def holds_shards(value: DTensor) -> bool:
+    """Whether the local part of a `DTensor` is itself a list of shards, as torchrec's is (`LocalShardsWrapper`)."""
+    return hasattr(value._local_tensor, "local_shards")
+
+
 def call_stateful(state_dict: Mapping[str, Any]) -> StateDict:
-    """Return `state_dict` with each `Stateful` of its top level (where DCP looks for them) replaced by its state."""
+    """Return `state_dict` with each `Stateful` of its top level (where DCP looks for them) replaced by its state.
+
+    They are asked in the order of their names, so that ranks whose dicts have another order meet in collectives.
+    """
     if not isinstance(state_dict, Mapping):
         problem = f'is a mapping, such as {{"model": model}}, not {type(state_dict).__name__}'
         raise ArgumentError("state_dict", problem)
-    called: StateDict = {}
-    for key, value in state_dict.items():
-        called[key] = value
+    called: StateDict = dict(state_dict)
+    for key in sorted(called, key=str):
+        value = called[key]
         stateful = value.value if type(value) is PerRank else value
-        if type(stateful) not in _NEVER_STATEFUL and isinstance(stateful, Stateful):
+        if is_stateful(stateful):
             try:
                 state = stateful.state_dict()
             except Exception as error:
                 raise CaptureError(str(key), f"state_dict() of {type(stateful).__name__} raised {error!r}") from error
-            called[key] = PerRank(state) if type(value) is PerRank else state
+            if isinstance(stateful, torch.nn.Module):
+                state = without_wrappers(stateful, state)
+            called[key] = PerRank(state, new_rank=value.new_rank) if type(value) is PerRank else state
     return called
 
 
-def flatten(state_dict: Mapping[str, Any], rank: int = 0) -> tuple[list[str], list[Path], list[Any]]:
+def is_stateful(value: object) -> bool:
+    """Whether a value of the top level is asked for its `state_dict()`."""
+    return type(value) not in _NEVER_STATEFUL and isinstance(value, Stateful)
+
+
+def without_wrappers(module: torch.nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a module's state under the names that it has without `torch.compile` and data-parallel wrappers."""
+    names = short_names(module, state)
+    if names is None:
+        return state
+    return OrderedDict((short, state[name]) for name, short in names.items())
+
+
+def short_names(module: torch.nn.Module, names: Iterable[str]) -> dict[str, str] | None:
+    """Return names as they are without wrappers, by the names that they have; None if there are no wrappers."""
+    prefix, inner = "", module
+    while True:
+        if isinstance(inner, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+            prefix, inner = f"{prefix}module.", inner.module
+        elif "_orig_mod" in inner._modules:
+            prefix, inner = f"{prefix}{COMPILED}", inner._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            break
+    if not prefix and COMPILED not in "\0".join(names):
+        return None
+    short = {name: name.removeprefix(prefix).replace(COMPILED, "") for name in names}
+    return short if len(set(short.values())) == len(short) else None
+
+
+def flatten(state_dict: Mapping[str, Any], rank: int = 0) -> Leaves:
     """Return names, paths and leaves, in the order of the state dict."""
     fqns: list[str] = []
     paths: list[Path] = []
     values: list[Any] = []
+    notes = ContainerNotes()
+    optimizers: list[Path] = []
+    per_rank: list[tuple[Path, PerRank]] = []
 
     def walk(prefix: str, path: Path, items: Iterable[tuple[Any, Any]], *, listed: bool) -> None:
         for key, value in items:
             step = key if listed else str(key)
             if type(value) not in PLAIN_TENSORS:
                 if type(value) is PerRank:
+                    per_rank.append(((*path, step), value))
                     walk(f"{prefix}{key}.", (*path, step), [(per_rank_key(rank), value.value)], listed=False)
                     continue
                 if isinstance(value, Mapping):
+                    if not value:
+                        notes.empty.append((*path, step))
+                    elif type(next(iter(value))) is int and all(type(each) is int for each in value):
+                        notes.int_keys.append((*path, step))
+                    elif "param_groups" in value and "state" in value:
+                        optimizers.append((*path, step))
                     walk(f"{prefix}{key}.", (*path, step), value.items(), listed=False)
                     continue
                 if isinstance(value, list) and not _is_leaf(value):
@@ -203,7 +318,7 @@ def flatten(state_dict: Mapping[str, Any], rank: int = 0) -> tuple[list[str], li
             values.append(value)
 
     walk("", (), state_dict.items(), listed=False)
-    return fqns, paths, values
+    return Leaves(fqns, paths, values, notes, optimizers, per_rank)
 
 
 def per_rank_key(rank: int) -> str:
@@ -232,38 +347,95 @@ def shape_and_dtype(value: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
     return value.shape, value.dtype
 
 
-class _HoldsTensorsError(Exception):
-    """The value has tensors inside: only `torch.save` knows how to write it."""
+class _NestedStatefulError(Exception):
+    """The value has an object inside whose `state_dict()` nobody would ask for."""
 
 
 class _Pickler(pickle.Pickler):
+    """Pickles a value, and finds out what is in it."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=2)
+        self.holds_tensors = False
+        self.holds_objects = False
+
     def reducer_override(self, obj: object) -> Any:  # called for nothing that pickle itself writes: fast
+        self.holds_objects = True
         if isinstance(obj, PerRank) or is_sharded(obj):
             raise TypeError(f"a {type(obj).__name__} inside is not looked for: hold it in a dict or list")
         if isinstance(obj, (torch.Tensor, torch.UntypedStorage, torch.TypedStorage)):
-            raise _HoldsTensorsError
+            self.holds_tensors = True  # only `torch.save` knows how to write it; here look on for the rest
+            return int, ()
+        if not isinstance(obj, type) and isinstance(obj, Stateful):
+            raise _NestedStatefulError(obj)
         return NotImplemented
 
 
 def freeze(fqn: str, value: object) -> Frozen:
-    """Pickle a value as `torch.save` does, for the many values without tensors in a hundredth of its time."""
+    """Pickle a value as `torch.save` does, for the many values without tensors in a hundredth of its time.
+
+    Raises:
+        CaptureError: it cannot be pickled, or what would be loaded is not what is meant.
+    """
     if type(value) in _SCALARS:
         return Frozen(pickle.dumps(value, protocol=2), False)
-    if isinstance(value, torch.Tensor) and value.is_meta:
-        raise CaptureError(fqn, "a tensor on the meta device has no data to save")
-    if isinstance(value, Stateful):
-        problem = (
-            f"{type(value).__name__} has a state_dict(), which is called only at the top level: save what it returns"
-        )
-        raise CaptureError(fqn, problem)
+    if isinstance(value, torch.Tensor):
+        if torch.nn.parameter.is_lazy(value):
+            raise CaptureError(fqn, "is a parameter of a lazy module, which has no value before the first forward")
+        if value.is_meta:
+            raise CaptureError(fqn, "a tensor on the meta device has no data to save")
     file = io.BytesIO()
+    pickler = _Pickler(file)
     try:
-        try:
-            _Pickler(file, protocol=2).dump(value)
-        except _HoldsTensorsError:
-            file = io.BytesIO()
-            torch.save(value, file)
-            return Frozen(file.getvalue(), True)
+        pickler.dump(value)
+        if not pickler.holds_tensors:
+            data = file.getvalue()
+            return Frozen(data, False, tuple(not_plain(data)) if pickler.holds_objects else ())
+        data = _archive(value)
+    except _NestedStatefulError as error:
+        raise refuse_nested(fqn, value, error.args[0]) from None
     except Exception as error:
         raise CaptureError(fqn, f"{type(value).__name__} cannot be pickled: {error!r}") from error
-    return Frozen(file.getvalue(), False)
+    return Frozen(data, True, tuple(unsafe_in_archive(data)))
+
+
+def refuse_nested(fqn: str, value: object, found: object) -> CaptureError:
+    """Return the error for an object with a `state_dict()` that is not at the top level."""
+    problem = f"is a {type(found).__name__}, whose state_dict() is called only at the top level: save what it returns"
+    return CaptureError(_name_of(fqn, value, found), problem)
+
+
+def _name_of(fqn: str, value: object, wanted: object) -> str:
+    """Return by which name an object inside a value is best called."""
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return fqn
+    for key, each in items:
+        if each is wanted:
+            return f"{fqn}.{key}"
+        if (name := _name_of(f"{fqn}.{key}", each, wanted)) != f"{fqn}.{key}":
+            return name
+    return fqn
+
+
+def _archive(value: object) -> bytes:
+    file = io.BytesIO()
+    with checksums():
+        torch.save(value, file)
+    return file.getvalue()
+
+
+@contextmanager
+def checksums() -> Iterator[None]:
+    """Have `torch.save` write CRC32s in the block, whatever the process has set."""
+    before = torch.serialization.get_crc32_options()
+    if not before:
+        torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        if not before:
+            torch.serialization.set_crc32_options(False)

@@ -15,6 +15,7 @@ from ._plan import GlobalPlan
 from .errors import CaptureError, SaveError
 from .metadata import (
     STORAGE_TYPES,
+    ContainerNotes,
     Field,
     Metadata,
     MetadataIndex,
@@ -74,7 +75,11 @@ class CommitRecord:
                 )
             opaque += [item.index.fqn for item in share.frozen if item.tensor_data is not None]
         meta = StorageMeta(checkpoint_id.stand_in, save_id.stand_in)  # type: ignore[arg-type]
-        metadata = build_metadata(*_join(plans), stored, meta, opaque)
+        notes = ContainerNotes()
+        for plan in plans:
+            notes.empty += plan.notes.empty
+            notes.int_keys += plan.notes.int_keys
+        metadata = build_metadata(*_join(plans), stored, meta, opaque, notes)
         _refuse_incomplete(metadata)
         self._template = Template(metadata, used)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
-import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +14,27 @@ import torch
 from ._archive import find_tensor
 from ._arena import Arena
 from ._layout import ALIGNMENT, frame_value
+from ._plain_data import NotPlainError, load_archive, load_plain
 from ._reads import TensorRead
 from ._stage import Checksum
-from .errors import CorruptError, UnsafeError
+from .errors import CorruptError, FormatError, LoadError, UnsafeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """How items are checked and decoded; `crc32` is None when checksums are not to be compared."""
+    """How items are checked and decoded.
+
+    Attributes:
+        locate: tells by what name an error calls a file.
+        crc32: computes checksums; None when they are not to be compared.
+        weights_only: whether values may only be plain data.
+        unchecked: called when an item has no checksums.
+    """
 
     locate: Callable[[str], str]
     crc32: Checksum | None
     weights_only: bool
+    unchecked: Callable[[], None] = lambda: None
 
     def framed(self, read: TensorRead, place: int, head: memoryview, payload: memoryview) -> None:
         """Compare a payload with the CRC32 at `place` of `head`."""
@@ -36,24 +44,26 @@ class Check:
     def archive(self, fqn: str, file: str, data: bytes) -> Any:
         """Load an archive of `torch.save`."""
         try:
-            if self.crc32 is not None and zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:
+            checked = self.crc32 is not None and self._has_checksums(data)
+            if checked and zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:
                 raise self._damaged(fqn, file)
         except CorruptError:
             raise
         except Exception as error:  # a damaged archive can raise almost anything
+            if problem := other_format(data):
+                raise FormatError(self.locate(file), problem) from error
             raise CorruptError(self.locate(file), fqn, f"not an archive of torch.save: {error!r}") from error
         try:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=self.weights_only)
-        except pickle.UnpicklingError as error:
-            if not self.weights_only:
-                raise CorruptError(self.locate(file), fqn, f"cannot be unpickled: {error}") from error
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            problem = (
-                f"needs {named[1] if named else 'more than data'}, which torch.load(weights_only=True) does not allow; "
-                "torch.serialization.add_safe_globals allows it, weights_only=False allows any code"
-            )
-            raise UnsafeError(self.locate(file), fqn, problem) from error
+            if self.weights_only:
+                return load_archive(data)
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+        except NotPlainError as error:
+            raise self._unsafe(fqn, file, error.names) from error
+        except (AttributeError, ImportError) as error:
+            raise self._undefined(fqn, file, error) from error
         except Exception as error:
+            if checked:  # the bytes are those that were saved
+                raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
             raise CorruptError(self.locate(file), fqn, f"cannot be loaded: {error!r}") from error
 
     def value(self, fqn: str, file: str, data: bytes) -> Any:
@@ -64,14 +74,50 @@ class Check:
             try:
                 return _BuiltinsUnpickler(io.BytesIO(pickled)).load()
             except _NotBuiltinError:
-                return self.archive(fqn, file, data)
+                pass
             except Exception as error:
                 raise CorruptError(self.locate(file), fqn, f"cannot be unpickled: {error!r}") from error
+            if self.weights_only:
+                try:
+                    return load_plain(pickled)
+                except NotPlainError as error:
+                    raise self._unsafe(fqn, file, error.names) from error
+                except Exception as error:
+                    raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
         return self.archive(fqn, file, data)
+
+    def _has_checksums(self, data: bytes) -> bool:
+        """Whether an archive was saved with checksums: `torch.serialization.set_crc32_options` can leave them out."""
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if any(record.CRC for record in archive.infolist()):
+                return True
+        self.unchecked()
+        return False
+
+    def _unsafe(self, fqn: str, file: str, names: Sequence[str]) -> UnsafeError:
+        problem = (
+            f"needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not plain data; "
+            "torch.serialization.add_safe_globals allows them one by one, weights_only=False allows any code"
+        )
+        return UnsafeError(self.locate(file), fqn, problem, names)
+
+    def _undefined(self, fqn: str, file: str, error: Exception) -> UnsafeError:
+        return UnsafeError(self.locate(file), fqn, f"needs a class that this program does not have: {error}")
 
     def _damaged(self, fqn: str, file: str) -> CorruptError:
         problem = "its CRC32 is not the one it was saved with; check_crc=False loads it nevertheless"
         return CorruptError(self.locate(file), fqn, problem)
+
+
+def other_format(data: bytes) -> str:
+    """Say in what other format an item is written, if it is one that is known; else nothing."""
+    length = int.from_bytes(data[:8], "little")
+    if 2 <= length <= len(data) - 8 and data[8:9] == b"{" and data[8 : 8 + length].rstrip().endswith(b"}"):
+        return (
+            "is written in torch.distributed.checkpoint's safetensors format (SerializationFormat.SAFETENSORS), which "
+            "is not read yet: load it with dcp.load(storage_reader=HuggingFaceStorageReader(...)) or with safetensors"
+        )
+    return ""
 
 
 class _NotBuiltinError(Exception):
@@ -87,6 +133,8 @@ def unpack(read: TensorRead, arena: Arena, start: int, check: Check) -> torch.Te
     """Return the tensor of an archive of `torch.save` that begins at `start`; a view of the arena if it can be one."""
     archive = arena.memory[start : start + read.nbytes]
     stored = find_tensor(archive, check.crc32)
+    if stored is not None and not stored.has_checksums:
+        check.unchecked()
     if stored is None:
         tensor = check.archive(read.fqn, read.file, bytes(archive))
     else:

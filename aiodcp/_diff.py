@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ._capture import is_plain
 from ._inspect import load, name_of, nbytes_of, pieces, read
 from ._tables import number, plural, table
 from .checkpointer import Checkpointer
@@ -84,6 +85,8 @@ def _compare(fqn: str, one: Any, other: Any) -> Difference | None:
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         same = type(one) is type(other) and _archive_of(one) == _archive_of(other)
         return None if same else Difference(fqn=fqn, change=_short(one) + " in A, " + _short(other) + " in B")
+    if not (is_plain(one) and is_plain(other)):
+        return None if _archive_of(one) == _archive_of(other) else Difference(fqn=fqn, change="other values")
     if not one.numel() or torch.equal(_bytes_of(one), _bytes_of(other)):
         return None
     try:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from ._capture import Path as KeyPath
 from ._inspect import load, pieces, read
+from ._structure import int_keys_of, rebuild
 from .checkpointer import Checkpointer
 from .errors import ArgumentError, WriteError
-from .metadata import Metadata, TensorStorageMetadata
+from .metadata import Metadata, TensorStorageMetadata, container_notes
 
 SHARD_NBYTES = 5_000_000_000
 """Of one file of safetensors at most, unless a tensor is larger. Source: Hugging Face's `save_pretrained`."""
@@ -32,7 +34,7 @@ def export_torch(checkpoint_id: str, out: str) -> dict[str, Any]:
     _refuse_existing(Path(out))
     with Checkpointer(no_dist=True) as checkpointer:
         flat = load(checkpointer, checkpoint_id, metadata.state_dict_metadata)
-    state = nest(flat, metadata.planner_data or {})
+    state = nest(flat, metadata)
     temporary = f"{out}.tmp"
     try:
         torch.save(state, temporary)
@@ -43,29 +45,14 @@ def export_torch(checkpoint_id: str, out: str) -> dict[str, Any]:
     return {"files": [out], "tensors": sum(isinstance(each, torch.Tensor) for each in flat.values()), "left_out": []}
 
 
-def nest(flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> dict[str, Any]:
-    """Return the nested state dict of flat values; lists where the paths have numbers."""
-    root: dict[Any, Any] = {}
-    lists: set[tuple[str | int, ...]] = set()
-    for fqn, value in flat.items():
-        path = tuple(paths.get(fqn, (fqn,)))
-        place = root
-        for depth, step in enumerate(path[:-1]):
-            if isinstance(path[depth + 1], int):
-                lists.add(path[: depth + 1])
-            place = place.setdefault(step, {})
-        place[path[-1]] = value
-
-    def finish(value: Any, path: tuple[str | int, ...]) -> Any:
-        if not isinstance(value, dict) or path not in above:
-            return value
-        if path in lists:
-            return [finish(value[key], (*path, key)) for key in sorted(value)]
-        return {key: finish(each, (*path, key)) for key, each in value.items()}
-
-    above = {tuple(paths.get(fqn, (fqn,)))[:depth] for fqn in flat for depth in range(len(paths.get(fqn, (fqn,))))}
-    finished: dict[str, Any] = finish(root, ())
-    return finished
+def nest(flat: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
+    """Return the nested state dict of flat values: with lists, empty dicts and int keys as they were saved."""
+    paths: dict[str, KeyPath] = {fqn: tuple((metadata.planner_data or {}).get(fqn, (fqn,))) for fqn in flat}
+    notes = container_notes(metadata)
+    empty = notes.empty if notes is not None else []
+    items = [(paths[fqn], value) for fqn, value in flat.items()]
+    nested: dict[str, Any] = rebuild((), items, None, empty, int_keys_of(notes, paths.values()))
+    return nested
 
 
 def export_safetensors(

@@ -13,12 +13,13 @@ import torch
 from ._names import METADATA_NAME, step_of, step_place
 from ._note import decode_note
 from .checkpointer import Checkpointer
-from .errors import ArgumentError, CorruptError, LoadError, NotACheckpointError
+from .errors import ArgumentError, CorruptError, NotACheckpointError
 from .metadata import (
     BytesStorageMetadata,
     Metadata,
     TensorStorageMetadata,
     read_metadata,
+    unsound,
 )
 
 PIECE_NBYTES = 256 << 20  # of tensors held in memory at a time, from each of two checkpoints
@@ -43,22 +44,9 @@ def read(checkpoint_id: str) -> tuple[Metadata, dict[str, Any]]:
             raise ArgumentError("checkpoint", problem) from error
         raise NotACheckpointError(checkpoint_id) from error
     metadata = read_metadata(data, path)
-    try:
-        wrong = [fqn for fqn, entry in metadata.state_dict_metadata.items() if not _is_sound(entry)]
-    except (AttributeError, TypeError) as error:
-        raise CorruptError(path, "", f"not a checkpoint's metadata: {error}") from error
-    if wrong:
-        raise CorruptError(path, wrong[0], "the metadata does not say what it is")
+    if found := unsound(metadata):
+        raise CorruptError(path, *found)
     return metadata, decode_note(data)
-
-
-def _is_sound(entry: object) -> bool:
-    """Whether an entry has the fields that it must have: a damaged pickle may give anything."""
-    if not isinstance(entry, TensorStorageMetadata):
-        return isinstance(entry, BytesStorageMetadata)
-    fields: list[tuple[Any, type]] = [(entry.properties.dtype, torch.dtype), (entry.size, torch.Size)]
-    fields += [(part, torch.Size) for chunk in entry.chunks for part in (chunk.offsets, chunk.sizes)]
-    return all(isinstance(value, kind) for value, kind in fields)
 
 
 def pieces(
@@ -85,16 +73,10 @@ def load(
     """Load values by their names, as they are stored.
 
     Raises:
-        LoadError: they cannot be read, or are of a kind that cannot be loaded into a plain tensor.
+        LoadError: they cannot be read.
     """
-    state: dict[str, Any] = {
-        fqn: torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
-        for fqn, entry in entries.items()
-    }
-    try:
-        checkpointer.load_sync(state, checkpoint_id, strict=False)
-    except RuntimeError as error:
-        raise LoadError(f"{checkpoint_id}: holds a tensor that is not a plain one: {error}") from error
+    state: dict[str, Any] = dict.fromkeys(entries)
+    checkpointer.load_sync(state, checkpoint_id)
     return state
 
 

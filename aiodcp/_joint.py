@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from copy import copy
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction
@@ -17,7 +17,7 @@ from ._checkpoint import RETOLD_LENGTH, Checkpoint, EarlierFailureError
 from ._milestone import Milestone
 from ._ranks import Operation
 from ._save import Wish
-from ._service import answer
+from ._service import answer, around
 from ._transfer import Job
 from ._turns import give_turns
 from .checkpointer import Checkpointer, CheckpointId, check_id, check_note
@@ -260,7 +260,8 @@ async def joint_after(
         checkpointer._raise_untold()  # of the save that this one waited for
         async with group:
             watching = group.create_task(watch())
-            yield joint
+            with _inside(service.flows[joint._operation]):
+                yield joint
             joint._is_closed = True
             for call in joint._later:  # no await between them
                 call()
@@ -281,6 +282,17 @@ async def joint_after(
         joint._is_closed = True
     if (failure := ended.error()) is not None:
         raise failure
+
+
+@contextmanager
+def _inside(flow: Future[None]) -> Iterator[None]:
+    """Let a load in the block not wait for the end of the block."""
+    outside = around.get()
+    around.set((*outside, flow))
+    try:
+        yield
+    finally:
+        around.set(outside)
 
 
 def _current_task() -> asyncio.Task[Any] | None:

@@ -6,10 +6,13 @@ go; a large tensor that is contiguous in host memory is read straight into it.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import pickle
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,34 +21,51 @@ import torch
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from ._archive import find_tensor
-from ._capture import flatten
+from ._arena import memory_of
 from ._decode import Check
 from ._devices import Crossing
 from ._engine import Threads, in_thread
 from ._judge import Row
+from ._matching import Rename, StoredNames, join_marks, pack_marks, unwanted
 from ._names import METADATA_NAME
 from ._planner import commit_loaded, plan_local_load, plan_reads
 from ._progress import Bar
 from ._ranks import Operation
-from ._reads import LoadPlan, TensorRead, ValueRead, plan_load, read_rows
-from ._spans import DIRECT_NBYTES, Scratch, Span, copy_in, memory_of, reads_direct, spans_of, without_overlaps
+from ._reads import (
+    LoadPlan,
+    PieceFinder,
+    TensorRead,
+    ValueRead,
+    fill_whole,
+    plan_load,
+    read_rows,
+    settle_values,
+)
+from ._resolve import Resolution, groups_needed, names_wanted, note_left_out, refuse, resolve
+from ._spans import DIRECT_NBYTES, Scratch, Span, copy_in, reads_direct, spans_of, without_overlaps
 from ._stage import Checksum
-from ._wanted import Wanted, find_holders, grow_optimizers
+from ._targets import LoadTargets, allocate_optimizers
 from .errors import (
     ArgumentError,
     CheckpointError,
     CorruptError,
+    FormatError,
     LoadError,
+    MismatchError,
     NotACheckpointError,
     ReadError,
     StageError,
     one_error,
 )
-from .metadata import Metadata, gc_held_off, read_metadata
+from .metadata import Metadata, container_notes, gc_held_off, read_metadata, unsound
 from .storage import Reader, Storage
 
 ENDS_NBYTES = 8 << 10  # of an archive: what torch.save writes before and after one tensor's bytes is 1.5 KiB
 READS_AT_ONCE = 3  # one is read, one is checked, one waits
+REPORTED = 5  # names in one line of the log
+
+_RANK_METADATA = re.compile(r"__\d+\.metadata")
+_log = logging.getLogger("aiodcp")
 
 
 class Loader:
@@ -60,23 +80,19 @@ class Loader:
         self,
         operation: Operation,
         place: int,
-        take: Callable[[], Awaitable[Wanted]],
+        take: Callable[[], Awaitable[LoadTargets]],
         checkpoint_id: str,
-        *,
-        strict: bool,
-        cast: bool,
-        weights_only: bool,
-        check_crc: bool,
+        options: LoadOptions,
         shown: Bar,
-    ) -> Wanted:
-        """Fill the tensors that are wanted, and put the other values into `Wanted.loaded`.
+    ) -> Loaded:
+        """Fill the tensors that are wanted, and read the other values.
 
         Args:
             operation: the ranks that load.
             place: a digest of where from, the same on all ranks.
             take: tells what this rank wants. May raise.
             checkpoint_id: the checkpoint.
-            strict, cast, weights_only, check_crc: see `Checkpointer.load`.
+            options: what the caller asked for.
             shown: is told how many bytes of tensors are read.
 
         Raises:
@@ -84,109 +100,322 @@ class Loader:
 
         Cancellation: `operation.cancel()` takes effect when the read under way is done.
         """
-        check = Check(
-            locate=lambda name: self._storage.locate(checkpoint_id, name),
-            crc32=self._checksum if check_crc else None,
-            weights_only=weights_only,
-        )
         path = self._storage.locate(checkpoint_id, METADATA_NAME)
 
-        async def get_metadata() -> bytes | None:  # one rank asks the file system, not thousands
+        async def look() -> bytes | None:  # one rank asks the file system, not thousands
             if not operation.is_coordinator:
                 return b""
             try:
-                return await self._get_metadata(checkpoint_id, path)
+                return await get_metadata(self._storage, checkpoint_id, path)
             except NotACheckpointError:
                 return None
 
-        async def get() -> tuple[Wanted, bytes | None]:
-            return await take(), await get_metadata()
+        async def get() -> tuple[LoadTargets, bytes | None]:
+            return await take(), await look()
 
-        (wanted, data), answer = await operation.together(
+        (targets, data), answer = await operation.together(
             "read metadata",
             get,
             facts=lambda got: [got[1] is None, place, got[0].planner is not None],
             decide=_agree_on_start,
         )
-
-        async def plan(data: bytes) -> LoadPlan:
-            if wanted.planner is not None:
-                return await self._ask_planner(operation, wanted, wanted.planner, data, checkpoint_id, cast=cast)
-            plan_here = partial(_plan, data, path, wanted, operation.rank, checkpoint_id, strict=strict, cast=cast)
-            return (await operation.together("plan", partial(in_thread, self._threads.compute, plan_here)))[0]
-
+        flow = _Flow(self._storage, self._threads, self._checksum, operation, checkpoint_id, options, shown)
         while True:
             if answer[0]:
                 raise NotACheckpointError(checkpoint_id)  # on every rank: who finds none may begin anew
             metadata = await operation.broadcast(data or b"")
-            if await self._fill(operation, metadata, plan, wanted, checkpoint_id, check, shown):
-                return wanted
-            data, answer = await operation.together(
-                "read metadata", get_metadata, facts=lambda got: [got is None, 0, 0], decide=_agree_on_start
+            async with AsyncExitStack() as stack:
+                loaded = await flow.run(stack, targets.fresh(), metadata)
+            if loaded is not None:
+                return loaded
+            data, answer = await operation.together(  # a save has replaced the checkpoint
+                "read metadata", look, facts=lambda got: [got is None, 0, 0], decide=_agree_on_start
             )
 
-    async def _fill(
+
+async def get_metadata(storage: Storage, checkpoint_id: str, path: str) -> bytes:
+    """Return the metadata's content.
+
+    Raises:
+        NotACheckpointError: there is none.
+        FormatError: but what another format has.
+        ReadError: storage refused.
+    """
+    try:
+        with _read_errors(path):
+            return await storage.get(checkpoint_id, METADATA_NAME)
+    except ReadError as error:
+        if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            raise
+        names: list[str] = []
+        if isinstance(error.__cause__, FileNotFoundError):
+            with _read_errors(path):
+                names = await storage.names(checkpoint_id)
+        if problem := other_format(names):
+            raise FormatError(checkpoint_id, problem) from error.__cause__
+        raise NotACheckpointError(checkpoint_id) from error.__cause__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What the caller of a load asked for: see `Checkpointer.load`."""
+
+    strict: bool
+    cast: bool
+    weights_only: bool
+    check_crc: bool
+    rename: Rename | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What came of a load.
+
+    Attributes:
+        targets: with all values, to be handed over.
+        absent: names of the top level of which nothing is stored.
+    """
+
+    targets: LoadTargets
+    absent: set[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    """One rank's plan, and what it found out on the way.
+
+    Attributes:
+        plan: what is read.
+        found: how wanted and stored names compare.
+        names: all that is stored, sorted; empty when there are no other ranks.
+        marks: which of them this rank wants, and asks for.
+    """
+
+    plan: LoadPlan
+    found: Resolution
+    names: list[str]
+    marks: bytes
+
+
+class _Flow:
+    """One load, on one rank."""
+
+    def __init__(
         self,
+        storage: Storage,
+        threads: Threads,
+        checksum: Checksum,
         operation: Operation,
-        data: bytes,
-        plan: Callable[[bytes], Awaitable[LoadPlan]],
-        wanted: Wanted,
         checkpoint_id: str,
-        check: Check,
+        options: LoadOptions,
         shown: Bar,
-    ) -> bool:
-        """Load what the metadata `data` describes; return False if it has been replaced by another one meanwhile."""
-        planned = await plan(data)
-        async with AsyncExitStack() as stack:
+    ) -> None:
+        self._storage = storage
+        self._threads = threads
+        self._operation = operation
+        self._checkpoint_id = checkpoint_id
+        self._options = options
+        self._shown = shown
+        self._unchecked = False
+        self._check = Check(
+            locate=lambda name: storage.locate(checkpoint_id, name),
+            crc32=checksum if options.check_crc else None,
+            weights_only=options.weights_only,
+            unchecked=self._note_unchecked,
+        )
+        self._path = storage.locate(checkpoint_id, METADATA_NAME)
+        self._readers: dict[str, Reader] = {}
 
-            async def open_files() -> dict[str, Reader] | None:
-                try:
-                    return await self._open(stack, checkpoint_id, planned)
-                except CorruptError as error:
-                    path = self._storage.locate(checkpoint_id, METADATA_NAME)
-                    if not isinstance(error.__cause__, FileNotFoundError):
-                        raise
-                    if await self._get_metadata(checkpoint_id, path) == data:
-                        raise
-                    return None  # a save has replaced the checkpoint
-
-            readers, answer = await operation.together(
-                "open",
-                open_files,
-                facts=lambda opened: [opened is None],
-                decide=lambda table: [any(row[0] for row in table)],
+    async def run(self, stack: AsyncExitStack, targets: LoadTargets, data: bytes) -> Loaded | None:
+        """Load what the metadata `data` describes; return None if it has been replaced by another one meanwhile."""
+        self._readers = {}
+        operation = self._operation
+        if targets.planner is not None:
+            planned = _Planned(
+                plan=await self._ask_planner(targets, targets.planner, data), found=Resolution(), names=[], marks=b""
             )
-            if answer[0] or readers is None:
-                return False
+        else:
+            found = await self._plan(stack, targets, data)
+            if found is None:
+                return None
+            planned = found
+        plan = planned.plan
 
-            async def read_values() -> dict[int, Any]:
-                with _read_errors(self._storage.locate(checkpoint_id)):
-                    return await self._read_values(planned.values, readers, check, decoded=wanted.planner is None)
+        async def open_files() -> bool:
+            return await self._unless_replaced(data, partial(self._open, stack, plan))
 
-            async def read_tensors() -> None:
-                with _read_errors(self._storage.locate(checkpoint_id)), _memory_errors():
-                    await self._narrow(planned.tensors, readers)
-                    wanted.crossing.start()
-                    await self._read_tensors(planned.tensors, readers, check, wanted.crossing, shown)
-                if wanted.planner is not None:
-                    await in_thread(self._threads.compute, commit_loaded, wanted.planner, planned, loaded)
+        _, answer = await operation.together(
+            "open", open_files, facts=lambda opened: [not opened], decide=lambda table: [any(row[0] for row in table)]
+        )
+        if answer[0]:
+            return None
 
-            loaded, _ = await operation.together("read values", read_values)  # all of them before the first tensor
-            await operation.together("read tensors", read_tensors)
-            if wanted.planner is None:
-                wanted.loaded = loaded
+        async def read_values() -> None:
+            with _read_errors(self._storage.locate(self._checkpoint_id)):
+                targets.loaded |= await self._read_values(plan.values, decoded=targets.planner is None)
+            if targets.planner is None:
+                problems = settle_values(plan, targets, cast=self._options.cast)
+                if problems:
+                    raise MismatchError(self._checkpoint_id, problems=problems)
+
+        async def read_tensors() -> None:
+            with _read_errors(self._storage.locate(self._checkpoint_id)), _memory_errors():
+                await self._narrow(plan.tensors)
+                targets.crossing.start()
+                await self._read_tensors(plan.tensors, targets.crossing)
+            if targets.planner is not None:
+                loaded, targets.loaded = targets.loaded, {}
+                await in_thread(self._threads.compute, commit_loaded, targets.planner, plan, loaded)
+            else:
+                await in_thread(self._threads.compute, self._finish, plan, targets)
+
+        await operation.together("read values", read_values)  # all of them before the first tensor
+        await operation.together("read tensors", read_tensors)
+        self._tell(targets)
+        return Loaded(targets=targets, absent=planned.found.absent)
+
+    def _finish(self, plan: LoadPlan, targets: LoadTargets) -> None:
+        fill_whole(plan, targets)
+        targets.rebuild()
+
+    def _note_unchecked(self) -> None:
+        self._unchecked = True
+
+    def _tell(self, targets: LoadTargets) -> None:
+        where = self._storage.locate(self._checkpoint_id)
+        if self._unchecked:
+            _log.warning("%s: has values that were saved without checksums: damage of them is not seen", where)
+        report = targets.report
+        for what, names in (
+            ("not in the checkpoint", report.missing),
+            ("in the checkpoint only", report.unexpected),
+            ("converted", report.converted),
+        ):
+            if names:
+                more = f" and {len(names) - REPORTED} more" if len(names) > REPORTED else ""
+                level = logging.INFO if names is report.converted else logging.WARNING
+                _log.log(level, "%s: %s: %s%s", where, what, ", ".join(names[:REPORTED]), more)
+
+    # --- planning
+
+    async def _plan(self, stack: AsyncExitStack, targets: LoadTargets, data: bytes) -> _Planned | None:
+        operation, options = self._operation, self._options
+        planned: list[_Planned] = []
+
+        async def plan() -> bool:
+            return await self._unless_replaced(data, partial(self._plan_here, stack, targets, data, planned))
+
+        _, answer = await operation.together(
+            "plan",
+            plan,
+            facts=lambda done: [not done, len(planned[0].found.unexpected) if planned else 0],
+            decide=lambda table: [any(row[0] for row in table), any(row[1] for row in table)],
+        )
+        if answer[0]:
+            return None
+        [mine] = planned
+        unexpected: list[str] = mine.found.unexpected
+        if answer[1] and operation.size > 1:
+            everybodys = await operation.gather(mine.marks)
+            joined = await operation.broadcast(join_marks(everybodys) if everybodys else b"")
+            unexpected = unwanted(mine.names, joined)
+
+        async def refuse_unexpected() -> None:
+            error = refuse(targets, mine.found, self._checkpoint_id, strict=options.strict, unexpected=unexpected)
+            if error is not None:
+                raise error
+
+        if answer[1]:
+            await operation.together("plan", refuse_unexpected)
+        note_left_out(targets.report, mine.found, unexpected)
+        return mine
+
+    async def _plan_here(
+        self, stack: AsyncExitStack, targets: LoadTargets, data: bytes, planned: list[_Planned]
+    ) -> None:
+        with gc_held_off():  # the metadata is gone again when the block ends: the collector never sees it
+            metadata, stored, needed = await in_thread(self._threads.compute, self._read_metadata, targets, data)
+            values: dict[str, Any] = {}
+            if needed:
+                values = await self._read_options(stack, metadata, stored, needed)
+            planned.append(await in_thread(self._threads.compute, self._find, metadata, stored, targets, values))
+            del metadata, stored
+
+    def _read_metadata(self, targets: LoadTargets, data: bytes) -> tuple[Metadata, StoredNames, list[str]]:
+        metadata = read_metadata(data, self._path)
+        with self._planning(metadata):
+            stored = StoredNames(metadata, targets.kinds, self._options.rename)
+            return metadata, stored, groups_needed(targets, stored)
+
+    def _find(
+        self, metadata: Metadata, stored: StoredNames, targets: LoadTargets, values: Mapping[str, Any]
+    ) -> _Planned:
+        options, operation = self._options, self._operation
+        with self._planning(metadata):
+            notes = container_notes(metadata)
+            found = resolve(targets, stored, notes, values, rank=operation.rank, cast=options.cast)
+            plan, problems = plan_load(metadata, targets, checkpoint_id=self._checkpoint_id, cast=options.cast)
+            found.problems += problems
+            # What no rank wants is known when all ranks have been asked; what is wrong without that is told at once.
+            alone = operation.size == 1
+            unexpected = found.unexpected if alone else ()
+            error = refuse(targets, found, self._checkpoint_id, strict=options.strict, unexpected=unexpected)
+            if error is not None:
+                raise error
+            if alone:
+                return _Planned(plan=plan, found=found, names=[], marks=b"")
+            names = sorted(stored.entries)
+            wanted = names_wanted(targets, stored)
+            return _Planned(plan=plan, found=found, names=names, marks=pack_marks(names, wanted, stored.is_below))
+
+    @contextmanager
+    def _planning(self, metadata: Metadata) -> Iterator[None]:
+        """Tell of what goes wrong in the block as of damage only if it is."""
+        try:
+            yield
+        except CheckpointError:  # ArgumentError is a ValueError
+            raise
+        except Exception as error:
+            if problem := unsound(metadata):
+                raise CorruptError(self._path, *problem) from error
+            raise LoadError(f"{self._checkpoint_id}: cannot be planned: {error!r}") from error
+
+    async def _read_options(
+        self, stack: AsyncExitStack, metadata: Metadata, stored: StoredNames, needed: Sequence[str]
+    ) -> dict[str, Any]:
+        """Read the options of optimizers, which say what belongs to which parameter."""
+        with self._planning(metadata):
+            pieces = PieceFinder(metadata, self._checkpoint_id)
+            reads = []
+            for number, fqn in enumerate(needed):
+                info = pieces.find(stored.source(fqn), None)
+                reads.append(ValueRead(fqn, number, info.relative_path, info.offset, info.length))
+        await self._open(stack, LoadPlan(tensors=[], values=reads))
+        with _read_errors(self._storage.locate(self._checkpoint_id)):
+            values = await self._read_values(reads, decoded=True)
+        return {fqn: values[number] for number, fqn in enumerate(needed)}
+
+    async def _unless_replaced(self, data: bytes, function: Callable[[], Awaitable[None]]) -> bool:
+        """Do what opens files; return False if one is gone because a save has replaced the checkpoint."""
+        try:
+            await function()
+        except CorruptError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            if await get_metadata(self._storage, self._checkpoint_id, self._path) == data:
+                raise
+            return False
         return True
 
-    async def _ask_planner(
-        self, operation: Operation, wanted: Wanted, planner: LoadPlanner, data: bytes, checkpoint_id: str, *, cast: bool
-    ) -> LoadPlan:
+    async def _ask_planner(self, targets: LoadTargets, planner: LoadPlanner, data: bytes) -> LoadPlan:
         """Plan with the caller's own planner, as DCP does: locally, globally, and locally again."""
-        path = self._storage.locate(checkpoint_id, METADATA_NAME)
+        operation = self._operation
         coordinator = operation.is_coordinator
 
         def plan_here() -> tuple[Metadata, bytes]:
-            metadata = read_metadata(data, path)
-            local = plan_local_load(planner, wanted.states, metadata, is_coordinator=coordinator)
+            metadata = read_metadata(data, self._path)
+            allocate_optimizers(targets, metadata)
+            local = plan_local_load(planner, targets.states, metadata, is_coordinator=coordinator)
             return metadata, pickle.dumps(local)
 
         (metadata, message), _ = await operation.together("plan", partial(in_thread, self._threads.compute, plan_here))
@@ -200,47 +429,38 @@ class Loader:
         mine = pickle.loads(await operation.scatter(parts))
 
         def find_reads() -> LoadPlan:
-            return plan_reads(planner, planner.finish_plan(mine), metadata, checkpoint_id=checkpoint_id, cast=cast)
+            finished = planner.finish_plan(mine)
+            return plan_reads(planner, finished, metadata, checkpoint_id=self._checkpoint_id, cast=self._options.cast)
 
         return (await operation.together("plan", partial(in_thread, self._threads.compute, find_reads)))[0]
 
-    async def _get_metadata(self, checkpoint_id: str, path: str) -> bytes:
-        try:
-            with _read_errors(path):
-                data = await self._storage.get(checkpoint_id, METADATA_NAME)
-        except ReadError as error:
-            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
-                raise NotACheckpointError(checkpoint_id) from error.__cause__
-            raise
-        return data
+    # --- reading
 
-    async def _open(self, stack: AsyncExitStack, checkpoint_id: str, plan: LoadPlan) -> dict[str, Reader]:
+    async def _open(self, stack: AsyncExitStack, plan: LoadPlan) -> None:
         """Open every file, and check that every item lies within its file."""
-        readers: dict[str, Reader] = {}
+        readers = self._readers
         reads: list[ValueRead | TensorRead] = [*plan.values, *plan.tensors]
         for read in reads:
             file = read.file
             if file not in readers:
-                path = self._storage.locate(checkpoint_id, file)
+                path = self._storage.locate(self._checkpoint_id, file)
                 try:
                     with _read_errors(path):
-                        readers[file] = await stack.enter_async_context(self._storage.open(checkpoint_id, file))
+                        readers[file] = await stack.enter_async_context(self._storage.open(self._checkpoint_id, file))
                 except ReadError as error:
                     if isinstance(error.__cause__, FileNotFoundError):
                         raise CorruptError(path, read.fqn, "the file is missing") from error.__cause__
                     raise
             if read.offset + read.nbytes > readers[file].nbytes:
                 problem = f"the file has {readers[file].nbytes} bytes, the value ends at {read.offset + read.nbytes}"
-                raise CorruptError(self._storage.locate(checkpoint_id, file), read.fqn, problem)
+                raise CorruptError(self._storage.locate(self._checkpoint_id, file), read.fqn, problem)
             if isinstance(read, TensorRead) and read.frame and not read.bare and read.frame.item_nbytes != read.nbytes:
                 problem = f"{read.nbytes} bytes are not {read.dtype} of {tuple(read.sizes)}"
-                raise CorruptError(self._storage.locate(checkpoint_id, file), read.fqn, problem)
-        return readers
+                raise CorruptError(self._storage.locate(self._checkpoint_id, file), read.fqn, problem)
 
-    async def _read_values(
-        self, reads: Sequence[ValueRead], readers: Mapping[str, Reader], check: Check, *, decoded: bool
-    ) -> dict[int, Any]:
+    async def _read_values(self, reads: Sequence[ValueRead], *, decoded: bool) -> dict[int, Any]:
         loaded: dict[int, Any] = {}
+        check = self._check
 
         def decode(span: Span, memory: memoryview) -> None:
             for read in span.items:
@@ -250,16 +470,17 @@ class Loader:
 
         for span in spans_of(reads):
             memory = memoryview(bytearray(span.stop - span.start))
-            await readers[span.file].read_into(span.start, [memory])
+            await self._readers[span.file].read_into(span.start, [memory])
             await in_thread(self._threads.compute, decode, span, memory)
         return loaded
 
-    async def _narrow(self, reads: Sequence[TensorRead], readers: Mapping[str, Reader]) -> None:
+    async def _narrow(self, reads: Sequence[TensorRead]) -> None:
         """Of large archives of `torch.save` of which a part is wanted, find out where its rows are, to read only those.
 
         An archive's directory is at its end, and the headers before the tensor's bytes are at its beginning.
         """
         limit = anyio.Semaphore(READS_AT_ONCE)
+        readers = self._readers
 
         async def narrow(read: TensorRead) -> None:
             sparse = mmap.mmap(-1, read.nbytes)  # memory is taken for what is touched
@@ -277,9 +498,8 @@ class Loader:
                 if read.frame is None and read.part is not None and read.nbytes >= DIRECT_NBYTES:
                     group.start_soon(narrow, read)
 
-    async def _read_tensors(
-        self, reads: Sequence[TensorRead], readers: Mapping[str, Reader], check: Check, crossing: Crossing, shown: Bar
-    ) -> None:
+    async def _read_tensors(self, reads: Sequence[TensorRead], crossing: Crossing) -> None:
+        readers, check, shown = self._readers, self._check, self._shown
         with gc_held_off():
             direct = without_overlaps([read for read in reads if reads_direct(read)], reads)
             apart = set(map(id, direct))
@@ -326,30 +546,19 @@ def _agree_on_start(table: list[Row]) -> list[int]:
     return [any(row[0] for row in table)]
 
 
-def _plan(data: bytes, path: str, wanted: Wanted, rank: int, checkpoint_id: str, strict: bool, cast: bool) -> LoadPlan:
-    with gc_held_off():  # the metadata is gone again when the block ends: the collector never sees it
-        try:
-            metadata = read_metadata(data, path)
-            if wanted.lazy:
-                grow_optimizers(metadata, wanted)
-                wanted.fqns, wanted.paths, wanted.values = flatten(wanted.states, rank)
-            wanted.holders = find_holders(wanted.states, wanted.fqns, wanted.paths, wanted.values)
-            planned = plan_load(
-                metadata,
-                wanted.fqns,
-                wanted.paths,
-                wanted.values,
-                rank=rank,
-                checkpoint_id=checkpoint_id,
-                strict=strict,
-                cast=cast,
-            )
-            del metadata  # before the collector is let in again
-        except CheckpointError:  # ArgumentError is a ValueError
-            raise
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise CorruptError(path, "", f"contradicts itself: {error!r}") from error
-        return planned
+def other_format(names: Sequence[str]) -> str:
+    """Say of what other format these files are, if it is one that is known; else nothing."""
+    if any(_RANK_METADATA.fullmatch(name) for name in names):
+        return (
+            "was saved with use_collectives=False: each rank has a metadata file of its own (__0.metadata), and there "
+            "is no .metadata of all; this is not read yet: load it with dcp.load, and save it again"
+        )
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return (
+            "holds safetensors files, as Hugging Face's save_pretrained writes them, and no .metadata; these are not "
+            "read yet: load them with safetensors.torch.load_file or from_pretrained"
+        )
+    return ""
 
 
 @contextmanager

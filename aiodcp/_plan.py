@@ -6,11 +6,8 @@ writes what several ranks hold.
 
 from __future__ import annotations
 
-import ctypes
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -21,16 +18,18 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, cre
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from ._capture import Capture, Path, shape_and_dtype
+from ._capture import Capture, Path, holds_shards, nothing_to_save, shape_and_dtype
 from ._chunks import is_whole
-from ._layout import NOT_COPIED, Layout, copyable, lay_out
+from ._comparison import Comparison, Key, SharedItems, SharingPlan, nbytes_of, plan_sharing
+from ._layout import NOT_COPIED, Layout, lay_out
 from .errors import CaptureError
 from .metadata import (
+    ContainerNotes,
     Metadata,
     TensorStorageMetadata,
 )
 
-DIGESTED_NBYTES = 64 << 10  # of plain tensors up to this size the ranks' values are compared: RNG states, counters
+FROZEN_NBYTES = 1024  # about what a number takes with its framing
 
 Kind = tuple[Any, ...] | None
 
@@ -44,7 +43,7 @@ class LocalPlan:
         sources: of each item, which of the captured values it writes.
         frozen: which items were frozen at capture.
         paths: fqn -> keys.
-        digests: fqn -> CRC32 of values that are small and not sharded, to find out whether the ranks agree on them.
+        notes: what the names do not say of the containers.
         planner_data: what the caller's own planner adds for its global plan.
     """
 
@@ -52,7 +51,7 @@ class LocalPlan:
     sources: list[int]
     frozen: set[int]
     paths: dict[str, Path]
-    digests: dict[str, int]
+    notes: ContainerNotes = field(default_factory=ContainerNotes)
     planner_data: Any = None
 
 
@@ -75,7 +74,8 @@ class GlobalPlan:
         plans: by rank, the caller's own planner's, for its `finish_plan`; else none.
         metadata: names, shapes and chunks, as the planner made them.
         paths: fqn -> keys.
-        disagreed: fqns that several ranks hold, with different values; one rank's is saved.
+        notes: what the names do not say of the containers.
+        sharing: which items several ranks hold.
     """
 
     shares: list[Share]
@@ -83,7 +83,8 @@ class GlobalPlan:
     plans: list[dcp.SavePlan]
     metadata: Metadata
     paths: dict[str, Path] | None
-    disagreed: list[str]
+    notes: ContainerNotes
+    sharing: SharingPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +100,8 @@ class SavePlan:
         frozen: of each frozen item, the place of its leaf.
         frozen_places: of all leaves that were frozen, this rank's to write or not.
         items: of the caller's own planner's local plan.
+        notes: what the names do not say of the containers.
+        comparison: of what other ranks hold too.
     """
 
     fqns: list[str]
@@ -109,10 +112,12 @@ class SavePlan:
     frozen: list[int]
     frozen_places: set[int]
     items: list[WriteItem] | None
+    notes: ContainerNotes
+    comparison: Comparison
 
     def fits(self, taken: Capture) -> bool:
         """Whether a state dict has the structure that this plan was made for: names, kinds, dtypes, shapes."""
-        if self.fqns != taken.fqns or self.paths != taken.paths:
+        if self.fqns != taken.fqns or self.paths != taken.paths or self.notes != taken.notes:
             return False
         if self.items != (None if taken.planned is None else taken.planned.items):
             return False
@@ -129,8 +134,8 @@ class SavePlan:
         return taken.frozen.keys() == self.frozen_places
 
 
-def plan_local(taken: Capture, *, alone: bool) -> LocalPlan:
-    """Plan this rank's part with DCP's planner; with digests, unless there is nobody to compare them with.
+def plan_local(taken: Capture) -> LocalPlan:
+    """Plan this rank's part with DCP's planner.
 
     Raises:
         CaptureError: two leaves have one name, or a leaf is of a kind that cannot be saved.
@@ -142,7 +147,6 @@ def plan_local(taken: Capture, *, alone: bool) -> LocalPlan:
             sources=list(range(len(items))),
             frozen=set(taken.frozen),
             paths={},
-            digests={},
             planner_data=taken.planned.planner_data,
         )
     leaves: dict[str, Any] = {}
@@ -176,25 +180,8 @@ def plan_local(taken: Capture, *, alone: bool) -> LocalPlan:
         sources=sources,
         frozen=frozen,
         paths=dict(zip(taken.fqns, taken.paths, strict=True)),
-        digests={} if alone else _digests(taken),
+        notes=taken.notes,
     )
-
-
-def _digests(taken: Capture) -> dict[str, int]:
-    digests: dict[str, int] = {}
-    for place, fqn in enumerate(taken.fqns):
-        value = taken.values[place]
-        if place in taken.frozen:
-            digests[fqn] = zlib.crc32(taken.frozen[place].data)
-        elif (
-            place not in taken.sharded
-            and value.is_cpu
-            and 0 < value.nbytes <= DIGESTED_NBYTES
-            and value.data_ptr() != 0
-        ):
-            data = copyable(value.detach().resolve_conj().resolve_neg()).contiguous().view(-1).view(torch.uint8)
-            digests[fqn] = zlib.crc32(ctypes.string_at(data.data_ptr(), data.numel()))
-    return digests
 
 
 def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner | None = None) -> GlobalPlan:
@@ -209,7 +196,10 @@ def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner | None = 
     """
     if planner is not None:
         return _plan_global_with(planner, locals_)
-    kept = _share_out(locals_)
+    holders = _find_holders(locals_)
+    if not holders and not any(local.notes.empty for local in locals_):
+        raise nothing_to_save()
+    kept = _share_out(locals_, holders)
     finished, metadata = create_default_global_save_plan(
         [dcp.SavePlan([plan.items[number] for number in numbers]) for plan, numbers in zip(locals_, kept, strict=True)]
     )
@@ -222,8 +212,46 @@ def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner | None = 
     for local, numbers, plan in zip(locals_, kept, finished, strict=True):
         paths.update(local.paths)
         shares.append(_make_share(local, numbers, plan.items))
-    disagreed = _disagreed(locals_)
-    return GlobalPlan(shares=shares, kept=kept, plans=[], metadata=metadata, paths=paths, disagreed=disagreed)
+    return GlobalPlan(
+        shares=shares,
+        kept=kept,
+        plans=[],
+        metadata=metadata,
+        paths=paths,
+        notes=_join_notes(locals_, paths),
+        sharing=_plan_sharing(locals_, holders, kept),
+    )
+
+
+def _find_holders(locals_: Sequence[LocalPlan]) -> dict[Key, list[tuple[int, int]]]:
+    """Return of each item which ranks hold it, each with its own number of it."""
+    holders: dict[Key, list[tuple[int, int]]] = {}
+    for rank, plan in enumerate(locals_):
+        for number, item in enumerate(plan.items):
+            holders.setdefault((item.index.fqn, item.index.offset), []).append((rank, number))
+    return holders
+
+
+def _join_notes(locals_: Sequence[LocalPlan], paths: Mapping[str, Path]) -> ContainerNotes:
+    """Join all ranks' notes; what is empty on one rank need not be so on another."""
+    filled = {path[:length] for path in paths.values() for length in range(1, len(path))}
+    empty = {path: None for local in locals_ for path in local.notes.empty if path not in filled}
+    int_keys = {path: None for local in locals_ for path in local.notes.int_keys}
+    return ContainerNotes(list(empty), list(int_keys))
+
+
+def _plan_sharing(
+    locals_: Sequence[LocalPlan], holders: Mapping[Key, Sequence[tuple[int, int]]], kept: Sequence[Sequence[int]]
+) -> SharingPlan:
+    writers: dict[Key, int] = {}
+    sizes: dict[Key, int] = {}
+    for rank, numbers in enumerate(kept):
+        for number in numbers:
+            item = locals_[rank].items[number]
+            writers[item.index.fqn, item.index.offset] = rank
+            sizes[item.index.fqn, item.index.offset] = nbytes_of(item)
+    written = {key: held for key, held in holders.items() if key in writers}  # a planner may leave something out
+    return plan_sharing(written, writers, sizes, len(locals_))
 
 
 def _plan_global_with(planner: dcp.SavePlanner, locals_: Sequence[LocalPlan]) -> GlobalPlan:
@@ -240,28 +268,31 @@ def _plan_global_with(planner: dcp.SavePlanner, locals_: Sequence[LocalPlan]) ->
     shares = [
         _make_share(local, numbers, plan.items) for local, numbers, plan in zip(locals_, kept, plans, strict=True)
     ]
-    paths = metadata.planner_data
-    return GlobalPlan(shares=shares, kept=kept, plans=plans, metadata=metadata, paths=paths, disagreed=[])
+    return GlobalPlan(
+        shares=shares,
+        kept=kept,
+        plans=plans,
+        metadata=metadata,
+        paths=metadata.planner_data,
+        notes=ContainerNotes(),
+        sharing=_plan_sharing(locals_, _find_holders(locals_), kept),
+    )
 
 
-def _share_out(locals_: Sequence[LocalPlan]) -> list[list[int]]:
+def _share_out(locals_: Sequence[LocalPlan], holders: Mapping[Key, Sequence[tuple[int, int]]]) -> list[list[int]]:
     """Decide for every rank which of its items it writes: each rank about as many bytes.
 
     `dedup_save_plans` of DCP counts every chunk with the bytes of its whole tensor, and the items in their order.
     Here what only one rank holds is counted first, then the rest from the largest on goes to who has least.
     """
-    holders: dict[tuple[str, Any], list[tuple[int, int]]] = {}
-    for rank, plan in enumerate(locals_):
-        for number, item in enumerate(plan.items):
-            holders.setdefault((item.index.fqn, item.index.offset), []).append((rank, number))
     kept: list[list[int]] = [[] for _ in locals_]
     load = [0] * len(locals_)
-    shared: list[tuple[int, list[tuple[int, int]]]] = []
+    shared: list[tuple[int, Sequence[tuple[int, int]]]] = []
     described: dict[str, tuple[int, Any]] = {}
     for (fqn, _), held in holders.items():
         rank, number = held[0]
         item = locals_[rank].items[number]
-        nbytes = _nbytes(item)
+        nbytes = nbytes_of(item) if item.tensor_data is not None else FROZEN_NBYTES
         _refuse_different(fqn, locals_, held, described)
         if len(held) == 1:
             kept[rank].append(number)
@@ -292,30 +323,16 @@ def _refuse_different(
             raise CaptureError(fqn, f"ranks {held[0][0]} and {rank} hold parts of different sizes at {data.chunk}")
 
 
-def _nbytes(item: WriteItem) -> int:
-    if item.tensor_data is None:
-        return 1024  # about what a number takes with its framing
-    return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
-
-
-def _disagreed(locals_: Sequence[LocalPlan]) -> list[str]:
-    first: dict[str, int] = {}
-    found: set[str] = set()
-    for plan in locals_:
-        for fqn, digest in plan.digests.items():
-            if first.setdefault(fqn, digest) != digest:
-                found.add(fqn)
-    return sorted(found)
-
-
 def _make_share(local: LocalPlan, numbers: Sequence[int], items: Sequence[WriteItem]) -> Share:
     staged = [item for number, item in zip(numbers, items, strict=True) if number not in local.frozen]
     frozen = [item for number, item in zip(numbers, items, strict=True) if number in local.frozen]
     return Share(staged=staged, frozen=frozen, layout=lay_out([chunk_of(item) for item in staged]))
 
 
-def finish_plan(taken: Capture, local: LocalPlan, kept: Sequence[int], share: Share | None = None) -> SavePlan:
-    """Return what this rank writes, given which items of its local plan are its own."""
+def finish_plan(
+    taken: Capture, local: LocalPlan, kept: Sequence[int], shared: SharedItems, share: Share | None = None
+) -> SavePlan:
+    """Return what this rank writes, given which items of its local plan are its own, and which others hold too."""
     if share is None:
         share = _make_share(local, kept, [local.items[number] for number in kept])
     count = len(taken.fqns)
@@ -331,12 +348,23 @@ def finish_plan(taken: Capture, local: LocalPlan, kept: Sequence[int], share: Sh
         frozen=[local.sources[number] for number in kept if number in local.frozen],
         frozen_places=set(taken.frozen),
         items=None if taken.planned is None else taken.planned.items,
+        notes=taken.notes,
+        comparison=Comparison(
+            fqns=[local.items[number].index.fqn for number in shared.numbers],
+            sources=[local.sources[number] for number in shared.numbers],
+            frozen=[number in local.frozen for number in shared.numbers],
+            whole=shared.whole,
+            weights=torch.tensor(shared.weights, dtype=torch.int64),
+        ),
     )
 
 
 def _sharded_kind(taken: Capture, place: int) -> Kind:
     """What makes two captures of a sharded tensor alike: all that its plan depends on."""
     value = taken.sharded[place]
+    if isinstance(value, DTensor) and holds_shards(value):
+        chunks = [(chunk.offsets, chunk.sizes) for chunk in value.__create_chunk_list__()]  # type: ignore[no-untyped-call]
+        return type(value), value.dtype, value.shape, tuple(chunks)
     if isinstance(value, DTensor):
         local = taken.values[place]
         return type(local), local.dtype, local.shape, value.shape, value.placements, value.device_mesh

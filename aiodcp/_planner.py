@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.planner import LoadPlan as DcpLoadPlan
 
-from ._capture import Capture, Frozen, call_stateful, freeze, is_plain
-from ._reads import LoadPlan, PieceFinder, ValueRead, loses
+from ._capture import Capture, Frozen, call_stateful, checksums, flatten, freeze, is_plain
+from ._dtypes import loses
+from ._plain_data import unsafe_in_archive
+from ._reads import LoadPlan, PieceFinder, ValueRead
 from .errors import CaptureError, CorruptError, LoadError, MismatchError
 from .metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
@@ -26,17 +28,23 @@ def capture_planned(state_dict: Mapping[str, Any], planner: SavePlanner, *, is_c
         CaptureError: the planner raised, or an item is not what it says.
     """
     states = call_stateful(state_dict)
+    leaves = flatten(states)
+    for name, value in zip(leaves.fqns, leaves.values, strict=True):
+        if not isinstance(value, torch.Tensor | int | float | str | bytes | None):
+            freeze(name, value)  # raises for what would not come back
     fqn = ""
     values: list[Any] = []
     frozen: dict[int, Frozen] = {}
     try:
         planner.set_up_planner(states, is_coordinator=is_coordinator)
-        plan = planner.create_local_plan()
+        plan = _whole_plan(planner)
         for place, item in enumerate(plan.items):
             fqn = item.index.fqn
-            data = planner.resolve_data(item)
+            with checksums():
+                data = planner.resolve_data(item)
             if not isinstance(data, torch.Tensor):
-                frozen[place] = Frozen(bytes(data.getbuffer()), True)
+                archive = bytes(data.getbuffer())
+                frozen[place] = Frozen(archive, True, tuple(unsafe_in_archive(archive)))
             elif not is_plain(data):
                 frozen[place] = freeze(fqn, data)
             values.append(data)
@@ -61,6 +69,20 @@ def capture_planned(state_dict: Mapping[str, Any], planner: SavePlanner, *, is_c
         parts={},
         planned=plan,
     )
+
+
+def _whole_plan(planner: SavePlanner) -> SavePlan:
+    """Return a planner's local plan, also of one that keeps plans and would only say "as before".
+
+    Which plans are kept, and when, is this library's business: it keeps them by its own rules.
+    """
+    if getattr(planner, "_enable_plan_caching", False):
+        planner._enable_plan_caching = False  # type: ignore[attr-defined]
+    plan = planner.create_local_plan()
+    if not plan.usable:
+        problem = f"{type(planner).__name__} returned a plan that says only that nothing has changed (usable=False)"
+        raise CaptureError("", problem)
+    return plan
 
 
 def plan_local_load(
@@ -107,7 +129,7 @@ def plan_reads(
                 problems.append(f"{fqn} is {entry.properties.dtype} in the checkpoint, {into.dtype} in the state dict")
             else:
                 part = None if item.lengths == chunk.sizes else (item.storage_offsets, item.lengths)
-                made.tensors.append(pieces.read(fqn, entry, chunk, part, into))
+                made.tensors.append(pieces.read(fqn, fqn, entry, chunk, part, into))
                 made.resolved.append((item, into))
         else:
             problems.append(f"{fqn} is wanted as {item.type.name}, and is not that in the checkpoint")

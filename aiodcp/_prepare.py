@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -15,12 +16,13 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from ._capture import Capture
 from ._commit import CommitRecord, Item
+from ._comparison import OnDisagreement, SharingPlan, find_disagreements
 from ._engine import Threads, in_thread
 from ._judge import Row
 from ._layout import Layout
 from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
 from ._ranks import Operation
-from .errors import CheckpointError, SaveError
+from .errors import CheckpointError, DisagreementError, SaveError
 from .metadata import gc_held_off
 
 _log = logging.getLogger("aiodcp")
@@ -38,6 +40,7 @@ class Prepared:
         plan: what this rank writes.
         record: `.metadata`, on the coordinator; of a state that is committed alone.
         planned: what all ranks write, on the coordinator; of one that is committed with others.
+        sharing: who holds the same, on the coordinator.
         places: where the frozen values of the last save lie: on the coordinator of every rank, else of this one.
     """
 
@@ -45,6 +48,7 @@ class Prepared:
     plan: SavePlan
     record: CommitRecord | None
     planned: GlobalPlan | None
+    sharing: SharingPlan | None
     places: dict[int, list[Item]]
 
     @property
@@ -60,7 +64,7 @@ class Plans:
         self._kept: dict[str, list[Prepared]] = {}
         self._joined: tuple[list[Prepared], CommitRecord] | None = None  # the last commit of several states
         self._made = 0
-        self._warned: set[str] = set()  # fqns on which the ranks disagree: told once
+        self._disagreed: set[str] = set()  # fqns on which the ranks disagree: reported once, on all ranks alike
 
     def find(self, name: str, taken: Capture) -> dict[int, Prepared]:
         """Return the plans for what this rank has, by number: it may be the same while that of others differs."""
@@ -89,37 +93,51 @@ class Plans:
             "plan", plan_globally, facts=lambda _: [self._made], decide=lambda table: [max(row[0] for row in table)]
         )
         self._made = answer[0]
-        share, record, joined = None, None, None
+        share, record, joined, sharing = None, None, None, None
         if planned is not None:
             plan, record, parts = planned
-            share, mine = plan.shares[operation.rank], parts[operation.rank]
+            share, sharing, mine = plan.shares[operation.rank], plan.sharing, parts[operation.rank]
             joined = plan if name else None
-            self._warn(plan.disagreed)
         if not alone:
             mine = await operation.scatter(parts if planned is not None else [])
 
         async def finish() -> Prepared:
-            kept, accepted = pickle.loads(mine)
+            kept, shared, accepted = pickle.loads(mine)
             if planner is not None:
                 _accept(planner, accepted)
-            finished = await in_thread(self._threads.compute, finish_plan, taken, local, kept, share)
-            return Prepared(number=answer[0], plan=finished, record=record, planned=joined, places={})
+            finished = await in_thread(self._threads.compute, finish_plan, taken, local, kept, shared, share)
+            finished.comparison.exclude(self._disagreed)
+            return Prepared(number=answer[0], plan=finished, record=record, planned=joined, sharing=sharing, places={})
 
         prepared, _ = await operation.together("plan", finish)
         self._kept[name] = [prepared, *self._kept.get(name, [])[: KEPT_PLANS - 1]]
         return prepared
 
-    def _warn(self, disagreed: Sequence[str]) -> None:
-        new = [fqn for fqn in disagreed if fqn not in self._warned]
-        self._warned.update(new)
+    async def compare(self, operation: Operation, prepared: Prepared, policy: OnDisagreement) -> None:
+        """Find the names on which the ranks disagree, and say so, once a name.
+
+        Raises:
+            RankError: `policy` is "raise".
+        """
+        comparison = prepared.plan.comparison
+        checksums = await operation.gather(comparison.packed())
+
+        async def find() -> dict[str, int]:
+            if prepared.sharing is None:
+                return {}
+            found = await in_thread(self._threads.compute, find_disagreements, prepared.sharing, checksums)
+            if policy == "raise":
+                raise DisagreementError(list(found))
+            return found
+
+        found, _ = await operation.together("compare", find)
+        new = {fqn: rank for fqn, rank in found.items() if fqn not in self._disagreed}
         if new:
-            more = f" and {len(new) - WARNED_NAMES} more" if len(new) > WARNED_NAMES else ""
-            _log.warning(
-                "the ranks hold different values of %s%s; of each only one rank's is saved: wrap what is each rank's "
-                "own in aiodcp.PerRank",
-                ", ".join(new[:WARNED_NAMES]),
-                more,
-            )
+            _warn({fqn: operation.world_rank(rank) for fqn, rank in new.items()})
+        fqns = json.loads(await operation.broadcast(json.dumps(list(found)).encode()))
+        self._disagreed.update(fqns)
+        for each in [prepared, *(each for kept in self._kept.values() for each in kept)]:
+            each.plan.comparison.exclude(self._disagreed)
 
     async def share_places(self, operation: Operation, prepared: Prepared, places: list[Item]) -> None:
         """Tell the coordinator where the frozen values lie, which only changes when one of them grows or shrinks."""
@@ -149,9 +167,20 @@ class Plans:
         self._kept = {name: kept for name, kept in self._kept.items() if name in names}
 
 
+def _warn(disagreed: Mapping[str, int]) -> None:
+    """Say whose values are saved, by the ranks of the world."""
+    named = [f"{fqn} (rank {rank}'s is saved)" for fqn, rank in list(disagreed.items())[:WARNED_NAMES]]
+    more = f" and {len(disagreed) - WARNED_NAMES} more" if len(disagreed) > WARNED_NAMES else ""
+    _log.warning(
+        "the ranks hold different values of %s%s: wrap what is each rank's own in aiodcp.PerRank",
+        ", ".join(named),
+        more,
+    )
+
+
 def _plan_here(taken: Capture, alone: bool) -> tuple[LocalPlan, bytes]:
     with _planning_errors():
-        local = plan_local(taken, alone=alone)
+        local = plan_local(taken)
         return local, b"" if alone else pickle.dumps(local)
 
 
@@ -165,7 +194,7 @@ def plan_for_all(
     """
     with _planning_errors(), gc_held_off():
         plan = plan_global([each if isinstance(each, LocalPlan) else pickle.loads(each) for each in plans], planner)
-        parts = [pickle.dumps(part) for part in zip_longest(plan.kept, plan.plans)]
+        parts = [pickle.dumps(part) for part in zip_longest(plan.kept, plan.sharing.parts, plan.plans)]
         return plan, CommitRecord(plan) if for_itself else None, parts
 
 

@@ -122,6 +122,10 @@ class Operation:
     def is_coordinator(self) -> bool:
         return self._line is None or self._line.rank == self._line.root
 
+    def world_rank(self, rank: int) -> int:
+        """Return which rank of the world, as torchrun counts, a rank of the group is."""
+        return self._line.members[rank] if self._line else rank
+
     def cancel(self, error: CheckpointError | None = None) -> None:
         """Give up: the work under way is cancelled, and no other begins. `error` says why, if it is to be told."""
         if error is not None and not self._cancelled:

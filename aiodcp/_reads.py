@@ -5,8 +5,8 @@ It follows `create_read_items_for_chunk_list` of DCP, which cuts stored chunks t
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import logging
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -17,10 +17,13 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor, Partial
 
-from ._capture import PLAIN_TENSORS, Path, per_rank_key, shape_and_dtype
+from ._capture import PLAIN_TENSORS, QUANTIZED, PerRank, held_parts, is_sharded, shape_and_dtype
 from ._chunks import cut, extent, is_whole
+from ._dtypes import as_number, holds_number, loses
 from ._layout import Frame, frame_tensor
-from .errors import CorruptError, MismatchError
+from ._structure import Finder
+from ._targets import LoadTargets
+from .errors import ArgumentError, CorruptError
 from .metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -28,10 +31,12 @@ from .metadata import (
     StorageInfo,
     TensorStorageMetadata,
     framed_by_us,
+    opaque_names,
 )
 
 BARE_BELOW = 0.9  # the part of a stored item below which only that is read, and its checksum cannot be compared
-_PER_RANK = re.compile(re.escape(per_rank_key(0)).replace("0", r"\d+"))
+
+_log = logging.getLogger("aiodcp")
 
 
 # The records of a load are not frozen, which would cost 1 us for each of 10,000, and hold no objects of their own:
@@ -92,81 +97,228 @@ class LoadPlan:
 
     Attributes:
         tensors: parts of tensors.
-        values: other values.
+        values: other values, and tensors that are not filled part by part.
+        numbers: places of numbers that are stored as tensors.
+        fills: places of tensors that are stored as numbers.
+        opaque: places of tensors that are filled as a whole, by themselves, or replaced.
         items: of the caller's own planner, to which the values' places refer.
         resolved: of those the tensors', with what they are read into.
     """
 
     tensors: list[TensorRead]
     values: list[ValueRead]
+    numbers: list[int] = field(default_factory=list)
+    fills: list[int] = field(default_factory=list)
+    opaque: list[int] = field(default_factory=list)
     items: list[dcp.ReadItem] = field(default_factory=list)
     resolved: list[tuple[dcp.ReadItem, torch.Tensor]] = field(default_factory=list)
 
 
 def plan_load(
-    metadata: Metadata,
-    fqns: Sequence[str],
-    paths: Sequence[Path],
-    values: Sequence[Any],
-    *,
-    rank: int,
-    checkpoint_id: str,
-    strict: bool,
-    cast: bool,
-) -> LoadPlan:
-    """Find every piece that the leaves want, and check all that can be checked without reading one.
+    metadata: Metadata, targets: LoadTargets, *, checkpoint_id: str, cast: bool
+) -> tuple[LoadPlan, list[str]]:
+    """Find every piece that the targets want, and check all that can be checked without reading one.
+
+    Targets that have no memory, or may be replaced and do not fit, are replaced by new tensors.
+
+    Returns:
+        The plan, and one sentence for every value that does not fit.
 
     Raises:
-        MismatchError: names every fqn that is missing, unexpected, or of another kind, shape or dtype.
         CorruptError: the metadata does not say where a piece is, or its chunks do not make up the tensor.
+        ArgumentError: a container takes no new value.
     """
-    stored = metadata.state_dict_metadata
-    missing = sorted(fqn for fqn in fqns if fqn not in stored) if strict else []
-    unexpected = _unexpected(metadata, fqns, paths, rank) if strict else []
-    pieces = PieceFinder(metadata, checkpoint_id)
-    plan = LoadPlan(tensors=[], values=[])
-    problems: list[str] = []
-    for place, (fqn, value) in enumerate(zip(fqns, values, strict=True)):
-        entry = stored.get(fqn)
-        if entry is None:
-            continue
-        problem = _misfit(value, entry, cast=cast)
-        if problem:
-            problems.append(f"{fqn} {problem}")
-        elif isinstance(entry, BytesStorageMetadata):
-            info = pieces.find(fqn, None)
-            plan.values.append(ValueRead(fqn, place, info.relative_path, info.offset, info.length))
+    return _Planner(metadata, targets, checkpoint_id, cast).plan()
+
+
+class _Planner:
+    def __init__(self, metadata: Metadata, targets: LoadTargets, checkpoint_id: str, cast: bool) -> None:
+        self._entries = metadata.state_dict_metadata
+        self._pieces = PieceFinder(metadata, checkpoint_id)
+        self._targets = targets
+        self._cast = cast
+        self._plan = LoadPlan(tensors=[], values=[])
+        self._problems: list[str] = []
+        self._assigned: list[int] = []
+
+    def plan(self) -> tuple[LoadPlan, list[str]]:
+        targets, entries = self._targets, self._entries
+        converted = targets.report.converted
+        for place, (fqn, value, source) in enumerate(zip(targets.fqns, targets.values, targets.sources, strict=True)):
+            if source is None:
+                continue
+            entry = entries[source]
+            if isinstance(entry, BytesStorageMetadata):
+                self._plan_value(place, fqn, value, source)
+                continue
+            if isinstance(value, torch.Tensor):
+                problem = _misfit(value, entry, cast=self._cast)
+                if problem:
+                    value = self._replace(place, fqn, value, entry, problem)
+            elif (value is None or place in targets.as_stored) and self._is_opaque(source, entry):
+                self._assigned.append(place)
+                self._read_value(place, fqn, source, entry.chunks[0].offsets)
+                continue
+            elif value is None or place in targets.as_stored:
+                value = self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype))
+            else:
+                self._plan_number(place, fqn, value, source, entry)
+                continue
+            if value is None:
+                continue
+            if value.dtype is not entry.properties.dtype:
+                converted.append(fqn)
+            if not (
+                type(value) in PLAIN_TENSORS and value.layout is torch.strided and value.dtype not in QUANTIZED
+            ) and (not is_sharded(value)):
+                self._plan_opaque(place, fqn, source, entry)
+            else:
+                self._plan.tensors.extend(_read_tensor(self._pieces, fqn, source, value, entry))
+        targets.holders = self._find_holders()
+        return self._plan, self._problems
+
+    def _is_opaque(self, source: str, entry: TensorStorageMetadata) -> bool:
+        """Whether a tensor is stored whole, as `torch.save` wrote it, and not as a dense buffer of elements."""
+        return len(entry.chunks) == 1 and (
+            entry.properties.layout is not torch.strided or source in self._pieces.opaque
+        )
+
+    def _read_value(self, place: int, fqn: str, source: str, offsets: torch.Size | None) -> None:
+        info = self._pieces.find(source, offsets)
+        self._plan.values.append(ValueRead(fqn, place, info.relative_path, info.offset, info.length))
+
+    def _plan_value(self, place: int, fqn: str, value: Any, source: str) -> None:
+        if isinstance(value, torch.Tensor) and place not in self._targets.as_stored:
+            if value.dim() or is_sharded(value):
+                self._problems.append(f"{fqn} is a tensor in the state dict, another kind of value in the checkpoint")
+                return
+            self._plan.fills.append(place)
         else:
-            plan.tensors.extend(_read_tensor(pieces, fqn, value, entry))
-    if fqns and not strict and not any(fqn in stored for fqn in fqns):
-        missing = sorted(fqns)  # nothing in common is no partial load, but the wrong checkpoint or the wrong names
-        unexpected = sorted(stored)
-    if missing or unexpected or problems:
-        raise MismatchError(checkpoint_id, missing, unexpected, problems)
-    return plan
+            self._assigned.append(place)
+        self._read_value(place, fqn, source, None)
+
+    def _plan_number(self, place: int, fqn: str, value: Any, source: str, entry: TensorStorageMetadata) -> None:
+        if len(entry.size) or not isinstance(value, int | float):
+            self._problems.append(f"{fqn} is a tensor in the checkpoint, {type(value).__name__} in the state dict")
+            return
+        self._plan.numbers.append(place)
+        self._assigned.append(place)
+        self._read_value(place, fqn, source, entry.chunks[0].offsets)
+
+    def _plan_opaque(self, place: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
+        if len(entry.chunks) != 1:
+            self._problems.append(f"{fqn} is stored in {len(entry.chunks)} pieces, of which no such tensor can be made")
+            return
+        self._plan.opaque.append(place)
+        self._assigned.append(place)
+        self._read_value(place, fqn, source, entry.chunks[0].offsets)
+
+    def _replace(
+        self, place: int, fqn: str, value: torch.Tensor, entry: TensorStorageMetadata, problem: str
+    ) -> torch.Tensor | None:
+        """Return a new tensor in place of one that cannot be filled; None, and a problem, where that must not be."""
+        if torch.nn.parameter.is_lazy(value):
+            return self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype))
+        if value.is_meta and not _differs(value, entry, cast=self._cast):
+            return self._make(place, _there(value))
+        if place not in self._targets.as_stored:
+            self._problems.append(f"{fqn} {problem}")
+            return None
+        if isinstance(value, DTensor) and value.shape == entry.size:
+            return self._make(place, torch.empty_like(value, dtype=entry.properties.dtype))
+        device = value.device if value.device.type != "meta" else None
+        return self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype, device=device))
+
+    def _make(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
+        self._targets.values[place] = tensor
+        self._assigned.append(place)
+        return tensor
+
+    def _find_holders(self) -> dict[int, tuple[Any, Any]]:
+        targets, finder = self._targets, Finder()
+        roots = [*targets.rebuilt, *(path for _, _, ranks in targets.joined for path in ranks.values())]
+        holders: dict[int, tuple[Any, Any]] = {}
+        for place in self._assigned:
+            path = targets.paths[place]
+            if any(path[: len(root)] == root for root in roots):
+                continue
+            _, holder, key = finder.find(targets.states, path)
+            if not isinstance(holder, MutableMapping | list | PerRank):
+                problem = f"{targets.fqns[place]} is in a {type(holder).__name__}, which takes no new value"
+                raise ArgumentError("state_dict", problem)
+            holders[place] = holder, key
+        return holders
 
 
-def _unexpected(metadata: Metadata, fqns: Sequence[str], paths: Sequence[Path], rank: int) -> list[str]:
-    """Return what the checkpoint has besides `fqns`, without the values that `PerRank` kept for other ranks."""
-    unexpected = set(metadata.state_dict_metadata).difference(fqns)
-    mine = per_rank_key(rank)
-    own = {path[: path.index(mine)] for path in paths if mine in path}
-    if own and unexpected:
-        for fqn, path in (metadata.planner_data or {}).items():
-            for place, step in enumerate(path):
-                if isinstance(step, str) and _PER_RANK.fullmatch(step) and tuple(path[:place]) in own:
-                    unexpected.discard(fqn)
-    return sorted(unexpected)
+def _there(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor like one on the meta device, with memory: where its mesh is, or new tensors are."""
+    if isinstance(value, DTensor):
+        local = torch.empty_like(value.to_local(), device=value.device_mesh.device_type)
+        return DTensor.from_local(
+            local, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+    return torch.empty_like(value, device=torch.get_default_device())
 
 
-def _misfit(value: object, entry: TensorStorageMetadata | BytesStorageMetadata, *, cast: bool) -> str:
-    """Say why a stored value cannot go into this leaf; empty when it can."""
-    if not isinstance(value, torch.Tensor):
-        if isinstance(entry, TensorStorageMetadata):
-            return f"is a tensor in the checkpoint, {type(value).__name__} in the state dict"
-        return ""
-    if isinstance(entry, BytesStorageMetadata):
-        return "is a tensor in the state dict, another kind of value in the checkpoint"
+def settle_values(plan: LoadPlan, targets: LoadTargets, *, cast: bool) -> list[str]:
+    """Convert between numbers and tensors, given the values; return why something does not fit."""
+    problems: list[str] = []
+    loaded = targets.loaded
+    for place in plan.numbers:
+        stored, wanted = loaded[place].item(), type(targets.values[place])
+        number = as_number(stored, wanted, cast=cast)
+        if number is None:
+            problems.append(
+                f"{targets.fqns[place]} is the tensor {stored!r} in the checkpoint, {wanted.__name__} in the state "
+                "dict, which loses: cast=True allows it"
+            )
+        loaded[place] = number
+        targets.report.converted.append(targets.fqns[place])
+    for place in plan.fills:
+        fqn, value, tensor = targets.fqns[place], loaded[place], targets.values[place]
+        if not isinstance(value, int | float):
+            problems.append(f"{fqn} is a tensor in the state dict, another kind of value in the checkpoint")
+        elif not holds_number(tensor.dtype, value, cast=cast):
+            problems.append(
+                f"{fqn} is the number {value!r} in the checkpoint, {tensor.dtype} in the state dict, which loses: "
+                "cast=True allows it"
+            )
+        targets.report.converted.append(fqn)
+    for place in plan.opaque:
+        value, tensor = loaded[place], targets.values[place]
+        if not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
+            problems.append(f"{targets.fqns[place]} is a {type(value).__name__} in the checkpoint")
+        elif value.layout is not tensor.layout:
+            problems.append(
+                f"{targets.fqns[place]} is {value.layout} in the checkpoint, {tensor.layout} in the state dict"
+            )
+    return problems
+
+
+def fill_whole(plan: LoadPlan, targets: LoadTargets) -> None:
+    """Fill, after everything is checked, the tensors that are not filled part by part."""
+    with torch.no_grad():
+        for place in plan.fills:
+            targets.values[place].fill_(targets.loaded.pop(place))
+        for place in plan.opaque:
+            target = targets.values[place]
+            try:
+                target.copy_(targets.loaded[place])
+            except Exception as error:  # whatever its kind of tensor says that it cannot: then it is replaced
+                _log.debug("%s is replaced, it cannot be filled: %r", targets.fqns[place], error)
+                continue
+            del targets.loaded[place]
+
+
+def _misfit(value: torch.Tensor, entry: TensorStorageMetadata, *, cast: bool) -> str:
+    """Say why a stored tensor cannot go into this one; empty when it can."""
+    return _differs(value, entry, cast=cast) or next(filter(None, map(_cannot_fill, _parts(value))), "")
+
+
+def _differs(value: torch.Tensor, entry: TensorStorageMetadata, *, cast: bool) -> str:
+    """Say in what a tensor differs from the stored one; empty when it does not, or in nothing that matters."""
+    if torch.nn.parameter.is_lazy(value):
+        return "is a parameter of a lazy module, which has no shape yet"
     shape, wanted = shape_and_dtype(value)
     if shape != entry.size:
         return f"has shape {tuple(entry.size)} in the checkpoint, {tuple(shape)} in the state dict"
@@ -174,24 +326,18 @@ def _misfit(value: object, entry: TensorStorageMetadata | BytesStorageMetadata, 
     if not cast and loses(dtype, wanted):
         return f"is {dtype} in the checkpoint, {wanted} in the state dict, which loses: cast=True allows it"
     if isinstance(value, DTensor) and any(isinstance(placement, Partial) for placement in value.placements):
-        return f"has {value.placements}: a sum that is not made yet cannot be loaded into"
-    for part in _parts(value):
-        problem = _cannot_fill(part)
-        if problem:
-            return problem
-    return ""
+        return f"has Partial placements {value.placements} (a pending reduction), which cannot be loaded into"
+    layout = entry.properties.layout
+    return f"is {layout} in the checkpoint, {value.layout} in the state dict" if layout is not value.layout else ""
 
 
 def _parts(value: torch.Tensor) -> list[torch.Tensor]:
     """What this rank holds of a tensor."""
-    if isinstance(value, ShardedTensor):
-        return [shard.tensor for shard in value.local_shards()]
-    if isinstance(value, DTensor):
-        if value.device_mesh.get_coordinate() is None:
-            return []
-        with torch.no_grad():
-            return [value.to_local()]
-    return [value]
+    if not isinstance(value, DTensor | ShardedTensor):
+        return [value]
+    if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
+        return []
+    return held_parts(value)
 
 
 def _wanted(value: torch.Tensor) -> list[tuple[torch.Tensor, ChunkStorageMetadata]]:
@@ -217,7 +363,7 @@ def _cannot_fill(value: torch.Tensor) -> str:
         return "is on the meta device, which has no memory to load into"
     if value.is_inference():
         return "was made in inference mode, and cannot be changed"
-    if value.layout is not torch.strided:
+    if value.layout is not torch.strided or type(value) not in PLAIN_TENSORS:
         return ""
     if not value.is_contiguous() and _overlaps_itself(value):
         return "is expanded in the state dict: its elements share memory"
@@ -237,25 +383,13 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
-def loses(stored: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether some value of `stored` is no value of `wanted`."""
-    if stored is wanted:
-        return False
-    kinds = [(d.is_floating_point, d.is_complex, d is torch.bool) for d in (stored, wanted)]
-    if kinds[0] != kinds[1]:
-        return True
-    try:
-        return torch.promote_types(stored, wanted) is not wanted
-    except RuntimeError:  # torch has no promotion for the float8 and the wider unsigned types
-        return True
-
-
 class PieceFinder:
     """Where the pieces of one checkpoint lie."""
 
     def __init__(self, metadata: Metadata, checkpoint_id: str) -> None:
         self.checkpoint_id = checkpoint_id
         self._is_framed = framed_by_us(metadata)
+        self.opaque = opaque_names(metadata)
         # A `MetadataIndex` made and hashed for each look-up costs 3 us.
         self._stored_at: dict[str, dict[torch.Size | None, StorageInfo]] = {}
         for index, info in metadata.storage_data.items():
@@ -277,15 +411,24 @@ class PieceFinder:
     def read(
         self,
         fqn: str,
+        source: str,
         entry: TensorStorageMetadata,
         chunk: ChunkStorageMetadata,
         part: tuple[torch.Size, torch.Size] | None,
         into: torch.Tensor,
     ) -> TensorRead:
-        """Read a chunk of a tensor, or a part of it: only its rows, where they are much less than the whole."""
+        """Read a chunk of a tensor, or a part of it: only its rows, where they are much less than the whole.
+
+        Args:
+            fqn: the tensor, by the name under which it is wanted.
+            source: by the name under which it is stored.
+            entry, chunk: of it.
+            part: what is wanted of the chunk; None for all of it.
+            into: where that goes.
+        """
         dtype, sizes = entry.properties.dtype, chunk.sizes
-        info = self.find(fqn, chunk.offsets)
-        frame = frame_tensor(dtype, tuple(sizes)) if self._is_framed(fqn) else None
+        info = self.find(source, chunk.offsets)
+        frame = frame_tensor(dtype, tuple(sizes)) if self._is_framed(source) else None
         start, nbytes = info.offset, info.length
         bare = False
         if part is not None and frame is not None:
@@ -297,7 +440,9 @@ class PieceFinder:
         return TensorRead(fqn, info.relative_path, start, nbytes, dtype, sizes, frame, part, into, bare)
 
 
-def _read_tensor(pieces: PieceFinder, fqn: str, tensor: torch.Tensor, entry: TensorStorageMetadata) -> list[TensorRead]:
+def _read_tensor(
+    pieces: PieceFinder, fqn: str, source: str, tensor: torch.Tensor, entry: TensorStorageMetadata
+) -> list[TensorRead]:
     if prod(entry.size) == 0:
         return []
     if (  # the usual case, spelt out: it is that of 10,000 tensors
@@ -306,7 +451,7 @@ def _read_tensor(pieces: PieceFinder, fqn: str, tensor: torch.Tensor, entry: Ten
         and entry.chunks[0].sizes == entry.size
         and not any(entry.chunks[0].offsets)
     ):
-        return [pieces.read(fqn, entry, entry.chunks[0], None, tensor)]
+        return [pieces.read(fqn, source, entry, entry.chunks[0], None, tensor)]
     if not is_whole(entry):
         problem = f"its {len(entry.chunks)} chunks do not make up its shape {tuple(entry.size)}"
         raise CorruptError(pieces.checkpoint_id, fqn, problem)
@@ -319,7 +464,7 @@ def _read_tensor(pieces: PieceFinder, fqn: str, tensor: torch.Tensor, entry: Ten
                 continue
             into = cut(held.detach(), (item.dest_offsets, item.lengths))
             part = None if item.lengths == chunk.sizes else (item.storage_offsets, item.lengths)
-            reads.append(pieces.read(fqn, entry, chunk, part, into))
+            reads.append(pieces.read(fqn, source, entry, chunk, part, into))
     return reads
 
 

@@ -173,6 +173,9 @@ class PersistentStorage:
     async def discard(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
         await self.persist(lambda: self._storage.discard(checkpoint_id, made_by_anyone=made_by_anyone), checkpoint_id)
 
+    async def remove_tree(self, checkpoint_id: str) -> None:
+        await self.persist(lambda: self._storage.remove_tree(checkpoint_id), checkpoint_id)
+
     async def places(self, root: str) -> list[str]:
         return await self.persist(lambda: self._storage.places(root), root)
 
@@ -188,6 +191,7 @@ class PersistentStorage:
 class _PersistentReader:
     def __init__(self, reader: Reader, persist: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
         self.nbytes = reader.nbytes
+        self.modified_at: float | None = getattr(reader, "modified_at", None)
         self._reader = reader
         self._persist = persist
 

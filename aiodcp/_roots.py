@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 
-from ._names import METADATA_NAME, step_of, step_place
+from ._names import METADATA_NAME, is_leftover, step_of, step_place
 from ._retain import Retention
 from ._steps import list_steps, metrics_of, read_note, remove_leftovers, remove_step
 from ._tables import number, plural, size, table
@@ -47,6 +47,8 @@ async def _look(root: str) -> list[dict[str, Any]]:
             with suppress(FileNotFoundError):  # a save goes on meanwhile
                 stats[file] = os.stat(os.path.join(place, file))
         complete = METADATA_NAME in stats
+        if stats and not complete and not any(map(is_leftover, stats)):
+            continue  # files of the user's own
         rows.append(
             {
                 "step": step,

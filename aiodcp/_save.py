@@ -27,6 +27,7 @@ from ._commit import (
     may_be_committed,
     remove_files,
 )
+from ._comparison import OnDisagreement, agree
 from ._devices import is_on_device
 from ._engine import Threads
 from ._judge import Row
@@ -37,6 +38,8 @@ from ._ranks import PART, Operation
 from ._transfer import Job, Transfer, write_errors
 from .errors import ArgumentError, one_error
 from .storage import Storage
+
+POLICIES: tuple[OnDisagreement, ...] = ("warn", "raise", "ignore")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +84,13 @@ class Saver:
     """Plans and host memory kept from save to save. One flow at a time: its user holds the semaphore."""
 
     def __init__(
-        self, storage: Storage, threads: Threads, make_transfer: Callable[[], Transfer], *, share_transfer: bool
+        self,
+        storage: Storage,
+        threads: Threads,
+        make_transfer: Callable[[], Transfer],
+        *,
+        share_transfer: bool,
+        on_disagreement: OnDisagreement,
     ) -> None:
         """Begin.
 
@@ -90,7 +99,10 @@ class Saver:
             threads: the engine's.
             make_transfer: makes host memory for one state.
             share_transfer: whether the states of one checkpoint go through the same memory, one after the other.
+            on_disagreement: what to do where ranks hold different values of what is saved once.
         """
+        self._on_disagreement = on_disagreement
+        self._policy = POLICIES.index(on_disagreement)
         self._storage = storage
         self._threads = threads
         self._make_transfer = make_transfer
@@ -140,7 +152,7 @@ class Saver:
         (job, kept), answer = await operation.together(
             "capture",
             begin,
-            facts=lambda begun: [*numbers_of(begun[1]), place, *halves, begun[0].planner is not None],
+            facts=lambda begun: [*numbers_of(begun[1]), place, *halves, self._flags(begun[0].planner is not None)],
             decide=agree_on_start,
         )
         save_id = struct.pack("<qq", *answer[1:3]).hex()
@@ -180,7 +192,7 @@ class Saver:
         _, answer = await operation.together(
             "begin",
             anyio.lowlevel.checkpoint,
-            facts=lambda _: [*numbers_of([]), place, *halves, 0],
+            facts=lambda _: [*numbers_of([]), place, *halves, self._flags(False)],
             decide=agree_on_start,
         )
         save_id = struct.pack("<qq", *answer[1:3]).hex()
@@ -258,30 +270,34 @@ class Saver:
         """Plan, stage, checksum and write one state, on all ranks."""
         voting = 0.0
         transfer = self._transfer_of(name)
+        compares = operation.size > 1 and self._on_disagreement != "ignore"
+        seed = int(attempt.save_id[:8], 16)
 
-        async def write(prepared: Prepared) -> list[Item]:
+        async def write(prepared: Prepared) -> tuple[list[Item], int]:
             nonlocal voting
             tail, places = _lay_tail(prepared, job.taken)
             room = await transfer.make_room(prepared.plan, len(tail), pin=bool(job.crossing))
             attempt.files.append(file)
             attempt.written = False
-            await transfer.run(job, prepared.plan, room, tail, file)
+            digest = await transfer.run(job, prepared.plan, room, tail, file, seed=seed if compares else None)
             attempt.written = True
             voting = time.perf_counter()
-            return places
+            return places, digest
 
         prepared = kept or await self._plans.make(operation, name, job.taken, job.planner)
         captured = job.timeline.between("capture")
         assert captured is not None
         job.timeline.add("plan", captured[1])
-        places, answer = await operation.together(
+        (places, _), answer = await operation.together(
             "write",
             lambda: write(prepared),
-            facts=lambda places: [prepared.places.get(operation.rank) != places],
-            decide=lambda table: [any(row[0] for row in table)],
+            facts=lambda written: [prepared.places.get(operation.rank) != written[0], written[1]],
+            decide=lambda table: [any(row[0] for row in table), not agree([row[1] for row in table])],
         )
         if answer[0]:
             await self._plans.share_places(operation, prepared, places)
+        if compares and answer[1]:
+            await self._plans.compare(operation, prepared, self._on_disagreement)
         job.timeline.add("vote", voting)
         return Written(job=job, prepared=prepared)
 
@@ -318,6 +334,9 @@ class Saver:
             return []
         return await find_replaced(self._storage, jobs[0].checkpoint_id, record.files(save_id))
 
+    def _flags(self, has_planner: bool) -> int:
+        return int(has_planner) | self._policy << 1
+
     def _transfer_of(self, name: str) -> Transfer:
         name = "" if self._share_transfer else name
         if name not in self._transfers:
@@ -334,8 +353,11 @@ def agree_on_start(table: list[Row]) -> list[int]:
     """Return the number of the plan that all have kept, or 0, and the coordinator's id for the save."""
     if len({row[KEPT_PLANS] for row in table}) > 1:
         raise ArgumentError("checkpoint_id", "the ranks save to different places")
-    if len({row[KEPT_PLANS + 3] for row in table}) > 1:
+    if len({row[KEPT_PLANS + 3] & 1 for row in table}) > 1:
         raise ArgumentError("planner", "some ranks have one, others have not")
+    if len(policies := {row[KEPT_PLANS + 3] >> 1 for row in table}) > 1:
+        named = " and ".join(repr(POLICIES[each]) for each in sorted(policies))
+        raise ArgumentError("on_disagreement", f"the ranks have {named}: it must be the same on all")
     return [*agree_on_plan(table), *table[0][KEPT_PLANS + 1 : KEPT_PLANS + 3]]
 
 

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AsyncExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from itertools import count
 from typing import Any, TypeVar, TypeVarTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
 import torch
@@ -21,6 +22,9 @@ from ._ranks import Operation
 from ._skips import Skips
 from ._turns import give_turns, prompt_turns
 from .errors import CheckpointError, ClosedError, LoadError, RankError, SaveCancelled
+
+# The joint checkpoints in whose blocks the caller is: what it asks for there cannot wait for their end.
+around: ContextVar[tuple[Future[None], ...]] = ContextVar("around", default=())
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -37,6 +41,7 @@ class Service:
         skips: which saves are skipped.
         held: on the engine's loop, what is let go of when all is drained.
         in_flight: where the last save goes that had its turn.
+        flows: of saves, each with what runs it.
     """
 
     def __init__(self, *, copy_threads: int, io_threads: int) -> None:
@@ -53,6 +58,7 @@ class Service:
         self._work: set[Future[Any]] = set()  # all else that is waited for
         self._background: set[Future[Any]] = set()  # and what nobody waits for before the end
         self._operations: WeakSet[Operation] = WeakSet()  # all that has been asked for and is not over
+        self.flows: WeakKeyDictionary[Operation, Future[None]] = WeakKeyDictionary()
 
     @property
     def rank(self) -> int:
@@ -208,7 +214,21 @@ class Service:
         flow = self.engine.call_soon(save_in_turn)
         self._saves.add(flow)
         flow.add_done_callback(self._saves.discard)
+        self.flows[operation] = flow
         return operation
+
+    async def wait_for_saves(self) -> None:
+        """Wait for the saves that have been begun, whatever comes of them, but for those around the caller.
+
+        Ranks wait for each other's turns instead, in `slot`.
+        """
+        if self.line is not None:
+            return
+        for flow in [*self._saves]:
+            if flow not in around.get():
+                ended = Milestone("ended")
+                flow.add_done_callback(lambda _, ended=ended: ended.reach())  # type: ignore[misc]
+                await ended
 
     @contextmanager
     def waiting(self, turn: Milestone, asked: Future[Any]) -> Iterator[None]:

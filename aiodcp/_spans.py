@@ -6,7 +6,6 @@ place is contiguous host memory needs none of that: it is read straight into it.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,11 +15,13 @@ from typing import Any
 import torch
 
 from ._arena import Arena
+from ._capture import PLAIN_TENSORS
 from ._chunks import cut
 from ._decode import Check, unpack
 from ._devices import Crossing, wait_for
 from ._layout import ALIGNMENT, NOT_COPIED, copyable
 from ._reads import TensorRead
+from .errors import LoadError
 from .metadata import gc_held_off
 
 SPAN_NBYTES = 16 << 20  # bytes read in one go: as in saving, enough that the turn at the GIL after it does not count
@@ -68,6 +69,7 @@ def copy_in(span: Span, arena: Arena, check: Check, crossing: Crossing) -> None:
     typed: dict[torch.dtype, torch.Tensor] = {}
     targets: list[torch.Tensor] = []
     sources: list[torch.Tensor] = []
+    odd: list[tuple[TensorRead, torch.Tensor, torch.Tensor]] = []
 
     def as_typed(dtype: torch.dtype) -> torch.Tensor:
         if dtype not in typed:
@@ -94,8 +96,17 @@ def copy_in(span: Span, arena: Arena, check: Check, crossing: Crossing) -> None:
                 tensor = cut(tensor, read.part)
             if dtype in NOT_COPIED:
                 tensor, into = copyable(tensor), copyable(into)
+            if into.is_conj() or into.is_neg() or type(into) not in PLAIN_TENSORS:  # no kernel for many knows those
+                odd.append((read, into, tensor))
+                continue
             sources.append(tensor)
             targets.append(into)
+    for read, into, tensor in odd:
+        try:
+            with torch.no_grad():
+                into.copy_(tensor)
+        except Exception as error:
+            raise LoadError(f"{read.fqn}: a {type(into).__name__} cannot be filled in place: {error!r}") from error
     wait_for(crossing.copy(targets, sources))  # before the memory is used again, and before the caller looks
 
 
@@ -104,6 +115,7 @@ def reads_direct(read: TensorRead) -> bool:
         read.frame is not None
         and read.nbytes >= DIRECT_NBYTES
         and (read.part is None or (read.bare and read.nbytes == read.into.nbytes))
+        and type(read.into) in PLAIN_TENSORS
         and read.into.dtype is read.dtype
         and read.into.is_cpu
         and read.into.is_contiguous()
@@ -113,7 +125,7 @@ def reads_direct(read: TensorRead) -> bool:
 
 
 def _is_in_memory(tensor: torch.Tensor) -> bool:
-    return tensor.is_cpu and tensor.layout is torch.strided
+    return type(tensor) in PLAIN_TENSORS and tensor.is_cpu and tensor.layout is torch.strided
 
 
 def without_overlaps(direct: list[TensorRead], reads: Sequence[TensorRead]) -> list[TensorRead]:
@@ -133,11 +145,6 @@ def without_overlaps(direct: list[TensorRead], reads: Sequence[TensorRead]) -> l
             stop, last = end, number
     apart = {id(reads[number]) for number in tied}
     return [read for read in direct if id(read) not in apart]
-
-
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous host tensor; valid as long as the tensor is."""
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def spans_of(reads: Iterable[Any]) -> list[Span]:

@@ -27,7 +27,8 @@ class Step:
 
     Attributes:
         step: its number.
-        saved_at: when it was committed, in seconds of `time.time()`; 0 if nothing is noted of it.
+        saved_at: when it was committed, in seconds of `time.time()`: as noted of it, or else when its `.metadata` was
+            written; 0 if the storage cannot tell.
         metrics: what was noted of it, by name.
     """
 
@@ -43,9 +44,21 @@ async def read_note(storage: Storage, checkpoint_id: str) -> dict[str, Any]:
         NotACheckpointError: there is no committed checkpoint.
         ReadError: storage refused.
     """
+    note, _ = await read_dated_note(storage, checkpoint_id)
+    return note
+
+
+async def read_dated_note(storage: Storage, checkpoint_id: str) -> tuple[dict[str, Any], float | None]:
+    """Return what is noted of a checkpoint, and when it was committed as the storage knows it.
+
+    Raises:
+        NotACheckpointError: there is no committed checkpoint.
+        ReadError: storage refused.
+    """
     path = storage.locate(checkpoint_id, METADATA_NAME)
     try:
         async with storage.open(checkpoint_id, METADATA_NAME) as reader:
+            modified_at: float | None = getattr(reader, "modified_at", None)
             tail = memoryview(bytearray(min(TAIL_NBYTES, reader.nbytes)))
             await reader.read_into(reader.nbytes - len(tail), [tail])
             wanted = min(note_nbytes(bytes(tail[-FOOT_NBYTES:])), reader.nbytes)
@@ -56,7 +69,7 @@ async def read_note(storage: Storage, checkpoint_id: str) -> dict[str, Any]:
         raise NotACheckpointError(checkpoint_id) from error
     except (OSError, EOFError) as error:
         raise ReadError(path, str(error)) from error
-    return decode_note(bytes(tail))
+    return decode_note(bytes(tail)), modified_at
 
 
 async def list_steps(storage: Storage, root: str) -> list[Step]:
@@ -71,11 +84,11 @@ async def list_steps(storage: Storage, root: str) -> list[Step]:
     async def look(step: int) -> None:
         async with limit:
             try:
-                note = await read_note(storage, step_place(root, step))
+                note, modified_at = await read_dated_note(storage, step_place(root, step))
             except NotACheckpointError:
                 return
-            saved_at = _number(note.get("saved_at"))
-            found.append(Step(step=step, saved_at=saved_at or 0.0, metrics=metrics_of(note)))
+            saved_at = _number(note.get("saved_at")) or modified_at or 0.0
+            found.append(Step(step=step, saved_at=saved_at, metrics=metrics_of(note)))
 
     await _for_each(look, await _numbers(storage, root))
     return sorted(found, key=lambda each: each.step)
@@ -105,7 +118,7 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
 async def remove_step(storage: Storage, checkpoint_id: str) -> None:
     """Remove a checkpoint, in an order in which a crash leaves no half of it that looks whole.
 
-    What is no checkpoint's data, such as a file of the user's beside it, stays.
+    Files of the user's beside it, such as a tokenizer's, are that checkpoint's, and removed with it.
 
     Raises:
         OSError: storage refused; what is left is no checkpoint any more, or a whole one.
@@ -114,7 +127,7 @@ async def remove_step(storage: Storage, checkpoint_id: str) -> None:
     """
     with CancelScope(shield=True):
         await storage.remove(checkpoint_id, METADATA_NAME, durable=True)
-        await _remove_data(storage, checkpoint_id, await storage.names(checkpoint_id))
+        await storage.remove_tree(checkpoint_id)
 
 
 async def remove_leftovers(storage: Storage, root: str, is_live: Callable[[str], bool]) -> list[int]:
@@ -135,7 +148,7 @@ async def remove_leftovers(storage: Storage, root: str, is_live: Callable[[str],
         place = step_place(root, step)
         async with limit:
             names = await storage.names(place)
-            if METADATA_NAME in names or any(map(is_live, names)):
+            if METADATA_NAME in names or any(map(is_live, names)) or (names and not any(map(is_leftover, names))):
                 return
             with CancelScope(shield=True):
                 await _remove_data(storage, place, names)

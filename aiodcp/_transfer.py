@@ -21,6 +21,7 @@ from anyio import Event
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from ._capture import Capture
+from ._comparison import Comparison
 from ._devices import Crossing, wait_for
 from ._engine import Threads, in_thread
 from ._layout import BLOCK, round_up
@@ -31,7 +32,7 @@ from ._stage import Checksum, Stage, stage_nbytes
 from ._timeline import Timeline
 from ._watch import Watch
 from ._windows import FileRange, Windows
-from .errors import CaptureError, StageError, TornSnapshotError, WriteError, one_error
+from .errors import CaptureError, CheckpointError, StageError, TornSnapshotError, WriteError, one_error
 from .storage import Writer
 
 TAIL_SLACK = 64 << 10  # bytes kept free for frozen values to grow in, before the arena must be made anew
@@ -124,8 +125,21 @@ class Transfer:
         if not self._keep_buffers:
             self._room = None
 
-    async def run(self, job: Job, plan: SavePlan, room: Room, tail: bytes, file: str) -> None:
+    async def run(
+        self, job: Job, plan: SavePlan, room: Room, tail: bytes, file: str, *, seed: int | None = None
+    ) -> int:
         """Stage, checksum and write everything into a durable file.
+
+        Args:
+            job: the save.
+            plan: what of it this rank writes.
+            room: host memory for that.
+            tail: the frozen values.
+            file: its name.
+            seed: for the comparison with other ranks, if they are to be compared.
+
+        Returns:
+            The digest for that.
 
         Raises:
             SaveError: that failed; the file is not there.
@@ -133,19 +147,26 @@ class Transfer:
         Cancellation: takes effect after the copy or write under way.
         """
         job.log.report("stage", total=plan.share.layout.tail + round_up(len(tail), BLOCK))
-        if not plan.staged and not tail:  # all that this rank holds is written by others
-            job.log.report("write")
-            job.let_go()
-            return
+        comparing = _Comparing(job, plan.comparison, seed)
         with one_error():
-            if isinstance(room, Stage):
-                await self._run_whole(job, plan, room, tail, file)
-            else:
-                await self._run_windows(job, plan, room, tail, file)
+            async with anyio.create_task_group() as group:
+                group.start_soon(comparing.run, self._threads)
+                if not plan.staged and not tail:  # all that this rank holds is written by others
+                    await in_thread(self._threads.staging, comparing.wait)
+                    job.check_torn()
+                    job.log.report("write")
+                    job.let_go()
+                elif isinstance(room, Stage):
+                    await self._run_whole(job, plan, room, tail, file, comparing)
+                else:
+                    await self._run_windows(job, plan, room, tail, file, comparing)
+        return comparing.digest
 
     # --- the whole file in memory
 
-    async def _run_whole(self, job: Job, plan: SavePlan, stage: Stage, tail: bytes, file: str) -> None:
+    async def _run_whole(
+        self, job: Job, plan: SavePlan, stage: Stage, tail: bytes, file: str, comparing: _Comparing
+    ) -> None:
         ready = [Event() for _ in stage.layout.segments]
         staged = Event()
 
@@ -165,11 +186,18 @@ class Transfer:
                 raise
 
         async with anyio.create_task_group() as staging:
-            staging.start_soon(self._stage_all, job, plan, stage, tail, ready, staged)
+            staging.start_soon(self._stage_all, job, plan, stage, tail, ready, staged, comparing)
             await self._storage.persist(write_file, job.checkpoint_id, file)
 
     async def _stage_all(
-        self, job: Job, plan: SavePlan, stage: Stage, tail: bytes, ready: Sequence[Event], staged: Event
+        self,
+        job: Job,
+        plan: SavePlan,
+        stage: Stage,
+        tail: bytes,
+        ready: Sequence[Event],
+        staged: Event,
+        comparing: _Comparing,
     ) -> None:
         loop = asyncio.get_running_loop()
         stop = threading.Event()
@@ -194,6 +222,7 @@ class Transfer:
                         queued.append((number, began_s, events))
                     else:
                         arrive(number, began_s)
+                comparing.wait()
                 job.check_torn()
                 job.queued.reach()
                 for number, began_s, events in queued:
@@ -229,7 +258,9 @@ class Transfer:
 
     # --- a part of it at a time
 
-    async def _run_windows(self, job: Job, plan: SavePlan, windows: Windows, tail: bytes, file: str) -> None:
+    async def _run_windows(
+        self, job: Job, plan: SavePlan, windows: Windows, tail: bytes, file: str, comparing: _Comparing
+    ) -> None:
         free = [Event() for _ in range(windows.slots)]
         for event in free:
             event.set()
@@ -252,7 +283,9 @@ class Transfer:
 
                     for number in range(len(windows)):
                         await take_slot(number)
-                        ranges = await in_thread(self._threads.staging, self._fill, job, plan, windows, number)
+                        ranges = await in_thread(
+                            self._threads.staging, self._fill, job, plan, windows, number, comparing
+                        )
                         writing.start_soon(write, number, ranges)
                     job.log.report("write")
                     job.let_go()
@@ -264,13 +297,14 @@ class Transfer:
                         job.log.report(staged=len(memory))
                         writing.start_soon(write, number, [(windows.layout.tail + start, memory)])
 
-    def _fill(self, job: Job, plan: SavePlan, windows: Windows, number: int) -> list[FileRange]:
+    def _fill(self, job: Job, plan: SavePlan, windows: Windows, number: int, comparing: _Comparing) -> list[FileRange]:
         """Bring one window into its slot, complete."""
         with _crossing(job, plan, first=number == 0):
             began_s = time.perf_counter()
             with _copy_errors(windows.layout.tail):
                 events = windows.copy(number, job.taken.values, job.crossing)
             if number == len(windows) - 1:
+                comparing.wait()
                 job.check_torn()
                 job.queued.reach()
             with _copy_errors(windows.layout.tail):
@@ -293,6 +327,33 @@ class Transfer:
     def _write_errors(self, job: Job, file: str = "") -> Iterator[None]:
         with write_errors(self._storage.locate(job.checkpoint_id, file)):
             yield
+
+
+class _Comparing:
+    """The comparison of what a save captured with what other ranks hold, beside its staging."""
+
+    def __init__(self, job: Job, comparison: Comparison, seed: int | None) -> None:
+        self.digest = 0
+        self._job = job
+        self._comparison = comparison
+        self._seed = seed
+        self._over = threading.Event()
+
+    async def run(self, threads: Threads) -> None:
+        try:
+            if self._seed is not None and self._comparison.sources:
+                self.digest = await in_thread(threads.compute, self._compare, self._seed)
+        finally:
+            self._over.set()
+
+    def _compare(self, seed: int) -> int:
+        self._job.crossing.start()
+        with _copy_errors(0):
+            return self._comparison.digest(self._job.taken, self._job.crossing, seed)
+
+    def wait(self) -> None:
+        """Block until the tensors are not read any more."""
+        self._over.wait()
 
 
 @contextmanager
@@ -323,5 +384,7 @@ def _crossing(job: Job, plan: SavePlan, *, first: bool = True) -> Iterator[None]
 def _copy_errors(nbytes: int) -> Iterator[None]:
     try:
         yield
+    except CheckpointError:
+        raise
     except Exception as error:
         raise StageError(nbytes, f"the copy failed: {error!r}") from error

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+import warnings
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -16,30 +17,31 @@ from typing import Any, Literal, TypeVar, TypeVarTuple, overload
 
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
-from torch.distributed.checkpoint.stateful import Stateful
 
 from ._blocking import Blocking, blocking
-from ._capture import PerRank, capture
+from ._capture import Capture, capture
 from ._checkpoint import RETOLD_LENGTH, Checkpoint, EarlierFailureError
 from ._commit import remove_files
+from ._comparison import OnDisagreement
 from ._devices import CopyStreams
 from ._guard import Guard, Guards
 from ._judge import Kind
-from ._load import Loader
+from ._load import Loaded, Loader, LoadOptions
+from ._matching import LoadReport, Rename
 from ._milestone import Milestone
 from ._note import encode_note
 from ._planner import capture_planned
 from ._progress import Bar, NoBar
 from ._ranks import Operation
 from ._retry import Attempt, PersistentStorage, Retry
-from ._save import Saver, Wish
+from ._save import POLICIES, Saver, Wish
 from ._service import Service, answer
 from ._stage import Checksum, default_checksum
 from ._steps import read_note
+from ._targets import LoadTargets, find_targets
 from ._timeline import Trace
 from ._transfer import Job, Transfer, write_errors
 from ._turns import give_turns
-from ._wanted import Wanted, want
 from ._watch import Watch
 from ._windows import MIN_NBYTES
 from .errors import (
@@ -96,6 +98,10 @@ class Checkpointer(Blocking):
         retry: how often to try again what storage refuses for the moment.
         checksum: computes CRC32s, with the arguments of `zlib.crc32`; by default isal's if the extra `fast` is
             installed, else zlib's.
+        on_disagreement: what to do where ranks hold different values of what is saved once, such as a random state
+            that is not in a `PerRank`: "warn" once a name, and say whose is saved; "raise" `DisagreementError`, and
+            commit nothing; or "ignore", and do not compare. Looked for at every save: in all bytes of values and of
+            tensors up to 64 KiB, and in a sample of larger ones.
     """
 
     def __init__(
@@ -113,7 +119,11 @@ class Checkpointer(Blocking):
         io_threads: int = 4,
         retry: Retry | None = None,
         checksum: Checksum | None = None,
+        on_disagreement: OnDisagreement = "warn",
     ) -> None:
+        if on_disagreement not in POLICIES:
+            problem = f'{on_disagreement!r} is none of "warn", "raise", "ignore"'
+            raise ArgumentError("on_disagreement", problem)
         if copy_threads is None:
             copy_threads = max(1, min(4, len(os.sched_getaffinity(0)) // _ranks_on_this_host()))
         for name, value in (("copy_threads", copy_threads), ("io_threads", io_threads)):
@@ -139,7 +149,6 @@ class Checkpointer(Blocking):
             lambda place, path, attempt: self._on_retry(place, path, attempt),
         )
         self._on_retry: Callable[[str, str, Attempt], None] = _log_retry  # with place and path; in the engine's thread
-        self._shown: Bar = NoBar()  # how far a load has come
         self._process_group = process_group
         self._coordinator = coordinator
         self._no_dist = no_dist
@@ -148,6 +157,8 @@ class Checkpointer(Blocking):
         self._max_host_bytes = max_host_bytes
         self._check_torn = check_torn
         self._checksum = checksum or default_checksum()
+        self._on_disagreement: OnDisagreement = on_disagreement
+        self._unsafe: set[str] = set()  # fqns of which it was said that they need more than plain data to be loaded
         self._service = Service(copy_threads=copy_threads, io_threads=io_threads)
         self._last: Checkpoint | None = None
         self._staging: list[Checkpoint] = []  # captured, and perhaps not staged yet
@@ -175,7 +186,13 @@ class Checkpointer(Blocking):
             checksum=self._checksum,
         )
         self._streams = CopyStreams()
-        self._saver = Saver(self._storage, threads, make_transfer, share_transfer=self._max_host_bytes is not None)
+        self._saver = Saver(
+            self._storage,
+            threads,
+            make_transfer,
+            share_transfer=self._max_host_bytes is not None,
+            on_disagreement=self._on_disagreement,
+        )
         self._loader = Loader(self._storage, threads, checksum=self._checksum)
         self._guards = Guards(self._on_step)
         return self
@@ -336,9 +353,10 @@ class Checkpointer(Blocking):
         checkpoint._log.restart()
         with checkpoint.timeline.record("capture"):
             if planner is None:
-                taken = capture(state_dict, self._service.rank)
+                taken = capture(state_dict, self._service.rank, may_be_empty=self._service.line is not None)
             else:
                 taken = capture_planned(state_dict, planner, is_coordinator=self._service.skips.decides)
+            self._warn_unsafe(taken)
             checkpoint._crossing = self._streams.begin(taken.values, taken.fqns)
             if self._check_torn:
                 checkpoint._watch = Watch(taken)
@@ -358,6 +376,19 @@ class Checkpointer(Blocking):
             log=checkpoint._log,
             timeline=checkpoint.timeline,
         )
+
+    def _warn_unsafe(self, taken: Capture) -> None:
+        """Say of values that `load` will not build by default that they are so, once a name."""
+        for place, frozen in taken.frozen.items():
+            fqn = taken.fqns[place]
+            if frozen.needs and fqn not in self._unsafe:
+                self._unsafe.add(fqn)
+                warnings.warn(
+                    f"{fqn} is saved, but is more than plain data: to load it needs weights_only=False, or "
+                    f"torch.serialization.add_safe_globals for {', '.join(frozen.needs)}",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     def _begin(self, number: int, place: str, checkpoint_id: object, turn: Milestone, asked: Future[Job]) -> Checkpoint:
         checkpoint = Checkpoint(place, self._service.engine)
@@ -483,7 +514,8 @@ class Checkpointer(Blocking):
         Cancellation: takes effect when the step under way is done.
         """
         self._service.check_open()
-        take = self._take(lambda: capture(state_dict, self._service.rank))
+        may_be_empty = self._service.line is not None
+        take = self._take(lambda: capture(state_dict, self._service.rank, may_be_empty=may_be_empty))
         operation = self._service.operation(Kind.PREPARE, ClosedError("the preparation was cancelled"))
 
         async def prepare_in_turn() -> None:
@@ -518,94 +550,100 @@ class Checkpointer(Blocking):
         planner: LoadPlanner | None = None,
         strict: bool = True,
         cast: bool = False,
+        rename: Rename | None = None,
         weights_only: bool = True,
         check_crc: bool = True,
-    ) -> None:
+    ) -> LoadReport:
         """Load a checkpoint into `state_dict`: tensors in place, other values replaced.
 
-        `Stateful` values of the top level are asked for their `state_dict()`, which is filled and given to their
-        `load_state_dict()`. An optimizer that has not stepped yet has no state to fill: it is given the checkpoint's.
-        Everything that can be known without the data is checked before the first byte of the
-        caller's tensors changes, and all other values are read before the first tensor.
+        Names are compared below the names of the top level that are asked for: `load({"model": model}, id)` loads the
+        model and leaves the optimizer that is stored beside it alone. What is asked for and not stored, or stored
+        below `model` and not asked for on any rank, is an error.
+
+        Tensors are filled in place where one of the right name, shape and dtype is there; the rest of the structure is
+        the checkpoint's. An object with `load_state_dict()` at the top level is given its state as it was saved, and
+        judges it: modules by the names of their parameters and buffers, optimizers as torch does, by number and shapes
+        of parameters (and names, if both have them). Lists have the length that was saved. Numbers become 0-d tensors,
+        and the other way round, where the state dict has those. A tensor on the meta device is made.
+
+        Everything that can be known without the data is checked before the first byte of the caller's tensors changes,
+        and all other values are read before the first tensor.
 
         With several ranks all of them call it, and the checkpoint may come from any number of them: each reads what
         it holds. It begins on all ranks or on none, and a failure on one fails it on all, but for one of a
-        `load_state_dict()`, which comes last. It waits for a save in flight.
+        `load_state_dict()`, which comes last; those are called in the order of their names. It waits for a save in
+        flight, but for the joint checkpoint inside whose block it is called.
 
         Args:
             state_dict: what is wanted, with tensors of the right shapes on the devices where they are wanted.
             checkpoint_id: where from; written by this library or by `torch.distributed.checkpoint`.
             planner: your own, instead of this library's planning. It decides what is strict, and how bytes are
-                decoded; it is called in threads of the engine.
-            strict: both must have the same names. False loads those that both have.
+                decoded; it is called in threads of the engine. What it adds at the top level is handed over.
+            strict: names must agree. False loads those that both have, and reports the others; a whole module, dict or
+                optimizer of which nothing is stored is an error all the same.
             cast: allow conversions that lose, such as float32 to bfloat16; others are always allowed.
-            weights_only: unpickle values with torch's restricted unpickler. False runs whatever code the checkpoint
-                brings: only for files that you trust as you trust your own programs.
+            rename: makes of stored names the names that are wanted: a mapping of prefixes, the longest first, or a
+                function. Names begin with the name at the top level.
+            weights_only: build plain data and what `torch.serialization.add_safe_globals` allows, nothing else. False
+                runs whatever code the checkpoint brings: only for files that you trust as you trust your own programs.
             check_crc: compare each item with its CRC32. One of which only a part is wanted and read cannot be
                 compared.
 
+        Returns:
+            What was left out or converted; false if nothing was.
+
         Raises:
             NotACheckpointError: there is no committed checkpoint.
+            FormatError: there is one of another format.
             MismatchError: names every value that is missing, unexpected, or does not fit.
             CorruptError: what is stored is not what was saved. Found by its CRC32 after loading began, tensors may
                 already have changed.
             UnsafeError: the checkpoint asks for more than data.
+            StatefulError: an object's `load_state_dict()` raised.
             RankError: one of these, on some rank.
 
         Cancellation: takes effect when the read under way is done; tensors may already have changed.
         """
+        return await self.load_shown(
+            state_dict,
+            checkpoint_id,
+            NoBar(),
+            planner,
+            LoadOptions(strict=strict, cast=cast, weights_only=weights_only, check_crc=check_crc, rename=rename),
+        )
+
+    async def load_shown(
+        self,
+        state_dict: MutableMapping[str, Any],
+        checkpoint_id: CheckpointId,
+        shown: Bar,
+        planner: LoadPlanner | None,
+        options: LoadOptions,
+    ) -> LoadReport:
+        """Load as `load` does, and show how far it has come."""
         self._service.check_open()
         place = ""
 
-        def ask() -> Wanted:
+        def ask() -> LoadTargets:
             nonlocal place
             place = self._storage.resolve(check_id(checkpoint_id))
-            return want(state_dict, self._service.rank, planner, self._streams)
+            return find_targets(state_dict, self._service.rank, planner, self._streams)
 
+        await self._service.wait_for_saves()
         take = self._take(ask)
         operation = self._service.operation(Kind.LOAD, LoadError("the load was cancelled"))
 
-        async def load() -> Wanted:
+        async def load() -> Loaded:
             with self._service.under_way(operation):
-                return await self._loader.load(
-                    operation,
-                    _digest(checkpoint_id),
-                    take,
-                    place,
-                    strict=strict,
-                    cast=cast,
-                    weights_only=weights_only,
-                    check_crc=check_crc,
-                    shown=self._shown,
-                )
+                return await self._loader.load(operation, _digest(checkpoint_id), take, place, options, shown)
 
-        async def load_in_turn() -> Wanted:
+        async def load_in_turn() -> Loaded:
             async with self._service.slot:
                 return await load()
 
-        wanted = await self._service.run(load_in_turn if self._service.line else load, operation=operation)
-        for number, value in wanted.loaded.items():
-            holder, key = wanted.holders[number]
-            if isinstance(holder, PerRank):
-                holder.value = value
-            else:
-                holder[key] = value
-        for key, state in wanted.states.items():
-            target, loaded = state_dict[key], state
-            if isinstance(target, PerRank) and isinstance(state, PerRank) and target is not state:
-                target, loaded = target.value, state.value
-            if target is not loaded and isinstance(target, Stateful):
-                target.load_state_dict(loaded)
-            else:
-                state_dict[key] = state
-
-    @contextmanager
-    def _show_loading(self, shown: Bar) -> Iterator[None]:
-        self._shown = shown
-        try:
-            yield
-        finally:
-            self._shown = NoBar()
+        loaded = await self._service.run(load_in_turn if self._service.line else load, operation=operation)
+        loaded.targets.hand_over(state_dict, absent=loaded.absent)
+        return loaded.targets.report
 
     async def read_custom_metadata(self, checkpoint_id: CheckpointId) -> dict[str, Any]:
         """Return what was noted of a checkpoint when it was saved; empty if nothing was. Each rank may ask for itself.

@@ -8,6 +8,7 @@
     │   ├── CaptureError                     the state dict cannot be saved as it is: names the fqn
     │   ├── StageError                       host memory could not be had, or a copy into it failed
     │   ├── TornSnapshotError                tensors changed before they were staged: names their fqns
+    │   ├── DisagreementError                the ranks hold different values of one name, and the caller forbade that
     │   ├── ParticipantError                 a participant of a joint checkpoint failed: names it
     │   ├── WriteError                       storage refused: names the path, the OSError is its cause
     │   └── SaveCancelled                    `Checkpoint.cancel()` was called; nothing was committed
@@ -16,15 +17,17 @@
         ├── NotACheckpointError (also FileNotFoundError)  no committed checkpoint there
         ├── ReadError                        storage refused: names the path, the OSError is its cause
         ├── CorruptError                     what is stored is not what was saved: names path and fqn
-        ├── UnsafeError                      the checkpoint asks for more than data: names the global
-        └── MismatchError                    checkpoint and state dict do not fit: names every fqn and why
+        ├── FormatError                      what is there is written in another format: says which
+        ├── UnsafeError                      the checkpoint asks for more than data: names all that it needs
+        ├── MismatchError                    checkpoint and state dict do not fit: names every fqn and why
+        └── StatefulError                    an object's load_state_dict() raised: that error is the cause
 
 Every error takes its facts as arguments, so that it survives pickling, and keeps them as attributes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -126,6 +129,25 @@ class TornSnapshotError(SaveError):
         return f"changed before they were staged: {names}{more}; wait for `staged` before changing tensors, or guard()"
 
 
+class DisagreementError(SaveError):
+    """The ranks hold different values of what is saved once, and `on_disagreement="raise"` was asked for.
+
+    Attributes:
+        fqns: the names, sorted.
+    """
+
+    SHOWN = 5
+
+    def __init__(self, fqns: Sequence[str]) -> None:
+        super().__init__(tuple(fqns))
+        self.fqns = tuple(fqns)
+
+    def __str__(self) -> str:
+        more = f" and {len(self.fqns) - self.SHOWN} more" if len(self.fqns) > self.SHOWN else ""
+        named = ", ".join(self.fqns[: self.SHOWN])
+        return f"the ranks hold different values of {named}{more}: wrap what is each rank's own in aiodcp.PerRank"
+
+
 class ParticipantError(SaveError):
     """A participant of a `JointCheckpoint` failed or was cancelled; what it raised is the cause.
 
@@ -211,6 +233,40 @@ class ReadError(LoadError):
         return f"cannot read {self.path}: {self.problem}"
 
 
+class FormatError(LoadError):
+    """What is there is no checkpoint of this format, but of another one.
+
+    Attributes:
+        path: the file or directory.
+        problem: what it is, and what opens it.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = path
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
+
+
+class StatefulError(LoadError):
+    """An object's `load_state_dict()` raised, after everything was read; that error is the cause.
+
+    Attributes:
+        key: the object, by its name at the top level.
+        problem: what it raised.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(key, problem)
+        self.key = key
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.problem}"
+
+
 class CorruptError(LoadError):
     """What is stored is not what was saved.
 
@@ -238,13 +294,15 @@ class UnsafeError(LoadError):
         path: the file that asks.
         fqn: the value that asks; empty for `.metadata`.
         problem: what it asks for.
+        names: of all classes and functions that the value needs, sorted.
     """
 
-    def __init__(self, path: str, fqn: str, problem: str) -> None:
-        super().__init__(path, fqn, problem)
+    def __init__(self, path: str, fqn: str, problem: str, names: Sequence[str] = ()) -> None:
+        super().__init__(path, fqn, problem, tuple(names))
         self.path = path
         self.fqn = fqn
         self.problem = problem
+        self.names = tuple(names)
 
     def __str__(self) -> str:
         where = f"{self.path} ({self.fqn})" if self.fqn else self.path
@@ -257,8 +315,10 @@ class MismatchError(LoadError):
     Attributes:
         checkpoint_id: the checkpoint.
         missing: fqns that the state dict has and the checkpoint has not, sorted.
-        unexpected: fqns that the checkpoint has and the state dict has not, sorted.
+        unexpected: fqns that the checkpoint has below the names that were asked for and no rank wants, sorted.
         problems: one sentence for each value that is in both and does not fit, each beginning with its fqn.
+        suggestions: for missing fqns the stored ones that were most likely meant.
+        hint: what would help, if that can be told.
     """
 
     SHOWN = 10  # of each kind: a wrong model has thousands, and the first few tell which mistake it was
@@ -269,26 +329,34 @@ class MismatchError(LoadError):
         missing: Sequence[str] = (),
         unexpected: Sequence[str] = (),
         problems: Sequence[str] = (),
+        suggestions: Mapping[str, str] | None = None,
+        hint: str = "",
     ) -> None:
-        super().__init__(checkpoint_id, tuple(missing), tuple(unexpected), tuple(problems))
+        super().__init__(
+            checkpoint_id, tuple(missing), tuple(unexpected), tuple(problems), dict(suggestions or {}), hint
+        )
         self.checkpoint_id = checkpoint_id
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
         self.problems = tuple(problems)
+        self.suggestions = dict(suggestions or {})
+        self.hint = hint
 
     def __str__(self) -> str:
         text = f"the checkpoint at {self.checkpoint_id!r} does not fit the state dict"
+        missing = [
+            f"{name} (did you mean {self.suggestions[name]}?)" if name in self.suggestions else name
+            for name in self.missing
+        ]
         for title, names in (
-            ("missing in the checkpoint", self.missing),
+            ("missing in the checkpoint", missing),
             ("not in the state dict", self.unexpected),
             ("different", self.problems),
         ):
             if names:
                 more = [f"and {len(names) - self.SHOWN} more"] if len(names) > self.SHOWN else []
                 text += "\n  ".join([f"\n{title} ({len(names)}):", *names[: self.SHOWN], *more])
-        if self.missing or self.unexpected:
-            text += "\nstrict=False loads what both have"
-        return text
+        return f"{text}\n{self.hint}" if self.hint else text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from math import isfinite
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
@@ -21,6 +21,8 @@ from ._checkpoint import Checkpoint
 from ._commit import is_live
 from ._events import Event
 from ._joint import JointCheckpoint, joint_after
+from ._load import LoadOptions
+from ._matching import LoadReport, Rename
 from ._milestone import Milestone
 from ._names import step_place
 from ._preempt import Preemption
@@ -36,15 +38,43 @@ from .errors import (
     NotACheckpointError,
     RankError,
     SaveCancelled,
-    UnsafeError,
 )
 
 CLEAR_UP_S = 1.0  # of the time that preemption leaves: to remove what was written of a save that is given up
 
 OnBusy = Literal["wait", "skip", "raise"]
 
+RESERVED = {"step", "saved_at", "metrics"}  # of the custom metadata of a step: the manager's own
 
-class CheckpointManager(Blocking):
+if TYPE_CHECKING:  # at run time TypeVars have no defaults before Python 3.13
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    SaveT = TypeVarWithDefault("SaveT", bound=Checkpoint | None, default=Checkpoint)
+else:
+    SaveT = TypeVar("SaveT")
+
+
+class RestoredStep(int):
+    """The step that `restore` has loaded, a number, with what was left out of it or converted.
+
+    Attributes:
+        report: as `Checkpointer.load` returns it.
+    """
+
+    report: LoadReport
+
+    def __new__(cls, step: int, report: LoadReport) -> RestoredStep:
+        made = super().__new__(cls, step)
+        made.report = report
+        return made
+
+    def __reduce__(self) -> tuple[type[RestoredStep], tuple[int, LoadReport]]:
+        return RestoredStep, (int(self), self.report)
+
+    __repr__ = int.__repr__
+
+
+class CheckpointManager(Blocking, Generic[SaveT]):
     """Checkpoints of a training run, one a step, below one root.
 
         async with aiodcp.CheckpointManager("checkpoints", keep_last=3, save_interval=100) as manager:
@@ -55,7 +85,7 @@ class CheckpointManager(Blocking):
                     await manager.save(step, state, metrics={"loss": loss})
 
     A step is `root/step-<n>`, as torchtitan's, and complete when its `.metadata` is there. What interrupted saves have
-    left is never listed, and removed on entering, unless another process that saves below this root is alive.
+    left is never listed, and removed with the first save, unless another process that saves below this root is alive.
 
     Without an event loop the same calls are `with`, `save_sync`, `restore_sync`, `refresh_sync` and `close`.
 
@@ -82,6 +112,44 @@ class CheckpointManager(Blocking):
             installed, for saves and loads that take longer than a second.
         on_event: called with each `Event`, in a thread of the library's: it must not block.
     """
+
+    @overload
+    def __init__(
+        self: CheckpointManager[Checkpoint],
+        root: str | os.PathLike[str],
+        *,
+        checkpointer: Checkpointer | None = ...,
+        keep_last: int | None = ...,
+        keep_every: int | None = ...,
+        keep_best: Best | None = ...,
+        save_interval: int | None = ...,
+        on_busy: Literal["wait", "raise"] = ...,
+        on_error: Literal["raise", "warn"] = ...,
+        signals: Sequence[signal.Signals] = ...,
+        grace_s: float = ...,
+        deadline: float | None = ...,
+        progress: bool = ...,
+        on_event: Callable[[Event], None] | None = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: CheckpointManager[Checkpoint | None],
+        root: str | os.PathLike[str],
+        *,
+        checkpointer: Checkpointer | None = ...,
+        keep_last: int | None = ...,
+        keep_every: int | None = ...,
+        keep_best: Best | None = ...,
+        save_interval: int | None = ...,
+        on_busy: OnBusy,
+        on_error: Literal["raise", "warn"] = ...,
+        signals: Sequence[signal.Signals] = ...,
+        grace_s: float = ...,
+        deadline: float | None = ...,
+        progress: bool = ...,
+        on_event: Callable[[Event], None] | None = ...,
+    ) -> None: ...
 
     def __init__(
         self,
@@ -123,6 +191,10 @@ class CheckpointManager(Blocking):
         if on_event is not None and not callable(on_event):
             raise ArgumentError("on_event", f"{on_event!r} cannot be called")
         self.checkpointer = checkpointer if checkpointer is not None else Checkpointer()
+        try:
+            self.checkpointer._storage.resolve(root)
+        except ArgumentError as error:
+            raise ArgumentError("root", error.problem) from None
         self._catalog = Catalog(self.checkpointer._storage, root, retention)
         self._save_interval = save_interval
         self._on_busy: OnBusy = on_busy
@@ -141,9 +213,10 @@ class CheckpointManager(Blocking):
         steps = f"steps {self.steps()}" if self._catalog.has_looked else "not entered yet"
         return f"<CheckpointManager of {self._catalog.root!r}, {steps}>"
 
-    async def __aenter__(self) -> CheckpointManager:
+    async def __aenter__(self) -> Self:
         await self.checkpointer.__aenter__()
         service = self.checkpointer._service
+        self.lend_runner(self.checkpointer)
         try:
             self._catalog.root = self._catalog.storage.resolve(self._catalog.root)
             self._report.rank = service.line.members[service.line.rank] if service.line else 0
@@ -155,7 +228,7 @@ class CheckpointManager(Blocking):
             except ArgumentError as error:  # the other ranks are to hear of it
                 problem = error
             mark = self._catalog.mark()
-            self._catalog.learn(await service.ask("list steps", self._clear_up_and_look, problem=problem), mark)
+            self._catalog.learn(await service.ask("list steps", self._catalog.look, problem=problem), mark)
         except BaseException:
             self._preemption.close()
             await self.checkpointer.__aexit__(None, None, None)
@@ -335,21 +408,63 @@ class CheckpointManager(Blocking):
             return True
         return self._save_interval is not None and step > 0 and step % self._save_interval == 0
 
+    @overload
+    async def save(
+        self,
+        step: int,
+        state_dict: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = ...,
+        custom_metadata: Mapping[str, Any] | None = ...,
+        planner: SavePlanner | None = ...,
+    ) -> SaveT: ...
+
+    @overload
+    async def save(
+        self,
+        step: int,
+        state_dict: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = ...,
+        custom_metadata: Mapping[str, Any] | None = ...,
+        planner: SavePlanner | None = ...,
+        on_busy: Literal["wait", "raise"],
+    ) -> Checkpoint: ...
+
+    @overload
+    async def save(
+        self,
+        step: int,
+        state_dict: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = ...,
+        custom_metadata: Mapping[str, Any] | None = ...,
+        planner: SavePlanner | None = ...,
+        on_busy: OnBusy | None = ...,
+    ) -> Checkpoint | None: ...
+
     async def save(
         self,
         step: int,
         state_dict: Mapping[str, Any],
         *,
         metrics: Mapping[str, float] | None = None,
+        custom_metadata: Mapping[str, Any] | None = None,
         planner: SavePlanner | None = None,
         on_busy: OnBusy | None = None,
     ) -> Checkpoint | None:
         """Begin to save a step, as `Checkpointer.save` does. One that is there already is replaced.
 
+        Files that you put into the step's directory beside it, such as a tokenizer's, are that step's, and removed
+        with it.
+
         Args:
             step: its number, from 0 on.
             state_dict: as for `Checkpointer.save`.
             metrics: numbers to be kept with it, for `keep_best` and `metrics()`.
+            custom_metadata: small facts in words of JSON to be committed with it, which
+                `checkpointer.read_custom_metadata(manager.path(step))` returns beside the manager's own `step`,
+                `saved_at` and `metrics`.
             planner: your own, instead of DCP's.
             on_busy: instead of the manager's.
 
@@ -372,7 +487,7 @@ class CheckpointManager(Blocking):
                 checkpoint = await self.checkpointer._save(
                     state_dict,
                     self.path(step),
-                    partial(self._begin_to_save, step, metrics, numbers),
+                    partial(self._begin_to_save, step, metrics, custom_metadata, numbers),
                     planner=planner,
                     on_busy=on_busy or self._on_busy,
                 )
@@ -400,14 +515,22 @@ class CheckpointManager(Blocking):
         self.checkpointer._service.in_background(self._see_through, step, checkpoint)
         return checkpoint
 
-    async def _begin_to_save(self, step: int, metrics: Mapping[str, float] | None, numbers: dict[str, float]) -> bytes:
+    async def _begin_to_save(
+        self,
+        step: int,
+        metrics: Mapping[str, float] | None,
+        custom_metadata: Mapping[str, Any] | None,
+        numbers: dict[str, float],
+    ) -> bytes:
         """Check what is given, make sure that nobody removes what is to be written, and return the note.
 
         The metrics as they are now go into `numbers`.
         """
         numbers.update(_check_metrics(metrics))
-        note = check_note({"step": _check_step(step), "saved_at": time.time(), "metrics": numbers})
+        own = {"step": _check_step(step), "saved_at": time.time(), "metrics": numbers}
+        note = check_note({**_check_custom_metadata(custom_metadata), **own})
         if self._is_coordinator and not self._claimed:  # until it is left: nobody clears up meanwhile
+            await self.checkpointer._service.run(self._clear_up)  # and not sooner: who only reads removes nothing
             with write_errors(self._catalog.storage.locate(self._catalog.root)):
                 claim = self._catalog.storage.claim(self._catalog.root, alone=False)
                 await self.checkpointer._service.run(self.checkpointer._service.held.enter_async_context, claim)
@@ -417,7 +540,11 @@ class CheckpointManager(Blocking):
 
     @asynccontextmanager
     async def checkpoint(
-        self, step: int, *, metrics: Mapping[str, float] | None = None
+        self,
+        step: int,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        custom_metadata: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[JointCheckpoint]:
         """Save a step of several participants, which is committed when the block is left: see `joint_checkpoint`.
 
@@ -430,14 +557,14 @@ class CheckpointManager(Blocking):
 
         Args:
             step: its number, from 0 on.
-            metrics: as for `save`.
+            metrics, custom_metadata: as for `save`.
 
         Raises, Cancellation: as `joint_checkpoint`.
         """
         self.checkpointer._service.check_open()
         saving = self._report.save(step)
         numbers: dict[str, float] = {}
-        first = partial(self._begin_to_save, step, metrics, numbers)
+        first = partial(self._begin_to_save, step, metrics, custom_metadata, numbers)
 
         def ended(joint: JointCheckpoint, error: Exception | None) -> None:  # in the engine's thread, most likely
             self._end(saving, numbers, list(joint.participants.values()), error)
@@ -483,20 +610,23 @@ class CheckpointManager(Blocking):
         planner: LoadPlanner | None = None,
         strict: bool = True,
         cast: bool = False,
+        rename: Rename | None = None,
         weights_only: bool = True,
         check_crc: bool = True,
-    ) -> int | None:
-        """Load a step into `state_dict`, as `Checkpointer.load` does. All ranks call it.
+    ) -> RestoredStep | None:
+        """Load a step into `state_dict`, as `Checkpointer.load` does. All ranks call it. Waits for a save in flight.
 
         Args:
             state_dict: what is wanted.
             step: which; by default the newest that is complete.
             fall_back: when what is stored is damaged, go on with the step before (for "best": the next best), and so
-                on. Tensors that had been loaded already are loaded again.
-            planner, strict, cast, weights_only, check_crc: as for `Checkpointer.load`.
+                on. Tensors that had been loaded already are loaded again. A step that is whole and does not fit, or
+                needs more than `weights_only` allows, is an error all the same.
+            planner, strict, cast, rename, weights_only, check_crc: as for `Checkpointer.load`.
 
         Returns:
-            The step; None if there is none yet, for "latest" and "best".
+            The step, a number, which has the report as its attribute; None if there is none yet, for "latest" and
+            "best".
 
         Raises:
             NotACheckpointError: the step is not there, or not complete.
@@ -507,6 +637,9 @@ class CheckpointManager(Blocking):
         if step == "best" and self._catalog.retention.keep_best is None:
             raise ArgumentError("step", 'which is "best" is said by keep_best=')
 
+        options = LoadOptions(strict=strict, cast=cast, weights_only=weights_only, check_crc=check_crc, rename=rename)
+        self.checkpointer._service.check_open()
+        await self.checkpointer._service.wait_for_saves()
         await self.refresh()
         numbers = [each.step for each in self._catalog.newest]
         if isinstance(step, int):
@@ -518,18 +651,12 @@ class CheckpointManager(Blocking):
         with self._catalog.use(*numbers):
             for number in numbers:
                 try:
-                    with self._report.restoring(number) as shown, self.checkpointer._show_loading(shown):
-                        await self.checkpointer.load(
-                            state_dict,
-                            self.path(number),
-                            planner=planner,
-                            strict=strict,
-                            cast=cast,
-                            weights_only=weights_only,
-                            check_crc=check_crc,
+                    with self._report.restoring(number) as shown:
+                        report = await self.checkpointer.load_shown(
+                            state_dict, self.path(number), shown, planner, options
                         )
-                    return number
-                except (CorruptError, UnsafeError, RankError) as error:
+                    return RestoredStep(number, report)
+                except (CorruptError, RankError) as error:
                     if number == numbers[-1] or not _is_damage(error):
                         raise
                     self._catalog.distrust(number)
@@ -543,10 +670,9 @@ class CheckpointManager(Blocking):
     refresh_sync = blocking(refresh)
     close = blocking(aclose)
 
-    async def _clear_up_and_look(self) -> bytes:
+    async def _clear_up(self) -> None:
         for step in await self._catalog.clear_up(is_live):
             self._report.cleared(step)
-        return await self._catalog.look()
 
     @property
     def _is_coordinator(self) -> bool:
@@ -554,15 +680,24 @@ class CheckpointManager(Blocking):
 
 
 def _is_damage(error: LoadError) -> bool:
-    """Whether what is stored is damaged, as this rank found or another one; damage may look as if it meant harm."""
+    """Whether what is stored is damaged, as this rank found or another one."""
     kinds = {failure.kind for failure in error.failures} if isinstance(error, RankError) else {type(error).__name__}
-    return bool(kinds) and kinds <= {CorruptError.__name__, UnsafeError.__name__}
+    return kinds == {CorruptError.__name__}
 
 
 def _check_step(step: object) -> int:
     if type(step) is not int or step < 0:
         raise ArgumentError("step", f"{step!r} is not a step: a number from 0 on")
     return step
+
+
+def _check_custom_metadata(custom_metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if custom_metadata is None:
+        return {}
+    check_note(custom_metadata)
+    if reserved := sorted(RESERVED & custom_metadata.keys()):
+        raise ArgumentError("custom_metadata", f"{', '.join(reserved)} is the manager's own: choose another name")
+    return custom_metadata
 
 
 def _check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:

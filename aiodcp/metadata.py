@@ -15,6 +15,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import PurePosixPath
 from types import FunctionType
@@ -58,6 +59,19 @@ FORMAT_VERSION = "1.0.0"
 """DCP's own, `torch.distributed.checkpoint.filesystem.CURRENT_DCP_VERSION`."""
 
 
+@dataclass(slots=True)
+class ContainerNotes:
+    """What dotted names do not say of the containers of a state dict, by path.
+
+    Attributes:
+        empty: mappings without a key.
+        int_keys: mappings all of whose keys are ints; paths have them as text, as in DCP.
+    """
+
+    empty: list[tuple[str | int, ...]] = field(default_factory=list)
+    int_keys: list[tuple[str | int, ...]] = field(default_factory=list)
+
+
 # --- reading
 
 
@@ -88,6 +102,9 @@ def _allowed() -> dict[tuple[str, str], Any]:
     allowed: dict[tuple[str, str], Any] = {(f"{checkpoint}.metadata", name): getattr(dcp, name) for name in dcp.__all__}
     allowed[f"{checkpoint}.metadata", "TensorProperties"] = _AnyProperties
     allowed[f"{checkpoint}.metadata", "_MEM_FORMAT_ENCODING"] = _memory_format
+    older = "torch.distributed._shard.sharded_tensor.metadata"  # before torch 2.3
+    allowed[older, "TensorProperties"] = _AnyProperties
+    allowed[older, "MEM_FORMAT_ENCODING"] = _memory_format
     allowed[f"{checkpoint}.filesystem", "_StorageInfo"] = StorageInfo
     allowed[f"{checkpoint}.filesystem", "_StoragePrefix"] = filesystem._StoragePrefix
     allowed["torch", "Size"] = torch.Size
@@ -160,6 +177,31 @@ def read_metadata(data: bytes, path: str) -> Metadata:
         if type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
             raise CorruptError(path, index.fqn, f"is stored at {offset!r}, {length!r} bytes")
     return metadata
+
+
+def unsound(metadata: Metadata) -> tuple[str, str] | None:
+    """Return what is wrong with an entry of a damaged pickle, which may be anything: its name, and a sentence."""
+    for fqn, entry in metadata.state_dict_metadata.items():
+        try:
+            sound = _is_sound(entry)
+        except (AttributeError, TypeError):
+            sound = False
+        if not sound:
+            return str(fqn), "the metadata does not say what it is"
+    paths = metadata.planner_data
+    if paths is not None and not (
+        isinstance(paths, dict) and all(isinstance(path, tuple | list) and path for path in paths.values())
+    ):
+        return "", "the metadata does not say which keys lead to the values"
+    return None
+
+
+def _is_sound(entry: object) -> bool:
+    if not isinstance(entry, TensorStorageMetadata):
+        return isinstance(entry, BytesStorageMetadata)
+    fields: list[tuple[Any, type]] = [(entry.properties.dtype, torch.dtype), (entry.size, torch.Size)]
+    fields += [(part, torch.Size) for chunk in entry.chunks for part in (chunk.offsets, chunk.sizes)]
+    return all(isinstance(value, kind) for value, kind in fields)
 
 
 @contextmanager
@@ -251,6 +293,7 @@ def build_metadata(
     stored: Mapping[MetadataIndex, StorageInfo],
     storage_meta: StorageMeta,
     opaque: Sequence[str],
+    notes: ContainerNotes,
 ) -> Metadata:
     """Return `planned` completed for writing, equal parts shared so that the pickle is small and quick to read.
 
@@ -260,6 +303,7 @@ def build_metadata(
         stored: where each item lies.
         storage_meta: as DCP's; ids are `str` (a pickled `Path` tells the host's paths and does not travel).
         opaque: fqns of tensors that lie there as `torch.save` wrote them, not in this library's framing.
+        notes: what the names do not say of the containers.
     """
     share: dict[Any, Any] = {}
 
@@ -290,8 +334,21 @@ def build_metadata(
         indices[same] = info
     metadata = Metadata(entries, None if paths is None else dict(paths), indices, storage_meta, FORMAT_VERSION)
     # Stock readers ignore further attributes; ours reads tensors in its own framing without parsing archives.
-    vars(metadata)["aiodcp"] = {"framing": 1, "opaque": tuple(opaque)}
+    vars(metadata)["aiodcp"] = {
+        "framing": 1,
+        "opaque": tuple(opaque),
+        "empty": tuple(notes.empty),
+        "int_keys": tuple(notes.int_keys),
+    }
     return metadata
+
+
+def container_notes(metadata: Metadata) -> ContainerNotes | None:
+    """Return what is noted of the containers; None if that was not noted."""
+    mark = vars(metadata).get("aiodcp")
+    if not isinstance(mark, dict) or "empty" not in mark:
+        return None
+    return ContainerNotes(list(mark["empty"]), list(mark.get("int_keys", ())))
 
 
 def framed_by_us(metadata: Metadata) -> Callable[[str], bool]:
@@ -299,5 +356,11 @@ def framed_by_us(metadata: Metadata) -> Callable[[str], bool]:
     mark = vars(metadata).get("aiodcp")
     if not isinstance(mark, dict) or mark.get("framing") != 1:
         return lambda fqn: False
-    opaque = frozenset(mark.get("opaque", ()))
+    opaque = opaque_names(metadata)
     return lambda fqn: fqn not in opaque
+
+
+def opaque_names(metadata: Metadata) -> frozenset[str]:
+    """Return the fqns of tensors that this library has stored as `torch.save` writes them."""
+    mark = vars(metadata).get("aiodcp")
+    return frozenset(mark.get("opaque", ())) if isinstance(mark, dict) else frozenset()

@@ -78,6 +78,10 @@ class FaultyStorage(MemoryStorage):
         await self._pass("remove")
         await super().remove(checkpoint_id, name, durable=durable)
 
+    async def remove_tree(self, checkpoint_id: str) -> None:
+        await self._pass("remove_tree")
+        await super().remove_tree(checkpoint_id)
+
 
 class _FaultyWriter:
     def __init__(self, storage: FaultyStorage, writer: Writer) -> None:
@@ -94,6 +98,7 @@ class _FaultyReader:
         self._storage = storage
         self._reader = reader
         self.nbytes = reader.nbytes
+        self.modified_at = reader.modified_at
 
     async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         await self._storage._pass("read")

@@ -246,7 +246,6 @@ def test_export_to_torch_is_what_was_saved(tmp_path: Path, capsys: pytest.Captur
     save(tmp_path / "ckpt", state)
     assert "tensors" in run(capsys, "export", tmp_path / "ckpt", "--to", "torch", tmp_path / "out.pt")
     loaded = torch.load(tmp_path / "out.pt", weights_only=True)
-    state["optim"]["state"] = {"0": state["optim"]["state"][0]}  # as DCP keeps keys: as text
     assert_equal(state, loaded)
     assert "exists already" in run(capsys, "export", tmp_path / "ckpt", "--to", "torch", tmp_path / "out.pt", status=2)
     assert not list(tmp_path.glob("*.tmp"))
@@ -366,7 +365,7 @@ def test_differences_are_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str
     found = {row["fqn"]: (row["count"], row["largest"], row["mean"]) for row in result["differences"]}
     assert found == {"big": (1, 1.0, 1.0), "mask": (1, 1.0, 0.5)}
     save(tmp_path / "sparse", {"s": torch.eye(3).to_sparse()})
-    assert "not a plain one" in run(capsys, "diff", tmp_path / "sparse", tmp_path / "sparse", status=2)
+    assert "the same" in run(capsys, "diff", tmp_path / "sparse", tmp_path / "sparse")
     assert "whole" in run(capsys, "verify", tmp_path / "sparse")
 
 

@@ -38,7 +38,22 @@ EXAMPLES: list[tuple[CheckpointError, str]] = [
     (
         errors.MismatchError("ckpt/1", ["a"], ["b"], ["c has shape (1,)"]),
         "the checkpoint at 'ckpt/1' does not fit the state dict\nmissing in the checkpoint (1):\n  a\n"
-        "not in the state dict (1):\n  b\ndifferent (1):\n  c has shape (1,)\nstrict=False loads what both have",
+        "not in the state dict (1):\n  b\ndifferent (1):\n  c has shape (1,)",
+    ),
+    (
+        errors.MismatchError("ckpt/1", ["a.wieght"], suggestions={"a.wieght": "a.weight"}, hint="try this"),
+        "the checkpoint at 'ckpt/1' does not fit the state dict\nmissing in the checkpoint (1):\n"
+        "  a.wieght (did you mean a.weight?)\ntry this",
+    ),
+    (errors.FormatError("a/b", "is safetensors"), "a/b: is safetensors"),
+    (
+        errors.StatefulError("app", "load_state_dict() of App raised KeyError('x')"),
+        "app: load_state_dict() of App raised KeyError('x')",
+    ),
+    (
+        errors.DisagreementError([f"w{n}" for n in range(7)]),
+        "the ranks hold different values of w0, w1, w2, w3, w4 and 2 more: wrap what is each rank's own in "
+        "aiodcp.PerRank",
     ),
 ]
 

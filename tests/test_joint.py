@@ -657,11 +657,12 @@ async def test_participants_larger_than_the_budget_share_its_memory_one_after_th
     most: list[int] = []
     run = Transfer.run
 
-    async def counted(*args: Any) -> None:
+    async def counted(*args: Any, **options: Any) -> int:
         running.append(1)
         most.append(len(running))
-        await run(*args)
+        digest = await run(*args, **options)
         running.pop()
+        return digest
 
     monkeypatch.setattr(Transfer, "run", counted)
     async with Checkpointer(max_host_bytes=MIN_NBYTES) as checkpointer:

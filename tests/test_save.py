@@ -98,9 +98,9 @@ async def test_a_later_save_of_the_same_structure_plans_nothing(monkeypatch: pyt
     plans = []
     real = _plan.plan_local
 
-    def count(taken: Any, *, alone: bool) -> Any:
+    def count(taken: Any) -> Any:
         plans.append(taken)
-        return real(taken, alone=alone)
+        return real(taken)
 
     monkeypatch.setattr(_prepare, "plan_local", count)
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from aiodcp import ArgumentError, Checkpointer, LocalStorage, NotACheckpointError, ReadError
 from aiodcp._note import decode_note, encode_note, note_nbytes
-from aiodcp._steps import Step, list_steps, read_note, remove_leftovers, remove_step
+from aiodcp._steps import list_steps, read_note, remove_leftovers, remove_step
 
 from .conftest import FaultyStorage, assert_equal, blank, make_state
 
@@ -72,12 +72,10 @@ async def test_complete_steps_are_listed_in_order_with_their_metrics(tmp_path: P
     (tmp_path / "step-050" / ".metadata").write_bytes(b"")
     (tmp_path / "step-9").write_text("a file")
     steps = await list_steps(LocalStorage(), str(tmp_path))
-    assert steps == [Step(step=3, metrics={"loss": 0.3}), Step(step=7), *_with_loss(20, 100)]
+    written = {step: (tmp_path / f"step-{step}" / ".metadata").stat().st_mtime for step in (3, 7, 20, 100)}
+    assert [(each.step, each.saved_at) for each in steps] == list(written.items())
+    assert [each.metrics for each in steps] == [{"loss": 0.3}, {}, {"loss": 2.0}, {"loss": 10.0}]
     assert await list_steps(LocalStorage(), str(tmp_path / "nothing")) == []
-
-
-def _with_loss(*steps: int) -> list[Step]:
-    return [Step(step=step, metrics={"loss": step / 10}) for step in steps]
 
 
 async def test_a_storage_that_refuses_is_told_as_one_error(faulty: FaultyStorage) -> None:
@@ -93,25 +91,20 @@ async def test_a_storage_that_refuses_is_told_as_one_error(faulty: FaultyStorage
         await list_steps(faulty, "root")
 
 
-async def test_the_metadata_goes_first_and_files_of_others_stay(faulty: FaultyStorage, tmp_path: Path) -> None:
+async def test_the_metadata_goes_first_and_the_files_beside_it_with_it(faulty: FaultyStorage, tmp_path: Path) -> None:
     await _save(tmp_path, 1)
-    (tmp_path / "step-1" / "eval.json").write_text("{}")
+    (tmp_path / "step-1" / "tokenizer").mkdir()
+    (tmp_path / "step-1" / "tokenizer" / "eval.json").write_text("{}")
     await remove_step(LocalStorage(), str(tmp_path / "step-1"))
-    assert [path.name for path in (tmp_path / "step-1").iterdir()] == ["eval.json"]
-    await _save(tmp_path, 2)
-    await remove_step(LocalStorage(), str(tmp_path / "step-2"))
-    assert not (tmp_path / "step-2").exists()
+    assert not (tmp_path / "step-1").exists()
 
     await _save("root", 3, faulty)
-    removals = 0
 
-    def refuse_the_second(call: str) -> None:
-        nonlocal removals
-        removals += call == "remove"
-        if removals == 2:
+    def refuse(call: str) -> None:
+        if call == "remove_tree":
             raise OSError(30, "Read-only file system")
 
-    faulty.gate = refuse_the_second
+    faulty.gate = refuse
     with pytest.raises(OSError, match="Read-only"):
         await remove_step(faulty, "root/step-3")
     assert [name.endswith(".distcp") for name in faulty.files["root/step-3"]] == [True]
@@ -124,12 +117,13 @@ async def test_leftovers_are_removed_unless_they_are_live_or_whole_or_not_ours(t
         3: ["__0_live.distcp"],
         4: ["notes.txt", "__0_dead.distcp"],
         5: [],
+        6: ["config.json"],
     }.items():
         (tmp_path / f"step-{step}").mkdir()
         for name in names:
             (tmp_path / f"step-{step}" / name).write_bytes(b"x")
     removed = await remove_leftovers(LocalStorage(), str(tmp_path), lambda name: "live" in name)
     assert removed == [2, 4, 5]
-    assert {path.name for path in tmp_path.iterdir()} == {"step-1", "step-3", "step-4"}
+    assert {path.name for path in tmp_path.iterdir()} == {"step-1", "step-3", "step-4", "step-6"}
     assert [path.name for path in (tmp_path / "step-4").iterdir()] == ["notes.txt"]
     assert await read_note(LocalStorage(), str(tmp_path / "step-1")) == {}

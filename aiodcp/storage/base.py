@@ -1,4 +1,4 @@
-"""What a storage must be able to do: eleven verbs, and what each promises about durability.
+"""What a storage must be able to do: twelve verbs, and what each promises about durability.
 
 A storage holds checkpoints; a checkpoint is a flat set of named files. The save flow calls `create`, writes,
 leaves the `async with`, and then `put`s the commit record: the promises below are what makes that order safe.
@@ -30,6 +30,10 @@ class Reader(Protocol):
 
     nbytes: int
     """The file's size in bytes."""
+
+    @property
+    def modified_at(self) -> float | None:
+        """When it was last written, in seconds of `time.time()`; None if the storage cannot tell."""
 
     async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers`, one after the other, with the bytes from `offset` on.
@@ -81,6 +85,9 @@ class Storage(Protocol):
 
         Unless `made_by_anyone` only a place that this storage has made: an empty directory may be the caller's own.
         """
+
+    async def remove_tree(self, checkpoint_id: str) -> None:
+        """Remove the checkpoint's place with all that is in it; one that is not there is no error."""
 
     async def places(self, root: str) -> list[str]:
         """Return the names of the places right below `root`, sorted; none if there is no such place."""

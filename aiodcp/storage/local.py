@@ -14,6 +14,8 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
+import shutil
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -27,6 +29,7 @@ from aiofiles.os import wrap
 from aiofiles.threadpool.binary import AsyncFileIO
 from anyio import CancelScope
 
+from ..errors import ArgumentError
 from ._claims import Claims
 from .base import BLOCK
 
@@ -37,6 +40,7 @@ IOV_MAX = 1024  # buffers of one preadv: the limit of Linux
 
 
 LOCK_NAME = ".aiodcp.lock"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LOCK_POLL_S = 0.05
 
 _claims = Claims()
@@ -60,7 +64,15 @@ class LocalStorage:
         return f"LocalStorage(direct={self._direct})"
 
     def resolve(self, checkpoint_id: str) -> str:
-        return os.path.abspath(checkpoint_id)
+        """Return the full path; `~` is the user's home.
+
+        Raises:
+            ArgumentError: it is a URL.
+        """
+        if _URL.match(checkpoint_id):
+            problem = f"{checkpoint_id!r} is a URL, and LocalStorage keeps directories: pass a storage= that knows it"
+            raise ArgumentError("checkpoint_id", problem)
+        return os.path.abspath(os.path.expanduser(checkpoint_id))
 
     def locate(self, checkpoint_id: str, name: str = "") -> str:
         return os.path.join(checkpoint_id, name) if name else checkpoint_id
@@ -161,6 +173,10 @@ class LocalStorage:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
                     raise
 
+    async def remove_tree(self, checkpoint_id: str) -> None:
+        with CancelScope(shield=True):
+            await _remove_tree(checkpoint_id)
+
     async def places(self, root: str) -> list[str]:
         return await _directories(root)
 
@@ -236,7 +252,9 @@ class _LocalWriter:
 class _LocalReader:
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self.nbytes = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        self.nbytes = status.st_size
+        self.modified_at = status.st_mtime
 
     async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         with CancelScope(shield=True):
@@ -370,6 +388,18 @@ async def _wait_for_lock(lock: int, *, alone: bool) -> bool:
 
 
 _lock = wrap(fcntl.lockf)
+
+
+@wrap
+def _remove_tree(path: str) -> None:
+    if os.path.islink(path):  # what it leads to may be somebody else's: only what a checkpoint is made of
+        for name in os.listdir(path):
+            if name.endswith(".distcp"):
+                os.unlink(os.path.join(path, name))
+        os.unlink(path)
+        return
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path)
 
 
 _realpath = wrap(os.path.realpath)

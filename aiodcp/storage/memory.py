@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ class MemoryStorage:
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = defaultdict(dict)
         self._claims = Claims()
+        self._written_at: dict[tuple[str, str], float] = {}
 
     def resolve(self, checkpoint_id: str) -> str:
         return checkpoint_id
@@ -32,14 +34,18 @@ class MemoryStorage:
             raise FileExistsError(self.locate(checkpoint_id, name))
         writer = _MemoryWriter()
         yield writer
-        self.files[checkpoint_id][name] = bytes(writer.content)
+        self._keep(checkpoint_id, name, writer.content)
 
     @asynccontextmanager
     async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[_MemoryReader]:
-        yield _MemoryReader(await self.get(checkpoint_id, name))
+        yield _MemoryReader(await self.get(checkpoint_id, name), self._written_at.get((checkpoint_id, name)))
 
     async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
+        self._keep(checkpoint_id, name, data)
+
+    def _keep(self, checkpoint_id: str, name: str, data: bytes | bytearray) -> None:
         self.files[checkpoint_id][name] = bytes(data)
+        self._written_at[checkpoint_id, name] = time.time()
 
     async def get(self, checkpoint_id: str, name: str) -> bytes:
         try:
@@ -56,6 +62,11 @@ class MemoryStorage:
     async def discard(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
         if not self.files[checkpoint_id]:
             del self.files[checkpoint_id]
+
+    async def remove_tree(self, checkpoint_id: str) -> None:
+        below = [place for place in self.files if place == checkpoint_id or place.startswith(f"{checkpoint_id}/")]
+        for place in below:
+            del self.files[place]
 
     async def places(self, root: str) -> list[str]:
         below = [
@@ -81,8 +92,9 @@ class _MemoryWriter:
 
 
 class _MemoryReader:
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, modified_at: float | None) -> None:
         self.content = content
+        self.modified_at = modified_at
         self.nbytes = len(content)
 
     async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:

@@ -1,0 +1,217 @@
+"""Which stored name is which wanted one, and how names that do not agree are told of. Pure."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from ._capture import COMPILED, Path
+from .errors import ArgumentError
+from .metadata import STORAGE_TYPES, Metadata
+
+Rename = Mapping[str, str] | Callable[[str], str]
+
+SUGGESTED_FOR = 10  # wanted names for which another one is suggested
+SEARCHED = 2000  # stored names among which that is looked for
+DATA_PARALLEL = "module."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a load left out or converted. It is empty, and false, when all that is stored is loaded as it was saved.
+
+    Attributes:
+        missing: fqns that were wanted and are not stored: with `strict=False`, and of a `PerRank` on a new rank.
+        unexpected: fqns that are stored below the names that were asked for, and nobody wanted: with `strict=False`.
+        converted: fqns of tensors that were converted to another dtype, and of numbers to tensors and back.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.converted)
+
+
+class StoredNames:
+    """What a checkpoint stores, by the names under which it is wanted.
+
+    Attributes:
+        entries: by wanted name.
+        paths: keys and list indices that lead to it, by wanted name.
+        notes_order: all wanted names, in the order in which they were saved.
+    """
+
+    def __init__(self, metadata: Metadata, tops: Iterable[str], rename: Rename | None) -> None:
+        """Take the names of a checkpoint.
+
+        Args:
+            metadata: its metadata.
+            tops: the names of the top level that are asked for.
+            rename: stored names to wanted ones.
+
+        Raises:
+            ArgumentError: `rename` makes one name of two, or is none.
+        """
+        self.entries: dict[str, STORAGE_TYPES] = metadata.state_dict_metadata
+        self.paths: Mapping[str, Path] = metadata.planner_data or {}
+        self._tops = set(tops)
+        self._sources: dict[str, str] | None = None
+        if rename is not None:
+            self._rename(_renaming(rename))
+
+    def _rename(self, renamed: Callable[[str], str]) -> None:
+        sources: dict[str, str] = {}
+        paths: dict[str, Path] = {}
+        for stored in self.entries:
+            wanted = renamed(stored)
+            if type(wanted) is not str or not wanted:
+                raise ArgumentError("rename", f"makes {wanted!r} of {stored!r}")
+            if wanted in sources:
+                raise ArgumentError("rename", f"makes {wanted!r} of both {sources[wanted]!r} and {stored!r}")
+            sources[wanted] = stored
+            path = self.paths.get(stored)
+            if path is not None:
+                paths[wanted] = path if wanted == stored else self._moved(path, wanted)
+        self.entries = {wanted: self.entries[stored] for wanted, stored in sources.items()}
+        self.paths = paths
+        self._sources = sources
+
+    def _moved(self, path: Path, wanted: str) -> Path:
+        """Return the path of a renamed value: its last steps as they were, below the name that is asked for."""
+        for position in range(len(path)):
+            tail = ".".join(map(str, path[position:]))
+            if wanted == tail:
+                return path[position:]
+            if wanted.endswith(f".{tail}"):
+                return (*self._split(wanted[: -len(tail) - 1]), *path[position:])
+        return self._split(wanted)
+
+    def _split(self, name: str) -> Path:
+        for position, letter in enumerate(name):
+            if letter == "." and name[:position] in self._tops:
+                return name[:position], name[position + 1 :]
+        return (name,)
+
+    def source(self, wanted: str) -> str:
+        """Return by which name it is stored."""
+        return self._sources[wanted] if self._sources is not None else wanted
+
+    def path(self, wanted: str) -> Path:
+        """Return the keys that lead to a stored value; where the checkpoint does not say, its name below the top."""
+        path = self.paths.get(wanted)
+        return tuple(path) if path is not None else self._split(wanted)
+
+    def alias(self, wanted: str, stored: str) -> None:
+        """Know a name by another one."""
+        if self._sources is None:
+            self._sources = {name: name for name in self.entries}
+            self.entries, self.paths = dict(self.entries), dict(self.paths)
+        self._sources[wanted] = self._sources.pop(stored)
+        self.entries[wanted] = self.entries.pop(stored)
+        path = self.paths.get(stored)
+        if path is not None:
+            assert isinstance(self.paths, dict)
+            self.paths[wanted] = self._moved(path, wanted)
+
+    def in_order(self) -> list[str]:
+        """Return all names in the order in which they were saved."""
+        return (
+            [*self.paths, *(name for name in self.entries if name not in self.paths)] if self.paths else [*self.entries]
+        )
+
+    def is_below(self, name: str) -> bool:
+        """Whether a stored name is one that is asked for, or below one."""
+        if name in self._tops:
+            return True
+        position = name.find(".")
+        while position >= 0:
+            if name[:position] in self._tops:
+                return True
+            position = name.find(".", position + 1)
+        return False
+
+
+def _renaming(rename: Rename) -> Callable[[str], str]:
+    if not isinstance(rename, Mapping):
+        if not callable(rename):
+            problem = f"a {type(rename).__name__} is neither a mapping of prefixes nor a function of a name"
+            raise ArgumentError("rename", problem)
+        return rename
+    for each in (*rename, *rename.values()):
+        if not isinstance(each, str):
+            raise ArgumentError("rename", f"{each!r} is no prefix")
+    prefixes = sorted(rename, key=len, reverse=True)
+
+    def renamed(name: str) -> str:
+        for prefix in prefixes:
+            bare = prefix.removesuffix(".")
+            if name == bare or not bare or name.startswith(f"{bare}."):
+                rest = name[len(bare) :].removeprefix(".") if bare else name
+                return ".".join(part for part in (rename[prefix].removesuffix("."), rest) if part)
+        return name
+
+    return renamed
+
+
+def unwrapped(name: str) -> list[str]:
+    """Return by which names the wrapped parameter of a module may be known without its wrappers."""
+    bare = name.replace(COMPILED, "")
+    top, _, rest = bare.partition(".")
+    return [bare, f"{top}.{rest.removeprefix(DATA_PARALLEL)}", f"{top}.{rest.replace(DATA_PARALLEL, '')}"]
+
+
+def suggest(missing: Sequence[str], unexpected: Sequence[str]) -> dict[str, str]:
+    """Return for wanted names that are not stored the stored ones that were most likely meant."""
+    suggestions = {}
+    for name in missing[:SUGGESTED_FOR]:
+        last = name.rpartition(".")[2]
+        likely = [each for each in unexpected if each.rpartition(".")[2] == last][:SEARCHED] or unexpected[:SEARCHED]
+        if close := get_close_matches(name, likely, 1, 0.7):
+            suggestions[name] = close[0]
+    return suggestions
+
+
+def explain(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Say in one sentence by what the names differ, if it is one prefix; else nothing."""
+    if not missing or not unexpected:
+        return ""
+    for prefix in (COMPILED, DATA_PARALLEL):
+        for one, other in ((missing, unexpected), (unexpected, missing)):
+            if any(prefix in each for each in one) and {each.replace(prefix, "") for each in one} & set(other):
+                side = "the state dict" if one is missing else "the checkpoint"
+                return f'the names differ by the prefix "{prefix}", which {side} has: rename= maps one to the other'
+    tails = [{each.partition(".")[2] for each in names} for names in (missing, unexpected)]
+    if tails[0] == tails[1] and "" not in tails[0]:
+        return "the names differ by their first part only: rename= maps one to the other"
+    return ""
+
+
+# --- names of several ranks
+
+_WANTED, _BELOW = 1, 2
+
+
+def pack_marks(names: Sequence[str], wanted: set[str], is_below: Callable[[str], bool]) -> bytes:
+    """Return which of all stored names, sorted, one rank wants, and which are below the names that it asks for."""
+    marks = bytes(_WANTED if name in wanted else _BELOW if is_below(name) else 0 for name in names)
+    return zlib.compress(marks)
+
+
+def join_marks(packed: Sequence[bytes]) -> bytes:
+    """Return the marks of all ranks together."""
+    joined = 0
+    length = 0
+    for each in packed:
+        marks = zlib.decompress(each)
+        length = len(marks)
+        joined |= int.from_bytes(marks, "little")
+    return zlib.compress(joined.to_bytes(length, "little"))
+
+
+def unwanted(names: Sequence[str], joined: bytes) -> list[str]:
+    """Return the names that are below those asked for and that no rank wants."""
+    return [name for name, mark in zip(names, zlib.decompress(joined), strict=True) if mark == _BELOW]

@@ -1,0 +1,434 @@
+"""The load contract: of what is wanted and what is stored, what is loaded, and into what. Pure.
+
+Names are compared below the names of the top level that are asked for. Tensors are filled in place where one of the
+right name, shape and dtype is there. Beyond that the structure is the checkpoint's, where it is nobody's to insist on:
+
+    module       names of parameters and buffers must agree, both ways; its `_extra_state` is as stored
+    optimizer    see `_optimizer_state`
+    `Stateful`   all as stored: its `load_state_dict()` is the judge
+    plain        names must agree; but lists have the length that was saved, and None and empty containers anything
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ._capture import Path, per_rank_key
+from ._matching import LoadReport, StoredNames, explain, suggest, unwrapped
+from ._optimizer_state import group_fqns, has_same_parameters, plan_optimizer
+from ._structure import find, int_keys_of
+from ._targets import LoadTargets, OptimizerScope, own_path
+from .errors import MismatchError
+from .metadata import ContainerNotes, TensorStorageMetadata
+
+EXTRA_STATE = "_extra_state"  # the last part of a module's key, as torch has it
+_PER_RANK = per_rank_key(0)[:-1]
+_ABSENT = object()
+
+
+@dataclass(slots=True, kw_only=True)
+class Resolution:
+    """What came of it besides the changed targets.
+
+    Attributes:
+        missing: wanted names that are not stored.
+        unexpected: stored names below those asked for that this rank does not want; another one may.
+        problems: why something cannot be loaded.
+        others: all stored names that are not wanted, if some are missing.
+        absent: names of the top level of which nothing is stored.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    absent: set[str] = field(default_factory=set)
+
+
+def groups_needed(targets: LoadTargets, stored: StoredNames) -> list[str]:
+    """Return the names of the optimizers' options that must be read before anything is planned."""
+    names = list(stored.entries)
+    return [
+        fqn
+        for scope in targets.optimizers
+        for fqn in group_fqns(".".join(map(str, scope.path)), names)
+        if not isinstance(stored.entries[fqn], TensorStorageMetadata)
+    ]
+
+
+def resolve(
+    targets: LoadTargets,
+    stored: StoredNames,
+    notes: ContainerNotes | None,
+    options: Mapping[str, Any],
+    *,
+    rank: int,
+    cast: bool,
+) -> Resolution:
+    """Change `targets` to what is to be loaded.
+
+    Args:
+        targets: the leaves of the caller's state dict.
+        stored: what the checkpoint has.
+        notes: what it says of containers.
+        options: values of the optimizers' options, by name.
+        rank: this one.
+        cast: whether conversions that lose are allowed.
+    """
+    return _Resolver(targets, stored, notes, options, rank, cast).run()
+
+
+class _Resolver:
+    def __init__(
+        self,
+        targets: LoadTargets,
+        stored: StoredNames,
+        notes: ContainerNotes | None,
+        options: Mapping[str, Any],
+        rank: int,
+        cast: bool,
+    ) -> None:
+        self._targets = targets
+        self._stored = stored
+        self._notes = notes
+        self._options = options
+        self._rank = rank
+        self._cast = cast
+        self._found = Resolution()
+        self._at = dict(zip(targets.fqns, range(len(targets.fqns)), strict=True))
+        self._dropped: set[int] = set()
+        self._added: list[tuple[Path, str | None, Any, bool]] = []  # path, stored name, value, whether as stored
+        self._extra: dict[str, Path] = {}
+        self._missing: dict[str, Path] = {}
+
+    def run(self) -> Resolution:
+        targets, entries = self._targets, self._stored.entries
+        self._missing = {fqn: path for fqn, path in zip(targets.fqns, targets.paths, strict=True) if fqn not in entries}
+        self._find_extra()
+        if self._missing and self._extra:
+            self._match_wrapped()
+        self._mark_as_stored()
+        for scope in targets.optimizers:
+            self._resolve_optimizer(scope)
+        if self._missing or self._extra:
+            self._resolve_per_rank()
+            self._resolve_objects()
+            self._resolve_extra_state()
+            self._resolve_plain()
+        self._finish()
+        return self._found
+
+    def _find_extra(self) -> None:
+        unwanted = self._stored.entries.keys() - self._at.keys()
+        is_below, path = self._stored.is_below, self._stored.path
+        if unwanted:
+            self._extra = {fqn: path(fqn) for fqn in self._stored.in_order() if fqn in unwanted and is_below(fqn)}
+
+    def _match_wrapped(self) -> None:
+        """Find the parameters of modules that were saved, or are wanted, under the names of a wrapper."""
+        for fqn, path in list(self._extra.items()):
+            if self._targets.kinds.get(str(path[0])) == "module":
+                for name in unwrapped(fqn):
+                    if name in self._missing:
+                        self._stored.alias(name, fqn)
+                        del self._missing[name], self._extra[fqn]
+                        break
+
+    def _mark_as_stored(self) -> None:
+        targets = self._targets
+        kinds = {name for name, kind in targets.kinds.items() if kind == "stateful"}
+        modules = {name for name, kind in targets.kinds.items() if kind == "module"}
+        if kinds or modules:
+            for place, path in enumerate(targets.paths):
+                if path[0] in kinds or (path[0] in modules and len(path) > 1 and _is_extra_state(path)):
+                    targets.as_stored.add(place)
+
+    # --- optimizers
+
+    def _resolve_optimizer(self, scope: OptimizerScope) -> None:
+        base, start = scope.path, ".".join(map(str, scope.path)) + "."
+        below = {
+            self._stored.path(fqn): fqn
+            for fqn in self._stored.in_order()
+            if fqn.startswith(start) and self._stored.path(fqn)[: len(base)] == base
+        }
+        groups = self._groups(scope, start, below)
+        if groups is None:
+            return  # nothing is stored, or nothing that this reader knows for an optimizer's state
+        differs = any(path[: len(base)] == base for path in (*self._extra.values(), *self._missing.values()))
+        if not differs and has_same_parameters(scope.state["param_groups"], groups):
+            return
+        entries = {path: self._stored.entries[fqn] for path, fqn in below.items()}
+        plan = plan_optimizer(base, scope.state, scope.optimizer, entries, groups, cast=self._cast)
+        self._found.problems += plan.problems
+        for fqn in below.values():
+            self._extra.pop(fqn, None)
+        length = len(base)
+        for place, path in enumerate(self._targets.paths):
+            if path[:length] == base:
+                self._dropped.add(place)
+                self._missing.pop(self._targets.fqns[place], None)
+        if plan.problems:
+            return
+        for path, fqn in below.items():
+            if path in plan.targets:
+                self._added.append((plan.paths.get(path, path), fqn, plan.targets[path], plan.targets[path] is None))
+        self._added += [(path, None, value, False) for path, value in plan.kept.items()]
+        self._targets.empty.append((*base, "state"))
+        if plan.int_keys:
+            self._targets.int_keys.add((*base, "state"))
+        self._rebuild(base)
+
+    def _groups(self, scope: OptimizerScope, start: str, below: Mapping[Path, str]) -> list[dict[str, Any]] | None:
+        """Return the groups as saved; of options that are tensors only that they are there."""
+        base = (*scope.path, "param_groups")
+        if base in below:
+            whole = self._options.get(below[base])
+            return whole if isinstance(whole, list) and all(isinstance(each, dict) for each in whole) else None
+        found: dict[int, dict[str, Any]] = {}
+        for path, fqn in below.items():
+            if path[: len(base)] == base and len(path) > len(base) + 1:
+                number, key = path[len(base)], str(path[len(base) + 1])
+                if isinstance(number, int):
+                    value = self._options.get(fqn, _ABSENT) if len(path) == len(base) + 2 else _ABSENT
+                    found.setdefault(number, {})[key] = value
+        return [found[number] for number in sorted(found)] if found else None
+
+    # --- what each rank has for itself
+
+    def _resolve_per_rank(self) -> None:
+        for base, per_rank in self._targets.per_rank:
+            mine = own_path(base, self._rank)
+            others: dict[int, Path] = {}
+            for fqn, path in [*self._extra.items()]:
+                if path[: len(base)] == base and len(path) > len(base) and str(path[len(base)]).startswith(_PER_RANK):
+                    others[int(str(path[len(base)])[len(_PER_RANK) :])] = path[: len(base) + 1]
+                    if path[: len(mine)] != mine:
+                        self._extra.pop(fqn)
+            lacking = [fqn for fqn, path in self._missing.items() if path[: len(mine)] == mine]
+            if not lacking or self._is_stored_below(mine) or not others or per_rank.new_rank == "raise":
+                continue
+            for fqn in lacking:
+                del self._missing[fqn]
+                self._dropped.add(self._at[fqn])
+            if per_rank.new_rank == "keep":
+                self._targets.report.missing.extend(lacking)
+                continue
+            for fqn in self._stored.in_order():
+                path = self._stored.path(fqn)
+                if path[: len(base) + 1] in others.values():
+                    self._added.append((path, fqn, None, True))
+            self._targets.joined.append((mine, per_rank, others))
+
+    # --- objects that judge for themselves
+
+    def _resolve_objects(self) -> None:
+        own: dict[Path, Path] = {base: own_path(base, self._rank) for base, _ in self._targets.per_rank}
+        for name in sorted(name for name, kind in self._targets.kinds.items() if kind == "stateful"):
+            self._take_as_stored(own.get((name,), (name,)))
+
+    def _resolve_extra_state(self) -> None:
+        modules = {name for name, kind in self._targets.kinds.items() if kind == "module"}
+        roots = {
+            path[:2]
+            for path in (*self._extra.values(), *self._missing.values())
+            if path[0] in modules and len(path) > 1 and _is_extra_state(path)
+        }
+        for root in sorted(roots):
+            if self._is_stored_below(root):
+                self._take_as_stored(root)
+
+    def _take_as_stored(self, root: Path) -> None:
+        """Have all that is stored below `root`, and nothing else."""
+        length = len(root)
+        changed = [fqn for fqn, path in (*self._extra.items(), *self._missing.items()) if path[:length] == root]
+        if not changed or not self._is_stored_below(root):
+            return
+        handled = [scope.path for scope in self._targets.optimizers if scope.path in self._targets.rebuilt]
+        kept: set[str] = set()
+        for fqn in self._stored.in_order():
+            path = self._stored.path(fqn)
+            if path[:length] != root or any(path[: len(each)] == each for each in handled):
+                continue
+            kept.add(fqn)
+            self._extra.pop(fqn, None)
+            place = self._at.get(fqn)
+            value = self._targets.values[place] if place is not None else None
+            self._added.append((path, fqn, value, True))
+        for place, path in enumerate(self._targets.paths):
+            if path[:length] == root and place not in self._dropped:
+                fqn = self._targets.fqns[place]
+                self._dropped.add(place)
+                self._missing.pop(fqn, None)
+                if self._notes is None and fqn not in kept and len(path) - 1 > length:
+                    self._targets.empty.append(path[:-1])  # a container that is empty leaves no name
+        self._rebuild(root)
+
+    # --- plain containers
+
+    def _resolve_plain(self) -> None:
+        roots: set[Path] = set()
+        for path in self._extra.values():
+            if self._targets.kinds.get(str(path[0])) == "plain" and (root := self._open_root(path)) is not None:
+                roots.add(root)
+        for path in self._missing.values():
+            if self._targets.kinds.get(str(path[0])) == "plain" and (root := self._shorter_list(path)) is not None:
+                roots.add(root)
+        for root in sorted(roots, key=len):
+            if not any(root[: len(other)] == other for other in roots if other != root):
+                self._take_as_stored(root)
+
+    def _open_root(self, path: Path) -> Path | None:
+        """Return the container in which a stored value may be new: None, an empty one, or a list that is shorter."""
+        below: Any = self._targets.states
+        for depth, step in enumerate(path):
+            try:
+                below = find(below, (step,))[0]
+            except (LookupError, TypeError):
+                is_open = below is None or (isinstance(below, list | Mapping) and not below)
+                is_shorter = isinstance(below, list) and isinstance(step, int)
+                return path[:depth] if depth and (is_open or is_shorter) else None
+        return path if isinstance(below, list) or (isinstance(below, Mapping) and not _holds_tensors(below)) else None
+
+    def _shorter_list(self, path: Path) -> Path | None:
+        """Return the list in which a wanted value lies beyond the end that was saved."""
+        for depth, step in enumerate(path):
+            if isinstance(step, int) and depth:
+                steps = [
+                    each[depth]
+                    for each in map(self._stored.path, self._stored.entries)
+                    if each[:depth] == path[:depth] and len(each) > depth
+                ]
+                if steps and all(isinstance(each, int) and each < step for each in steps):
+                    return path[:depth]
+        return None
+
+    # --- all together
+
+    def _is_stored_below(self, root: Path) -> bool:
+        length = len(root)
+        if self._notes is not None and any(path[:length] == root for path in self._notes.empty):
+            return True
+        return any(self._stored.path(fqn)[:length] == root for fqn in self._stored.entries)
+
+    def _rebuild(self, root: Path) -> None:
+        rebuilt = self._targets.rebuilt
+        if not any(root[: len(other)] == other for other in rebuilt):
+            rebuilt[:] = [*(other for other in rebuilt if other[: len(root)] != root), root]
+
+    def _finish(self) -> None:
+        targets = self._targets
+        self._found.missing = list(self._missing)
+        self._found.unexpected = list(self._extra)
+        self._found.others = list(self._stored.entries.keys() - self._at.keys()) if self._missing else []
+        self._dropped |= {self._at[fqn] for fqn in self._missing}
+        if self._notes is not None:
+            targets.empty += self._notes.empty
+        if targets.rebuilt or targets.joined:
+            targets.int_keys |= int_keys_of(self._notes, map(self._stored.path, self._stored.entries))
+        if self._dropped or self._added:
+            self._change()
+        else:
+            targets.sources = [self._stored.source(fqn) for fqn in targets.fqns]
+        self._found.absent = self._find_absent()
+
+    def _change(self) -> None:
+        """Leave out what is dropped, and append what is added, in the order of saving."""
+        targets, source = self._targets, self._stored.source
+        order = {fqn: number for number, fqn in enumerate(self._stored.in_order())}
+        last = len(order)
+        added = sorted(self._added, key=lambda each: last if each[1] is None else order.get(each[1], last))
+        kept = [place for place in range(len(targets.fqns)) if place not in self._dropped]
+        targets.as_stored = {number for number, place in enumerate(kept) if place in targets.as_stored} | {
+            len(kept) + number for number, each in enumerate(added) if each[3]
+        }
+        sources: list[str | None] = [source(targets.fqns[place]) for place in kept]
+        targets.sources = sources + [None if each[1] is None else source(each[1]) for each in added]
+        targets.fqns = [targets.fqns[place] for place in kept] + [".".join(map(str, each[0])) for each in added]
+        targets.paths = [targets.paths[place] for place in kept] + [each[0] for each in added]
+        targets.values = [targets.values[place] for place in kept] + [each[2] for each in added]
+
+    def _find_absent(self) -> set[str]:
+        names = {name for name, kind in self._targets.kinds.items() if kind != "plain"}
+        names |= {str(path[0]) for path in self._missing.values()}
+        if names:
+            names -= {str(path[0]) for path in self._targets.paths}
+            names -= {str(path[0]) for path in self._targets.empty}
+        return names
+
+
+def _is_extra_state(path: Path) -> bool:
+    return str(path[1]).rpartition(".")[2] == EXTRA_STATE
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
+
+
+def refuse(
+    targets: LoadTargets,
+    found: Resolution,
+    checkpoint_id: str,
+    *,
+    strict: bool,
+    unexpected: Sequence[str],
+) -> MismatchError | None:
+    """Return the error for what does not fit, if that is one.
+
+    Args:
+        targets: what is wanted.
+        found: what came of comparing it with the checkpoint.
+        checkpoint_id: the checkpoint.
+        strict: whether names must agree.
+        unexpected: the names that no rank wants, as far as that is known.
+    """
+    missing = sorted(found.missing)
+    if not strict:
+        # Names that have nothing in common are no partial load, but the wrong checkpoint or the wrong names.
+        nothing = [fqn for fqn in missing if _top_of(targets, fqn) in found.absent]
+        everything = missing and len(nothing) == len(missing) and not targets.fqns
+        missing = missing if everything else [fqn for fqn in nothing if fqn != _top_of(targets, fqn)]
+        unexpected = unexpected if missing else ()
+    if not missing and not unexpected and not found.problems:
+        return None
+    hint = explain(missing, sorted(unexpected) or found.others)
+    if not hint and strict and (missing or unexpected) and not _names_optimizers(targets, (*missing, *unexpected)):
+        hint = "strict=False loads what both have, and reports the rest"
+    return MismatchError(
+        checkpoint_id, missing, sorted(unexpected), found.problems, suggest(missing, found.others), hint
+    )
+
+
+def _top_of(targets: LoadTargets, fqn: str) -> str:
+    for name in targets.kinds:
+        if fqn == name or fqn.startswith(f"{name}."):
+            return name
+    return fqn
+
+
+def _names_optimizers(targets: LoadTargets, fqns: Iterable[str]) -> bool:
+    """Whether to leave these names out would leave an optimizer without its state."""
+    bases = [".".join(map(str, scope.path)) + "." for scope in targets.optimizers]
+    return any(fqn.startswith(base) for fqn in fqns for base in bases) or any(".param_groups." in fqn for fqn in fqns)
+
+
+def note_left_out(report: LoadReport, found: Resolution, unexpected: Iterable[str]) -> None:
+    report.missing.extend(sorted(found.missing))
+    report.unexpected.extend(sorted(unexpected))
+
+
+def names_wanted(targets: LoadTargets, stored: StoredNames) -> set[str]:
+    """Return all stored names that are loaded, or are another rank's own: by the names under which they are wanted."""
+    wanted = set(targets.fqns)
+    for base, _ in targets.per_rank:
+        start = ".".join((*map(str, base), _PER_RANK))
+        wanted |= {fqn for fqn in stored.entries if fqn.startswith(start)}
+    return wanted
