@@ -67,7 +67,10 @@ class StoredNames:
         sources: dict[str, str] = {}
         paths: dict[str, Path] = {}
         for stored in self.entries:
-            wanted = renamed(stored)
+            try:
+                wanted = renamed(stored)
+            except Exception as error:
+                raise ArgumentError("rename", f"raised {error!r} for {stored!r}") from error
             if type(wanted) is not str or not wanted:
                 raise ArgumentError("rename", f"makes {wanted!r} of {stored!r}")
             if wanted in sources:

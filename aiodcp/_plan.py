@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, cre
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from ._capture import Capture, Path, holds_shards, nothing_to_save, shape_and_dtype
+from ._capture import PLAIN_TENSORS, Capture, Path, holds_shards, nothing_to_save, shape_and_dtype
 from ._chunks import is_whole
 from ._comparison import Comparison, Key, SharedItems, SharingPlan, nbytes_of, plan_sharing
 from ._layout import NOT_COPIED, Layout, lay_out
@@ -156,7 +156,10 @@ def plan_local(taken: Capture) -> LocalPlan:
         leaves[fqn] = _plannable(taken.leaf(place))
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(leaves, is_coordinator=True)
-    items = planner.create_local_plan().items
+    try:
+        items = planner.create_local_plan().items
+    except Exception as error:
+        raise _name_unplannable(leaves, error) from error
     places = {fqn: place for place, fqn in enumerate(taken.fqns)}
     sources: list[int] = []
     frozen: set[int] = set()
@@ -182,6 +185,18 @@ def plan_local(taken: Capture) -> LocalPlan:
         paths=dict(zip(taken.fqns, taken.paths, strict=True)),
         notes=taken.notes,
     )
+
+
+def _name_unplannable(leaves: Mapping[str, Any], error: Exception) -> CaptureError:
+    """Find out which value the planner cannot plan."""
+    for fqn, value in leaves.items():
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner({fqn: value}, is_coordinator=True)
+        try:
+            planner.create_local_plan()
+        except Exception as cause:
+            return CaptureError(fqn, f"a {type(value).__name__} cannot be planned: {cause!r}")
+    return CaptureError("", f"cannot be planned: {error!r}")
 
 
 def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner | None = None) -> GlobalPlan:
@@ -375,11 +390,20 @@ def _sharded_kind(taken: Capture, place: int) -> Kind:
 
 
 def _plannable(value: Any) -> Any:
-    """Return what the planner may see of a value: it fails on dtypes whose size `torch.iinfo` does not know."""
+    """Return what the planner may see of a value: it asks for what not every kind of tensor and dtype can answer."""
     if isinstance(value, ShardedTensor) or not isinstance(value, torch.Tensor):
         return value
+    if isinstance(value, DTensor):
+        if holds_shards(value) or type(value._local_tensor) in PLAIN_TENSORS:
+            return value
+        stand_in = torch.empty(value._local_tensor.shape, dtype=value.dtype, device="meta")
+        return DTensor.from_local(
+            stand_in, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
     if value.dtype in NOT_COPIED or str(value.dtype).startswith("torch.bits"):
         return torch.empty(value.shape, dtype=torch.uint8, device="meta")
+    if type(value) not in PLAIN_TENSORS and value.layout is torch.strided:
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
     return value
 
 

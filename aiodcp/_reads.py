@@ -153,11 +153,16 @@ class _Planner:
                 continue
             if isinstance(value, torch.Tensor):
                 problem = _misfit(value, entry, cast=self._cast)
+                as_stored = place in targets.as_stored
+                if as_stored and value.dtype is not entry.properties.dtype:
+                    problem = "is of another dtype"
+                if problem and as_stored and self._is_opaque(source, entry):
+                    self._read_whole(place, fqn, source, entry)
+                    continue
                 if problem:
                     value = self._replace(place, fqn, value, entry, problem)
             elif (value is None or place in targets.as_stored) and self._is_opaque(source, entry):
-                self._assigned.append(place)
-                self._read_value(place, fqn, source, entry.chunks[0].offsets)
+                self._read_whole(place, fqn, source, entry)
                 continue
             elif value is None or place in targets.as_stored:
                 value = self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype))
@@ -187,14 +192,14 @@ class _Planner:
         info = self._pieces.find(source, offsets)
         self._plan.values.append(ValueRead(fqn, place, info.relative_path, info.offset, info.length))
 
+    def _read_whole(self, place: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
+        self._assigned.append(place)
+        self._read_value(place, fqn, source, entry.chunks[0].offsets)
+
     def _plan_value(self, place: int, fqn: str, value: Any, source: str) -> None:
         if isinstance(value, torch.Tensor) and place not in self._targets.as_stored:
-            if value.dim() or is_sharded(value):
-                self._problems.append(f"{fqn} is a tensor in the state dict, another kind of value in the checkpoint")
-                return
             self._plan.fills.append(place)
-        else:
-            self._assigned.append(place)
+        self._assigned.append(place)
         self._read_value(place, fqn, source, None)
 
     def _plan_number(self, place: int, fqn: str, value: Any, source: str, entry: TensorStorageMetadata) -> None:
@@ -202,16 +207,14 @@ class _Planner:
             self._problems.append(f"{fqn} is a tensor in the checkpoint, {type(value).__name__} in the state dict")
             return
         self._plan.numbers.append(place)
-        self._assigned.append(place)
-        self._read_value(place, fqn, source, entry.chunks[0].offsets)
+        self._read_whole(place, fqn, source, entry)
 
     def _plan_opaque(self, place: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
         if len(entry.chunks) != 1:
             self._problems.append(f"{fqn} is stored in {len(entry.chunks)} pieces, of which no such tensor can be made")
             return
         self._plan.opaque.append(place)
-        self._assigned.append(place)
-        self._read_value(place, fqn, source, entry.chunks[0].offsets)
+        self._read_whole(place, fqn, source, entry)
 
     def _replace(
         self, place: int, fqn: str, value: torch.Tensor, entry: TensorStorageMetadata, problem: str
@@ -276,7 +279,9 @@ def settle_values(plan: LoadPlan, targets: LoadTargets, *, cast: bool) -> list[s
         targets.report.converted.append(targets.fqns[place])
     for place in plan.fills:
         fqn, value, tensor = targets.fqns[place], loaded[place], targets.values[place]
-        if not isinstance(value, int | float):
+        if value is None and targets.kinds.get(str(targets.paths[place][0])) == "plain":
+            continue  # there was none
+        if not isinstance(value, int | float) or tensor.dim() or is_sharded(tensor):
             problems.append(f"{fqn} is a tensor in the state dict, another kind of value in the checkpoint")
         elif not holds_number(tensor.dtype, value, cast=cast):
             problems.append(
@@ -299,7 +304,8 @@ def fill_whole(plan: LoadPlan, targets: LoadTargets) -> None:
     """Fill, after everything is checked, the tensors that are not filled part by part."""
     with torch.no_grad():
         for place in plan.fills:
-            targets.values[place].fill_(targets.loaded.pop(place))
+            if targets.loaded[place] is not None:
+                targets.values[place].fill_(targets.loaded.pop(place))
         for place in plan.opaque:
             target = targets.values[place]
             try:

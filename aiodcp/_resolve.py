@@ -400,7 +400,7 @@ def refuse(
     if not missing and not unexpected and not found.problems:
         return None
     hint = explain(missing, sorted(unexpected) or found.others)
-    if not hint and strict and (missing or unexpected) and not _names_optimizers(targets, (*missing, *unexpected)):
+    if not hint and strict and not found.problems and not _names_optimizers(targets, (*missing, *unexpected)):
         hint = "strict=False loads what both have, and reports the rest"
     return MismatchError(
         checkpoint_id, missing, sorted(unexpected), found.problems, suggest(missing, found.others), hint

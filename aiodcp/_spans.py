@@ -107,7 +107,8 @@ def copy_in(span: Span, arena: Arena, check: Check, crossing: Crossing) -> None:
                 into.copy_(tensor)
         except Exception as error:
             raise LoadError(f"{read.fqn}: a {type(into).__name__} cannot be filled in place: {error!r}") from error
-    wait_for(crossing.copy(targets, sources))  # before the memory is used again, and before the caller looks
+    if targets:
+        wait_for(crossing.copy(targets, sources))  # before the memory is used again, and before the caller looks
 
 
 def reads_direct(read: TensorRead) -> bool:

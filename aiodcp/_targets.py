@@ -193,8 +193,8 @@ def find_targets(
         raise LoadError(str(error)) from error.__cause__
     leaves = flatten(states, rank)
     for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
-        if not isinstance(value, _PLAIN_LEAVES) and _is_object(value):
-            raise ArgumentError("state_dict", str(refuse_nested(fqn, value, value)))
+        if not isinstance(value, _PLAIN_LEAVES) and (found := _object_in(value)) is not None:
+            raise ArgumentError("state_dict", str(refuse_nested(fqn, value, found)))
     owners = {str(key): value.value if type(value) is PerRank else value for key, value in state_dict.items()}
     kinds = {name: _kind_of(owner) for name, owner in owners.items()}
     optimizers = [
@@ -218,10 +218,11 @@ def find_targets(
     )
 
 
-def _is_object(value: object) -> bool:
+def _object_in(value: object) -> object | None:
+    """Return an object that has a `state_dict()` and nobody would ask for it."""
     if isinstance(value, list | tuple):
-        return any(_is_object(each) for each in value)
-    return not isinstance(value, type) and isinstance(value, Stateful)
+        return next(filter(None, map(_object_in, value)), None)
+    return value if not isinstance(value, type) and isinstance(value, Stateful) else None
 
 
 def _kind_of(owner: object) -> Kind:

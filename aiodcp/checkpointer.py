@@ -6,9 +6,9 @@ import asyncio
 import logging
 import os
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -629,21 +629,31 @@ class Checkpointer(Blocking):
             place = self._storage.resolve(check_id(checkpoint_id))
             return find_targets(state_dict, self._service.rank, planner, self._streams)
 
-        await self._service.wait_for_saves()
-        take = self._take(ask)
+        with _load_errors():
+            await self._service.wait_for_saves()
+            loaded = await self._load(self._take(ask), lambda: place, checkpoint_id, shown, options)
+            loaded.targets.hand_over(state_dict, absent=loaded.absent)
+        return loaded.targets.report
+
+    async def _load(
+        self,
+        take: Callable[[], Awaitable[LoadTargets]],
+        place: Callable[[], str],
+        checkpoint_id: CheckpointId,
+        shown: Bar,
+        options: LoadOptions,
+    ) -> Loaded:
         operation = self._service.operation(Kind.LOAD, LoadError("the load was cancelled"))
 
         async def load() -> Loaded:
             with self._service.under_way(operation):
-                return await self._loader.load(operation, _digest(checkpoint_id), take, place, options, shown)
+                return await self._loader.load(operation, _digest(checkpoint_id), take, place(), options, shown)
 
         async def load_in_turn() -> Loaded:
             async with self._service.slot:
                 return await load()
 
-        loaded = await self._service.run(load_in_turn if self._service.line else load, operation=operation)
-        loaded.targets.hand_over(state_dict, absent=loaded.absent)
-        return loaded.targets.report
+        return await self._service.run(load_in_turn if self._service.line else load, operation=operation)
 
     async def read_custom_metadata(self, checkpoint_id: CheckpointId) -> dict[str, Any]:
         """Return what was noted of a checkpoint when it was saved; empty if nothing was. Each rank may ask for itself.
@@ -661,6 +671,17 @@ class Checkpointer(Blocking):
     prepare_sync = blocking(prepare)
     load_sync = blocking(load)
     read_custom_metadata_sync = blocking(read_custom_metadata)
+
+
+@contextmanager
+def _load_errors() -> Iterator[None]:
+    """Let nothing leave a load that is not of our tree."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise LoadError(f"failed: {error!r}") from error
 
 
 def _log_retry(place: str, path: str, attempt: Attempt) -> None:

@@ -189,7 +189,7 @@ def assert_equal(one: Any, other: Any, path: str = "") -> None:
                 flat, same = flat.view(torch.uint8), same.view(torch.uint8)
             assert torch.equal(flat, same), path
         else:
-            assert torch.equal(one, other), path
+            assert torch.equal(one.to_dense(), other.to_dense()) if one.is_sparse else torch.equal(one, other), path
     elif isinstance(one, dict):
         assert list(one) == list(other), path
         for key in one:
