@@ -19,6 +19,8 @@ from ._reads import TensorRead
 from ._stage import Checksum
 from .errors import CorruptError, FormatError, LoadError, UnsafeError
 
+SAFETENSORS_HEADER_NBYTES = 100_000_000  # at most, as safetensors has it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
@@ -111,8 +113,8 @@ class Check:
 
 def other_format(data: bytes) -> str:
     """Say in what other format an item is written, if it is one that is known; else nothing."""
-    length = int.from_bytes(data[:8], "little")
-    if 2 <= length <= len(data) - 8 and data[8:9] == b"{" and data[8 : 8 + length].rstrip().endswith(b"}"):
+    # A length, then JSON of that length. Items that torch 2.13 writes so begin there, and are said to be shorter.
+    if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") < SAFETENSORS_HEADER_NBYTES:
         return (
             "is written in torch.distributed.checkpoint's safetensors format (SerializationFormat.SAFETENSORS), which "
             "is not read yet: load it with dcp.load(storage_reader=HuggingFaceStorageReader(...)) or with safetensors"

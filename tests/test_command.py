@@ -80,9 +80,11 @@ def test_under_torchrun_the_bench_tells_what_each_rank_stages(tmp_path: Path) ->
 
 
 def test_the_bench_of_a_device_measures_every_system(
-    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path_factory.mktemp("bench")
+    for name, size in {"WIDTH": 64, "LAYERS": 1, "CONTEXT": 16, "BATCH": 1}.items():  # what trains beside it
+        monkeypatch.setattr(_bench_device, name, size)
     shape = bench.Shape(name="tiny", tensors=3, elements=2048)
     _bench_device.run("cpu", str(place), repeat=1, as_json=True, shapes=(shape,))  # the host stands in for a device
     [result] = json.loads(capsys.readouterr().out)["shapes"]

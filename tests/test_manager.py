@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,9 +23,12 @@ from aiodcp import (
     ClosedError,
     CorruptError,
     LocalStorage,
+    MemoryStorage,
+    MismatchError,
     NotACheckpointError,
     RankError,
     SaveError,
+    UnsafeError,
     WriteError,
 )
 from aiodcp._events import (
@@ -663,3 +668,131 @@ def _ranks_fall_back_during_a_removal(rank: int, size: int, root: Path) -> tuple
 
 def test_ranks_know_the_same_while_a_step_is_removed(world: World, tmp_path: Path) -> None:
     assert world.run(2, _ranks_fall_back_during_a_removal, tmp_path) == [([2], "CorruptError")] * 2
+
+
+# --- what lies beside, and what others wrote
+
+
+async def test_a_step_is_restored_right_after_it_was_saved(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            await manager.save(step, {"w": torch.full((1_000_000,), float(step))})
+            target = {"w": torch.zeros(1_000_000)}
+            assert await manager.restore(target) == step
+            assert target["w"][0] == step
+
+
+async def test_a_restore_returns_the_step_and_what_was_left_out(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path) as manager:
+        assert await manager.restore({"w": torch.zeros(1)}) is None
+        await (await manager.save(0, {"w": torch.ones(1), "d": {"a": 1, "b": 2}}))
+        step = await manager.restore({"w": torch.zeros(1), "d": {"a": 0}, "new": 1}, strict=False)
+        assert step == 0
+        assert isinstance(step, int)
+        assert step is not None
+        assert (step.report.missing, step.report.unexpected) == (["new"], ["d.b"])
+        assert pickle.loads(pickle.dumps(step)).report == step.report
+        assert repr(step) == "0"
+        again = await manager.restore({"w": torch.zeros(1), "d": None})
+        assert again is not None
+        assert not again.report
+
+
+def test_the_managers_checkpointer_can_be_called_in_its_with_block(tmp_path: Path) -> None:
+    state = {"w": torch.ones(3)}
+    with CheckpointManager(tmp_path / "run") as manager:
+        manager.checkpointer.prepare_sync(state)
+        manager.checkpointer.save_sync(state, tmp_path / "extra", custom_metadata={"a": 1}).uploaded.wait()
+        target = {"w": torch.zeros(3)}
+        manager.checkpointer.load_sync(target, tmp_path / "extra")
+        assert target["w"].all()
+        assert manager.checkpointer.read_custom_metadata_sync(tmp_path / "extra") == {"a": 1}
+    with pytest.raises(ClosedError):
+        manager.checkpointer.load_sync(target, tmp_path / "extra")
+
+
+async def test_a_misfit_or_a_policy_is_no_reason_to_fall_back(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            await (await manager.save(step, {"w": torch.ones(2), "v": np.float64(step)}))
+        with pytest.warns(UserWarning, match="more than plain data"):
+            await (await manager.save(3, {"w": torch.ones(2), "v": _Custom()}))
+        for target, error in (
+            ({"w": torch.ones(3), "v": 0}, MismatchError),
+            ({"w": torch.ones(2), "v": 0}, UnsafeError),
+        ):
+            with pytest.raises(error):
+                await manager.restore(target, fall_back=True)
+        assert await manager.restore({"w": torch.ones(2), "v": 0}, 2, fall_back=True) == 2
+
+
+class _Custom:
+    pass
+
+
+async def test_steps_of_others_are_ordered_by_when_they_were_committed(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path) as manager:
+        await (await manager.save(10, {"w": torch.ones(1)}))
+    async with Checkpointer() as checkpointer:
+        await (await checkpointer.save({"w": torch.full((1,), 2.0)}, tmp_path / "step-7"))
+    async with CheckpointManager(tmp_path) as manager:
+        assert manager.latest == 7
+        await (await manager.save(8, {"w": torch.ones(1)}))
+        assert manager.latest == 8
+    os.utime(tmp_path / "step-7" / ".metadata", (2e9, 2e9))
+    async with CheckpointManager(tmp_path) as manager:
+        assert manager.latest == 7
+
+
+async def test_files_beside_a_step_are_that_steps(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path, keep_last=1) as manager:
+        for step in (1, 2):
+            await (await manager.save(step, {"w": torch.ones(1)}))
+            (tmp_path / f"step-{step}" / "tokenizer").mkdir()
+            (tmp_path / f"step-{step}" / "tokenizer" / "t.json").write_text("{}")
+        await (await manager.save(2, {"w": torch.ones(1)}))
+    assert {each.name for each in tmp_path.glob("step-*")} == {"step-2"}
+    assert (tmp_path / "step-2" / "tokenizer" / "t.json").exists()
+
+
+async def test_small_facts_are_committed_with_a_step(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path) as manager:
+        await (await manager.save(1, {"w": torch.ones(1)}, metrics={"loss": 1.0}, custom_metadata={"commit": "abc"}))
+        async with manager.checkpoint(2, custom_metadata={"commit": "def"}) as ckpt:
+            ckpt.add("w", torch.ones(1))
+        for step, commit in ((1, "abc"), (2, "def")):
+            facts = await manager.checkpointer.read_custom_metadata(manager.path(step))
+            assert facts["commit"] == commit
+            assert facts["step"] == step
+        for wrong in ({"step": 3}, {"x": torch.ones(1)}):
+            with pytest.raises(ArgumentError, match="custom_metadata"):
+                await manager.save(3, {"w": torch.ones(1)}, custom_metadata=wrong)
+
+
+async def test_a_url_is_no_directory_and_a_tilde_is_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(ArgumentError, match=r"root: 's3://bucket/run' is a URL.*storage="):
+        CheckpointManager("s3://bucket/run")
+    async with Checkpointer() as checkpointer:
+        for call in (checkpointer.save, checkpointer.load):
+            with pytest.raises(ArgumentError, match="storage="):
+                await call({"w": torch.ones(1)}, "gs://bucket/run")
+    async with CheckpointManager("~/run") as manager:
+        await (await manager.save(1, {"w": torch.ones(1)}))
+    assert (tmp_path / "home" / "run" / "step-1" / ".metadata").exists()
+    assert [each.name for each in tmp_path.iterdir()] == ["home"]
+    assert MemoryStorage().resolve("s3://any") == "s3://any"
+
+
+async def test_a_manager_that_may_skip_says_so_in_its_type(faulty: FaultyStorage) -> None:
+    async with _on(faulty) as manager:
+        ckpt = await manager.save(1, {"w": torch.ones(1)})
+        await ckpt.uploaded  # the type checker knows that it is there
+        maybe = await manager.save(2, {"w": torch.ones(1)}, on_busy="skip")
+        assert maybe is not None
+    skipping = CheckpointManager("other", checkpointer=Checkpointer(storage=faulty), on_busy="skip")
+    async with skipping:
+        perhaps = await skipping.save(1, {"w": torch.ones(1)})
+        assert perhaps is not None
+        await perhaps.uploaded

@@ -246,7 +246,7 @@ async def test_another_models_state_is_refused_before_anything_changes() -> None
         await load(storage, {"optim": KINDS["AdamW"](make_model((5, 7)))})
 
     other = make_model()
-    nn.init.zeros_(other[0].weight)  # type: ignore[index, arg-type]
+    nn.init.zeros_(other[0].weight)  # type: ignore[index]
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(MismatchError, match="has 4 parameters in the checkpoint, 1 in the state dict"):
         await load(storage, {"model": other, "optim": torch.optim.AdamW([other[0].bias])})  # type: ignore[index]
