@@ -7,7 +7,7 @@ optimizer of the same parameters, by their names where both have them, and else 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ def is_optimizer_state(value: object) -> bool:
     )
 
 
-def group_fqns(prefix: str, fqns: Sequence[str]) -> list[str]:
+def group_fqns(prefix: str, fqns: Iterable[str]) -> list[str]:
     """Return the names of the options of an optimizer's groups, of those below its own name."""
     start = f"{prefix}.param_groups"
     return [fqn for fqn in fqns if fqn == start or fqn.startswith(f"{start}.")]

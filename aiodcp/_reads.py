@@ -148,6 +148,23 @@ class _Planner:
             if source is None:
                 continue
             entry = entries[source]
+            # The usual case, spelt out as it is that of 10,000 tensors: contiguous, with memory, stored in one piece.
+            if (
+                type(value) in PLAIN_TENSORS
+                and isinstance(entry, TensorStorageMetadata)
+                and value.dtype is entry.properties.dtype
+                and value.shape == entry.size
+                and value.layout is torch.strided is entry.properties.layout
+                and value.is_contiguous()
+                and value.data_ptr()
+                and not value.is_inference()
+                and value.dtype not in QUANTIZED
+                and len(entry.chunks) == 1
+                and entry.chunks[0].sizes == entry.size
+                and not any(entry.chunks[0].offsets)
+            ):
+                self._plan.tensors.append(self._pieces.read(fqn, source, entry, entry.chunks[0], None, value))
+                continue
             if isinstance(entry, BytesStorageMetadata):
                 self._plan_value(place, fqn, value, source)
                 continue
@@ -451,12 +468,7 @@ def _read_tensor(
 ) -> list[TensorRead]:
     if prod(entry.size) == 0:
         return []
-    if (  # the usual case, spelt out: it is that of 10,000 tensors
-        type(tensor) in PLAIN_TENSORS
-        and len(entry.chunks) == 1
-        and entry.chunks[0].sizes == entry.size
-        and not any(entry.chunks[0].offsets)
-    ):
+    if type(tensor) in PLAIN_TENSORS and len(entry.chunks) == 1 and is_whole(entry):
         return [pieces.read(fqn, source, entry, entry.chunks[0], None, tensor)]
     if not is_whole(entry):
         problem = f"its {len(entry.chunks)} chunks do not make up its shape {tuple(entry.size)}"

@@ -51,11 +51,10 @@ class Resolution:
 
 def groups_needed(targets: LoadTargets, stored: StoredNames) -> list[str]:
     """Return the names of the optimizers' options that must be read before anything is planned."""
-    names = list(stored.entries)
     return [
         fqn
         for scope in targets.optimizers
-        for fqn in group_fqns(".".join(map(str, scope.path)), names)
+        for fqn in group_fqns(".".join(map(str, scope.path)), stored.entries)
         if not isinstance(stored.entries[fqn], TensorStorageMetadata)
     ]
 
@@ -107,7 +106,10 @@ class _Resolver:
 
     def run(self) -> Resolution:
         targets, entries = self._targets, self._stored.entries
-        self._missing = {fqn: path for fqn, path in zip(targets.fqns, targets.paths, strict=True) if fqn not in entries}
+        if self._at.keys() - entries.keys():
+            self._missing = {
+                fqn: path for fqn, path in zip(targets.fqns, targets.paths, strict=True) if fqn not in entries
+            }
         self._find_extra()
         if self._missing and self._extra:
             self._match_wrapped()
@@ -150,18 +152,18 @@ class _Resolver:
     # --- optimizers
 
     def _resolve_optimizer(self, scope: OptimizerScope) -> None:
-        base, start = scope.path, ".".join(map(str, scope.path)) + "."
-        below = {
-            self._stored.path(fqn): fqn
-            for fqn in self._stored.in_order()
-            if fqn.startswith(start) and self._stored.path(fqn)[: len(base)] == base
-        }
-        groups = self._groups(scope, start, below)
+        base, name = scope.path, ".".join(map(str, scope.path))
+        groups = self._groups(base, name)
         if groups is None:
             return  # nothing is stored, or nothing that this reader knows for an optimizer's state
         differs = any(path[: len(base)] == base for path in (*self._extra.values(), *self._missing.values()))
         if not differs and has_same_parameters(scope.state["param_groups"], groups):
             return
+        below = {
+            path: fqn
+            for fqn in self._stored.in_order()
+            if fqn.startswith(f"{name}.") and (path := self._stored.path(fqn))[: len(base)] == base
+        }
         entries = {path: self._stored.entries[fqn] for path, fqn in below.items()}
         plan = plan_optimizer(base, scope.state, scope.optimizer, entries, groups, cast=self._cast)
         self._found.problems += plan.problems
@@ -183,14 +185,15 @@ class _Resolver:
             self._targets.int_keys.add((*base, "state"))
         self._rebuild(base)
 
-    def _groups(self, scope: OptimizerScope, start: str, below: Mapping[Path, str]) -> list[dict[str, Any]] | None:
+    def _groups(self, scope: Path, name: str) -> list[dict[str, Any]] | None:
         """Return the groups as saved; of options that are tensors only that they are there."""
-        base = (*scope.path, "param_groups")
-        if base in below:
-            whole = self._options.get(below[base])
-            return whole if isinstance(whole, list) and all(isinstance(each, dict) for each in whole) else None
+        base = (*scope, "param_groups")
         found: dict[int, dict[str, Any]] = {}
-        for path, fqn in below.items():
+        for fqn in group_fqns(name, self._stored.entries):
+            path = self._stored.path(fqn)
+            if path == base:
+                whole = self._options.get(fqn)
+                return whole if isinstance(whole, list) and all(isinstance(each, dict) for each in whole) else None
             if path[: len(base)] == base and len(path) > len(base) + 1:
                 number, key = path[len(base)], str(path[len(base) + 1])
                 if isinstance(number, int):
@@ -205,8 +208,9 @@ class _Resolver:
             mine = own_path(base, self._rank)
             others: dict[int, Path] = {}
             for fqn, path in [*self._extra.items()]:
-                if path[: len(base)] == base and len(path) > len(base) and str(path[len(base)]).startswith(_PER_RANK):
-                    others[int(str(path[len(base)])[len(_PER_RANK) :])] = path[: len(base) + 1]
+                number = str(path[len(base)]).removeprefix(_PER_RANK) if len(path) > len(base) else ""
+                if path[: len(base)] == base and number.isdecimal():
+                    others[int(number)] = path[: len(base) + 1]
                     if path[: len(mine)] != mine:
                         self._extra.pop(fqn)
             lacking = [fqn for fqn, path in self._missing.items() if path[: len(mine)] == mine]
