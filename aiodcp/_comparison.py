@@ -1,19 +1,19 @@
 """Whether the ranks that hold one value hold the same one. Compared at every save, by one number a rank.
 
 An item (a value, a tensor, a chunk of one) that several ranks hold is written by one of them, and what the others have
-is lost. Each rank computes a CRC32 of each item that it shares, of all bytes of small ones and of a sample of large
-ones, and sends one weighted sum of them. The weights are chosen so that over all ranks they cancel out where the CRC32s
-agree: the coordinator adds up the numbers, and zero says that all is well, however many items and ranks there are and
-whoever shares what with whom. Only when it is not zero the CRC32s themselves are collected, to find the names.
+is lost. Each rank lays out what it shares, all bytes of small items and a sample of large ones, and for each group of
+ranks with which it shares takes one CRC32. It sends one weighted sum of those. The weights are chosen so that over all
+ranks they cancel out where the CRC32s agree: the coordinator adds up the numbers, and zero says that all is well,
+however many items and ranks there are and whoever shares what with whom. Only when it is not zero each item's own CRC32
+is collected, to find the names.
 """
 
 from __future__ import annotations
 
-import zlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.distributed.checkpoint.planner import WriteItem
@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.planner import WriteItem
 from ._arena import memory_of
 from ._capture import Capture
 from ._devices import Crossing, wait_for
-from ._layout import ALIGNMENT, copyable, round_up
+from ._layout import ALIGNMENT, NOT_COPIED, copyable, round_up
+from ._stage import default_checksum, picker
 from .errors import CaptureError
 
 OnDisagreement = Literal["warn", "raise", "ignore"]
@@ -37,28 +38,30 @@ SAMPLED = 128
 """Elements compared of a larger item, evenly spread, at each save others: what is as large are weights, and those
 differ everywhere if they differ."""
 
-WINDOW_NBYTES = 4 << 20  # of memory kept to compare in, unless one item is larger
-
 _MODULUS = 1 << 64
+
+crc32 = default_checksum()
 
 Key = tuple[str, torch.Size | None]  # fqn and offset: what names an item
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedItems:
-    """What one rank shares with others; all lists in step.
+    """What one rank shares with others. All lists but the last go in step.
 
     Attributes:
         numbers: of its local plan's items.
-        ids: by which all ranks know them.
-        weights: by which their CRC32s are multiplied.
+        ids: by which all ranks know them, ascending.
+        groups: numbers of the groups of ranks with which it shares them.
         whole: whether all of their bytes are compared.
+        weights: of each group, by which its CRC32 is multiplied.
     """
 
     numbers: list[int]
     ids: list[int]
-    weights: list[int]
+    groups: list[int]
     whole: list[bool]
+    weights: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,25 +95,22 @@ def plan_sharing(
     """
     shared = {key: held for key, held in holders.items() if len(held) > 1}
     most = _whole_nbytes(shared, sizes, ranks)
-    plan = SharingPlan(
-        fqns=[fqn for fqn, _ in shared],
-        writers=[writers[key] for key in shared],
-        parts=[SharedItems(numbers=[], ids=[], weights=[], whole=[]) for _ in range(ranks)],
-    )
-    groups: dict[tuple[int, ...], list[int]] = {}  # ranks -> a coefficient for each; together they make zero
+    parts = [SharedItems(numbers=[], ids=[], groups=[], whole=[], weights=[]) for _ in range(ranks)]
+    groups: dict[tuple[int, ...], list[int]] = {}  # ranks -> the number that each of them knows the group by
     for item, (key, held) in enumerate(shared.items()):
         group = tuple(rank for rank, _ in held)
         if group not in groups:
             others = [_scramble(rank, len(groups)) for rank in group[1:]]
-            groups[group] = [-sum(others), *others]
-        factor = _scramble(item, -1)
-        for (rank, number), coefficient in zip(held, groups[group], strict=True):
-            part = plan.parts[rank]
+            for rank, weight in zip(group, [-sum(others), *others], strict=True):  # together they make zero
+                parts[rank].weights.append(weight % _MODULUS)
+            groups[group] = [len(parts[rank].weights) - 1 for rank in group]
+        for (rank, number), known in zip(held, groups[group], strict=True):
+            part = parts[rank]
             part.numbers.append(number)
             part.ids.append(item)
-            part.weights.append(_signed(factor * coefficient))
+            part.groups.append(known)
             part.whole.append(sizes[key] <= most)
-    return plan
+    return SharingPlan(fqns=[fqn for fqn, _ in shared], writers=[writers[key] for key in shared], parts=parts)
 
 
 def _whole_nbytes(shared: Mapping[Key, Sequence[tuple[int, int]]], sizes: Mapping[Key, int], ranks: int) -> int:
@@ -160,34 +160,48 @@ def find_disagreements(plan: SharingPlan, checksums: Sequence[bytes]) -> dict[st
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
-    """Items that are compared together: which of them, where in memory each comes to lie, and those bytes."""
+class _Layout:
+    """Where in memory what is compared comes to lie.
 
-    numbers: list[int]
+    Attributes:
+        pick: takes the tensors that are compared whole out of the captured values.
+        sampled: which of them are sampled.
+        targets: where both kinds go, in that order.
+        odd: whether some can only be copied as bytes.
+        payloads: the bytes of each item that is a tensor.
+        blocks: the bytes of each group.
+    """
+
+    pick: Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]
+    sampled: list[int]
     targets: list[torch.Tensor]
-    payloads: list[memoryview]
+    odd: bool
+    payloads: dict[int, memoryview]
+    blocks: list[memoryview]
 
 
 @dataclass(slots=True, kw_only=True)
 class Comparison:
-    """How one rank compares what it shares, for all saves of one plan; all lists in step.
+    """How one rank compares what it shares, for all saves of one plan. All lists but the last go in step.
 
     Attributes:
         fqns: names of the items.
         sources: which of the captured values they are.
         frozen: whether that is a frozen value.
-        whole: whether all of its bytes are compared.
-        weights: by which their CRC32s are multiplied; 0 where the ranks are known to disagree.
-        checksums: of the last save.
+        groups: of ranks with which they are shared.
+        whole: whether all of their bytes are compared.
+        weights: of each group, by which its CRC32 is multiplied.
     """
 
     fqns: list[str]
     sources: list[int]
     frozen: list[bool]
+    groups: list[int]
     whole: list[bool]
-    weights: torch.Tensor
-    checksums: list[int] = field(default_factory=list)
-    _windows: list[_Window] | None = None
+    weights: list[int]
+    _excluded: set[int] = field(default_factory=set)
+    _values: list[list[bytes]] = field(default_factory=list)  # frozen ones of the last save, by group
+    _layout: _Layout | None = None
 
     def digest(self, taken: Capture, crossing: Crossing, seed: int) -> int:
         """Return this rank's number for a capture. Blocks. The caller must not change the tensors meanwhile.
@@ -200,64 +214,85 @@ class Comparison:
         Raises:
             CaptureError: a tensor's storage has been freed.
         """
-        checksums = [
-            zlib.crc32(taken.frozen[source].data) if is_frozen else 0
-            for source, is_frozen in zip(self.sources, self.frozen, strict=True)
-        ]
-        if self._windows is None:
-            self._windows = self._plan_windows(taken)
-        for window in self._windows:
-            pieces = [self._piece(number, taken, seed) for number in window.numbers]
-            wait_for(crossing.copy(window.targets, pieces))
-            for number, payload in zip(window.numbers, window.payloads, strict=True):
-                checksums[number] = zlib.crc32(payload)
-        self.checksums = checksums
-        return int((torch.tensor(checksums, dtype=torch.int64) * self.weights).sum())
+        if self._layout is None:
+            self._layout = self._lay_out(taken)
+        layout = self._layout
+        if layout.targets:
+            self._copy(layout, taken, crossing, seed)
+        self._values = [[] for _ in self.weights]
+        for number, (source, group) in enumerate(zip(self.sources, self.groups, strict=True)):
+            if self.frozen[number] and number not in self._excluded:
+                self._values[group].append(taken.frozen[source].data)
+        total = 0
+        for weight, values, block in zip(self.weights, self._values, layout.blocks, strict=True):
+            total += weight * crc32(block, crc32(memoryview(b"".join(values)), 0))
+        return _signed(total)
 
     def packed(self) -> bytes:
-        """Return the checksums of the last digest, for `find_disagreements`."""
-        return array("I", self.checksums).tobytes()
+        """Return the CRC32 of each item at the last digest, for `find_disagreements`."""
+        assert self._layout is not None
+        values = [iter(each) for each in self._values]
+        found = array("I")
+        for number, group in enumerate(self.groups):
+            if number in self._excluded:
+                found.append(0)
+            elif self.frozen[number]:
+                found.append(crc32(memoryview(next(values[group])), 0))
+            else:
+                found.append(crc32(self._layout.payloads[number], 0))
+        return found.tobytes()
 
     def exclude(self, fqns: set[str]) -> None:
         """Compare the items of these names no longer."""
-        for number, fqn in enumerate(self.fqns):
-            if fqn in fqns:
-                self.weights[number] = 0
+        self._excluded.update(number for number, fqn in enumerate(self.fqns) if fqn in fqns)
 
-    def _piece(self, number: int, taken: Capture, seed: int) -> torch.Tensor:
-        value = taken.values[self.sources[number]]
-        if value.data_ptr() == 0 and value.numel():  # to copy it would crash the process
-            raise CaptureError(self.fqns[number], "its storage has been freed")
-        return copyable(value.detach() if self.whole[number] else _sample(value.detach(), seed))
+    def _copy(self, layout: _Layout, taken: Capture, crossing: Crossing, seed: int) -> None:
+        with torch.no_grad():
+            pieces = [*layout.pick(taken.values)]
+            pieces += [_sample(taken.values[self.sources[number]], seed) for number in layout.sampled]
+        if not all(map(torch.Tensor.data_ptr, pieces)):  # to copy from there would crash the process
+            for number, source in enumerate(self.sources):
+                value = taken.values[source]
+                if not self.frozen[number] and value.numel() and value.data_ptr() == 0:
+                    raise CaptureError(self.fqns[number], "its storage has been freed")
+        if layout.odd:
+            pieces = [copyable(each) for each in pieces]
+        wait_for(crossing.copy(layout.targets, pieces))
+        for number in self._excluded & layout.payloads.keys():
+            layout.payloads[number][:] = bytes(layout.payloads[number].nbytes)
 
-    def _plan_windows(self, taken: Capture) -> list[_Window]:
-        """Lay the items out in memory, which all windows share."""
-        cuts: list[list[tuple[int, int]]] = []
-        used = largest = 0
-        for number, is_frozen in enumerate(self.frozen):
-            if is_frozen:
-                continue
+    def _lay_out(self, taken: Capture) -> _Layout:
+        """Place the items group by group, in an order that is the same on all ranks of a group."""
+        whole: list[int] = []
+        sampled: list[int] = []
+        extents: dict[int, tuple[int, int]] = {}
+        bounds: list[tuple[int, int]] = []
+        position = 0
+        for group in range(len(self.weights)):
+            start = position
+            for number, each in enumerate(self.groups):
+                if each == group and not self.frozen[number]:
+                    value = taken.values[self.sources[number]]
+                    (whole if self.whole[number] else sampled).append(number)
+                    count = value.numel() if self.whole[number] else _sampled(value)
+                    extents[number] = position, position + count * value.itemsize
+                    position = round_up(position + count * value.itemsize, ALIGNMENT)
+            bounds.append((start, position))
+        memory = torch.zeros(position, dtype=torch.uint8)
+        targets = []
+        for number in (*whole, *sampled):
             value = taken.values[self.sources[number]]
-            nbytes = value.nbytes if self.whole[number] else _sampled(value) * value.itemsize
-            if not cuts or used + nbytes > WINDOW_NBYTES:
-                cuts.append([])
-                used = 0
-            cuts[-1].append((number, used))
-            used = round_up(used + nbytes, ALIGNMENT)
-            largest = max(largest, used)
-        memory = torch.empty(largest, dtype=torch.uint8)
-        windows: list[_Window] = []
-        for cut in cuts:
-            window = _Window([], [], [])
-            for number, start in cut:
-                value = taken.values[self.sources[number]]
-                shape = value.shape if self.whole[number] else (_sampled(value),)
-                stop = start + value.itemsize * (value.numel() if self.whole[number] else _sampled(value))
-                window.numbers.append(number)
-                window.targets.append(copyable(memory[start:stop].view(value.dtype).view(shape)))
-                window.payloads.append(memory_of(memory[start:stop]))
-            windows.append(window)
-        return windows
+            start, stop = extents[number]
+            shape = value.shape if self.whole[number] else (_sampled(value),)
+            targets.append(copyable(memory[start:stop].view(value.dtype).view(shape)))
+        return _Layout(
+            pick=picker([self.sources[number] for number in whole]),
+            sampled=sampled,
+            targets=targets,
+            odd=any(taken.values[self.sources[number]].dtype in NOT_COPIED for number in (*whole, *sampled)),
+            payloads={number: memory_of(memory[start:stop]) for number, (start, stop) in extents.items()},
+            blocks=[memory_of(memory[start:stop]) for start, stop in bounds],
+        )
 
 
 def _sampled(value: torch.Tensor) -> int:
@@ -269,6 +304,7 @@ def _sample(value: torch.Tensor, seed: int) -> torch.Tensor:
     count = _sampled(value)
     step = max(1, value.numel() // max(1, count))
     first = seed % step
+    value = value.detach()
     if value.is_contiguous():
         return value.as_strided((count,), (step,), value.storage_offset() + first)
     return torch.take(value, torch.arange(first, first + step * count, step, device=value.device))

@@ -368,8 +368,9 @@ def finish_plan(
             fqns=[local.items[number].index.fqn for number in shared.numbers],
             sources=[local.sources[number] for number in shared.numbers],
             frozen=[number in local.frozen for number in shared.numbers],
+            groups=shared.groups,
             whole=shared.whole,
-            weights=torch.tensor(shared.weights, dtype=torch.int64),
+            weights=shared.weights,
         ),
     )
 

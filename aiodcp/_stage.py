@@ -77,7 +77,7 @@ def plan_copies(arena: Arena, layout: Layout, records: Sequence[int], leaves: Se
         places.append(leaves[record])
         targets.append(copyable(arena.tensor[start:stop].view(frame.dtype).view(frame.shape)))
         odd = odd or frame.dtype in NOT_COPIED
-    return Copies(pick=_picker(places), targets=targets, odd=odd, payloads=payloads, heads=heads, feet=feet)
+    return Copies(pick=picker(places), targets=targets, odd=odd, payloads=payloads, heads=heads, feet=feet)
 
 
 def put_frames(memory: memoryview, layout: Layout, records: Sequence[int], shift: int = 0) -> None:
@@ -183,7 +183,7 @@ def stage_nbytes(layout: Layout, tail_nbytes: int) -> int:
     return layout.tail + round_up(max(tail_nbytes, 1), BLOCK)
 
 
-def _picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
+def picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
     if not places:
         return lambda values: ()
     if len(places) == 1:

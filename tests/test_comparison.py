@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,14 @@ from .worlds import World
 
 
 def _digests(plan: _comparison.SharingPlan, checksums: list[dict[int, int]]) -> list[int]:
-    return [
-        sum(weight * held[item] for item, weight in zip(part.ids, part.weights, strict=True))
-        for part, held in zip(plan.parts, checksums, strict=True)
-    ]
+    """Return each rank's digest, given what it holds of each item: as `Comparison.digest` does it."""
+    digests = []
+    for part, held in zip(plan.parts, checksums, strict=True):
+        blocks = [b"" for _ in part.weights]
+        for item, group in zip(part.ids, part.groups, strict=True):
+            blocks[group] += held[item].to_bytes(4, "little")
+        digests.append(sum(weight * zlib.crc32(block) for weight, block in zip(part.weights, blocks, strict=True)))
+    return digests
 
 
 def test_the_digests_cancel_out_exactly_where_all_hold_the_same() -> None:

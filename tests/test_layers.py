@@ -32,7 +32,7 @@ LAYERS = [
     ["_retain", "_events", "_telemetry"],
     ["_catalog", "_roots"],
     ["_capture", "_stage", "_line"],
-    ["_chunks", "_ranks", "_windows", "_comparison", "_structure", "_matching", "_optimizer_state"],
+    ["_chunks", "_comparison", "_ranks", "_windows", "_structure", "_matching", "_optimizer_state"],
     ["_plan", "_targets", "_watch"],
     ["_reads", "_resolve"],
     ["_commit", "_decode", "_planner", "_transfer"],
