@@ -230,7 +230,8 @@ class Comparison:
 
     def packed(self) -> bytes:
         """Return the CRC32 of each item at the last digest, for `find_disagreements`."""
-        assert self._layout is not None
+        if self._layout is None:  # this rank shares nothing
+            return b""
         values = [iter(each) for each in self._values]
         found = array("I")
         for number, group in enumerate(self.groups):

@@ -41,7 +41,7 @@ from ._reads import (
     read_rows,
     settle_values,
 )
-from ._resolve import Resolution, groups_needed, names_wanted, note_left_out, refuse, resolve
+from ._resolve import Resolution, Resolver, groups_needed, names_wanted, note_left_out, refuse
 from ._spans import DIRECT_NBYTES, Scratch, Span, copy_in, reads_direct, spans_of, without_overlaps
 from ._stage import Checksum
 from ._targets import LoadTargets, allocate_optimizers
@@ -353,7 +353,7 @@ class _Flow:
         options, operation = self._options, self._operation
         with self._planning(metadata):
             notes = container_notes(metadata)
-            found = resolve(targets, stored, notes, values, rank=operation.rank, cast=options.cast)
+            found = Resolver(targets, stored, notes, values, rank=operation.rank, cast=options.cast).run()
             plan, problems = plan_load(metadata, targets, checkpoint_id=self._checkpoint_id, cast=options.cast)
             found.problems += problems
             # What no rank wants is known when all ranks have been asked; what is wrong without that is told at once.

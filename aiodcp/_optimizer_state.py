@@ -332,14 +332,16 @@ def _at(own: Any, steps: Path) -> Any:
     return own
 
 
-def find_optimizer(owner: Stateful, state: Mapping[str, Any]) -> torch.optim.Optimizer | None:
-    """Return the optimizer of which an object's `state_dict()` has returned the state, from its attributes.
+def find_optimizer(owner: Stateful, name: str, state: Mapping[str, Any]) -> torch.optim.Optimizer | None:
+    """Return the optimizer of which an object's `state_dict()` has returned a state, from its attributes.
 
     A state dict does not say where its parameters are, and how they are sharded. It has the very objects that are the
-    options of the optimizer's groups.
+    options of the optimizer's groups. Of several optimizers that are alike it is the one that has the state's name.
     """
-    found = [each for each in _optimizers_below(owner) if _is_state_of(state, each)]
-    return found[0] if len(found) == 1 else None
+    found = [(each, known) for known, each in _optimizers_below(owner) if _is_state_of(state, each)]
+    if len(found) > 1:
+        found = [each for each in found if each[1] == name]
+    return found[0][0] if len(found) == 1 else None
 
 
 def _is_state_of(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> bool:
@@ -351,19 +353,20 @@ def _is_state_of(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> 
     )
 
 
-def _optimizers_below(owner: object) -> Iterator[torch.optim.Optimizer]:
+def _optimizers_below(owner: object) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+    """Yield the optimizers that an object holds, with the name of the attribute or key."""
     seen: set[int] = set()
-    pending = [owner]
+    pending: list[tuple[str, object]] = [("", owner)]
     while pending and len(seen) < SEARCHED:
-        each = pending.pop()
+        name, each = pending.pop()
         if id(each) in seen:
             continue
         seen.add(id(each))
         if isinstance(each, torch.optim.Optimizer):
-            yield each
+            yield name, each
         elif isinstance(each, Mapping):
-            pending += each.values()
+            pending += [(str(key), value) for key, value in each.items()]
         elif isinstance(each, list | tuple | set):
-            pending += each
+            pending += [(name, value) for value in each]
         elif not isinstance(each, torch.nn.Module | torch.Tensor | type) and not is_sharded(each):
-            pending += getattr(each, "__dict__", {}).values()
+            pending += getattr(each, "__dict__", {}).items()

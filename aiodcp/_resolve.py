@@ -59,38 +59,29 @@ def groups_needed(targets: LoadTargets, stored: StoredNames) -> list[str]:
     ]
 
 
-def resolve(
-    targets: LoadTargets,
-    stored: StoredNames,
-    notes: ContainerNotes | None,
-    options: Mapping[str, Any],
-    *,
-    rank: int,
-    cast: bool,
-) -> Resolution:
-    """Change `targets` to what is to be loaded.
+class Resolver:
+    """Changes targets to what is to be loaded."""
 
-    Args:
-        targets: the leaves of the caller's state dict.
-        stored: what the checkpoint has.
-        notes: what it says of containers.
-        options: values of the optimizers' options, by name.
-        rank: this one.
-        cast: whether conversions that lose are allowed.
-    """
-    return _Resolver(targets, stored, notes, options, rank, cast).run()
-
-
-class _Resolver:
     def __init__(
         self,
         targets: LoadTargets,
         stored: StoredNames,
         notes: ContainerNotes | None,
         options: Mapping[str, Any],
+        *,
         rank: int,
         cast: bool,
     ) -> None:
+        """Begin.
+
+        Args:
+            targets: the leaves of the caller's state dict.
+            stored: what the checkpoint has.
+            notes: what it says of containers.
+            options: values of the optimizers' options, by name.
+            rank: this one.
+            cast: whether conversions that lose are allowed.
+        """
         self._targets = targets
         self._stored = stored
         self._notes = notes
@@ -105,6 +96,7 @@ class _Resolver:
         self._missing: dict[str, Path] = {}
 
     def run(self) -> Resolution:
+        """Compare wanted and stored names, and decide for each what becomes of it."""
         targets, entries = self._targets, self._stored.entries
         if self._at.keys() - entries.keys():
             self._missing = {

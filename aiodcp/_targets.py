@@ -198,7 +198,7 @@ def find_targets(
     owners = {str(key): value.value if type(value) is PerRank else value for key, value in state_dict.items()}
     kinds = {name: _kind_of(owner) for name, owner in owners.items()}
     optimizers = [
-        OptimizerScope(path=path, state=state, optimizer=_optimizer_of(owners[str(path[0])], state))
+        OptimizerScope(path=path, state=state, optimizer=_optimizer_of(owners[str(path[0])], str(path[-1]), state))
         for path in leaves.optimizers
         if is_optimizer_state(state := find(states, path)[0])
     ]
@@ -233,10 +233,10 @@ def _kind_of(owner: object) -> Kind:
     return "optimizer" if isinstance(owner, torch.optim.Optimizer) else "stateful"
 
 
-def _optimizer_of(owner: Any, state: Mapping[str, Any]) -> torch.optim.Optimizer | None:
+def _optimizer_of(owner: Any, name: str, state: Mapping[str, Any]) -> torch.optim.Optimizer | None:
     if isinstance(owner, torch.optim.Optimizer):
         return owner
-    return find_optimizer(owner, state) if is_stateful(owner) else None
+    return find_optimizer(owner, name, state) if is_stateful(owner) else None
 
 
 def _params(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:

@@ -183,7 +183,7 @@ def unsound(metadata: Metadata) -> tuple[str, str] | None:
     """Return what is wrong with an entry of a damaged pickle, which may be anything: its name, and a sentence."""
     for fqn, entry in metadata.state_dict_metadata.items():
         try:
-            sound = _is_sound(entry)
+            sound = type(fqn) is str and _is_sound(entry)
         except (AttributeError, TypeError):
             sound = False
         if not sound:
@@ -193,6 +193,11 @@ def unsound(metadata: Metadata) -> tuple[str, str] | None:
         isinstance(paths, dict) and all(isinstance(path, tuple | list) and path for path in paths.values())
     ):
         return "", "the metadata does not say which keys lead to the values"
+    mark = vars(metadata).get("aiodcp", {})
+    if not isinstance(mark, dict) or not all(
+        isinstance(mark.get(key, ()), tuple) for key in ("opaque", "empty", "int_keys")
+    ):
+        return "", "what this library has noted in the metadata is damaged"
     return None
 
 

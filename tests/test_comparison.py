@@ -155,6 +155,16 @@ def test_each_name_is_told_once_at_the_save_at_which_the_ranks_disagree(world: W
     assert not any(others[0] + others[1])
 
 
+def _one_shares_nothing(rank: int, size: int, folder: Path) -> str:
+    with _logged() as records, Checkpointer() as checkpointer:
+        assert _save(checkpointer, {"a": rank, "b": 1} if rank < 2 else {}, folder) == "saved"
+    return " ".join(records)
+
+
+def test_a_rank_that_shares_nothing_takes_part(world: World, tmp_path: Path) -> None:
+    assert "different values of a (rank " in world.run(3, _one_shares_nothing, tmp_path)[0]
+
+
 def _policies(rank: int, size: int, folder: Path) -> list[str]:
     told = []
     with Checkpointer(on_disagreement="raise") as checkpointer:

@@ -524,3 +524,22 @@ async def test_a_load_under_way_is_waited_for_on_leaving(faulty: FaultyStorage) 
         asyncio.get_running_loop().call_later(0.01, gate.open)
     await task
     assert target["w"].all()
+
+
+@pytest.mark.parametrize("damage", ["a name", "an entry", "a path", "our mark"])
+async def test_metadata_that_is_damaged_inside_is_called_damaged(damage: str) -> None:
+    storage = await saved({"a": torch.ones(4), "b": {"c": 1}})
+    metadata = pickle.loads(storage.files["ckpt"][".metadata"])
+    if damage == "a name":
+        metadata.state_dict_metadata[5] = metadata.state_dict_metadata["a"]
+        metadata.planner_data[5] = (5,)
+    elif damage == "an entry":
+        metadata.state_dict_metadata["a"].chunks = 3
+    elif damage == "a path":
+        metadata.planner_data["b.c"] = 7
+    else:
+        metadata.aiodcp["opaque"] = 3
+    storage.files["ckpt"][".metadata"] = pickle.dumps(metadata)
+    with pytest.raises(CorruptError, match=r"\.metadata") as caught:
+        await load(storage, {"a": torch.zeros(4), "b": {"x": 1}})
+    assert str(caught.value)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from aiodcp import Checkpointer, MemoryStorage, MismatchError
+from aiodcp._optimizer_state import find_optimizer
 
 from .conftest import assert_equal
 from .test_load import load, saved
@@ -277,3 +278,22 @@ async def test_groups_saved_as_one_value_are_understood(monkeypatch: pytest.Monk
         fresh = KINDS["AdamW"](make_model())
         await checkpointer.load({"o": fresh}, "ckpt")
     assert_equal(optimizer.state_dict(), fresh.state_dict())
+
+
+def test_of_several_optimizers_that_are_alike_the_name_decides() -> None:
+    class Adversaries:
+        def __init__(self) -> None:
+            self.parts = {name: KINDS["SGD, momentum"](make_model()) for name in ("generator", "critic")}
+
+        def state_dict(self) -> dict[str, Any]:
+            return {name: each.state_dict() for name, each in self.parts.items()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise AssertionError
+
+    owner = Adversaries()
+    for name, state in owner.state_dict().items():
+        assert find_optimizer(owner, name, state) is owner.parts[name]
+        assert find_optimizer(owner, "another", state) is None
+    del owner.parts["critic"]
+    assert find_optimizer(owner, "another", owner.parts["generator"].state_dict()) is owner.parts["generator"]
