@@ -222,7 +222,7 @@ class Comparison:
         self._values = [[] for _ in self.weights]
         for number, (source, group) in enumerate(zip(self.sources, self.groups, strict=True)):
             if self.frozen[number] and number not in self._excluded:
-                self._values[group].append(taken.frozen[source].data)
+                self._values[group].append(_in_any_order(taken.frozen[source].data))
         total = 0
         for weight, values, block in zip(self.weights, self._values, layout.blocks, strict=True):
             total += weight * crc32(block, crc32(memoryview(b"".join(values)), 0))
@@ -294,6 +294,11 @@ class Comparison:
             payloads={number: memory_of(memory[start:stop]) for number, (start, stop) in extents.items()},
             blocks=[memory_of(memory[start:stop]) for start, stop in bounds],
         )
+
+
+def _in_any_order(pickled: bytes) -> bytes:
+    """Return the same bytes for equal sets: the order of their elements is each process's own."""
+    return bytes(sorted(pickled)) if b"set\n" in pickled else pickled
 
 
 def _sampled(value: torch.Tensor) -> int:

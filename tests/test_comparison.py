@@ -121,6 +121,7 @@ def _compare_every_save(rank: int, size: int, folder: Path) -> list[list[str]]:
         "large": large,
         "strided": torch.ones(300, 200).t(),
         "own": PerRank(rank),
+        "names": ({"alpha", "beta", "gamma", "delta"}, frozenset("abcdef")),  # in each process in an order of its own
     }
     with _logged() as records, Checkpointer() as checkpointer:
 
