@@ -117,10 +117,10 @@ async def test_what_torch_is_told_of_checksums_changes_nothing_that_is_written(t
         assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("state", [make_state(), {"w": torch.ones(3)}, {"n": 3}], ids=["both", "a tensor", "a value"])
 async def test_what_was_saved_without_checksums_loads_with_a_word(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    state: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = make_state()
     with _without_checksums():
         dcp.save(state, checkpoint_id=str(tmp_path), no_dist=True)
     target = blank(state)
