@@ -798,16 +798,17 @@ async def test_a_manager_that_may_skip_says_so_in_its_type(faulty: FaultyStorage
         await perhaps.uploaded
 
 
-def _ranks_do_not_fit(rank: int, size: int, root: Path) -> str:
-    with CheckpointManager(root) as manager:
+def _ranks_do_not_fit(rank: int, size: int, root: Path) -> tuple[str, list[Event]]:
+    told: list[Event] = []
+    with CheckpointManager(root, on_event=told.append) as manager:
         for step in (1, 2):
             manager.save_sync(step, {"w": torch.ones(2)}).uploaded.wait()
         try:
             manager.restore_sync({"w": torch.ones(2 + rank)}, fall_back=True)
         except RankError as error:
-            return error.failures[0].kind
-    return "went back"
+            kind = error.failures[0].kind
+    return kind, [each for each in told if isinstance(each, FellBack)]
 
 
 def test_what_does_not_fit_on_one_rank_takes_nobody_back(world: World, tmp_path: Path) -> None:
-    assert world.run(2, _ranks_do_not_fit, tmp_path) == ["MismatchError"] * 2
+    assert world.run(2, _ranks_do_not_fit, tmp_path) == [("MismatchError", [])] * 2
