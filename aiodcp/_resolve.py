@@ -150,6 +150,11 @@ class Resolver:
             return  # nothing is stored, or nothing that this reader knows for an optimizer's state
         differs = any(path[: len(base)] == base for path in (*self._extra.values(), *self._missing.values()))
         if not differs and has_same_parameters(scope.state["param_groups"], groups):
+            options = (*base, "param_groups")
+            length = len(options)
+            self._targets.as_stored.update(
+                place for place, path in enumerate(self._targets.paths) if path[:length] == options
+            )
             return
         below = {
             path: fqn

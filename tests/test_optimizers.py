@@ -200,6 +200,19 @@ async def test_options_are_those_that_were_saved_and_the_optimizers_own_where_th
     assert scheduled.param_groups[0]["initial_lr"] == 0.5
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+async def test_a_learning_rate_is_of_the_kind_that_was_saved(steps: int) -> None:
+    for stored, there in ((0.1, torch.tensor(0.5)), (torch.tensor(0.1), 0.5), (torch.tensor(0.1), torch.tensor(0.5))):
+        model, other = make_model(), make_model()
+        optimizer, fresh = (
+            torch.optim.Adam(each.parameters(), lr=lr) for each, lr in ((model, stored), (other, there))
+        )
+        step(model, optimizer)
+        step(other, fresh, steps)
+        await load(await saved({"o": optimizer}), {"o": fresh})
+        assert_equal(optimizer.state_dict(), fresh.state_dict())
+
+
 async def test_parameters_are_matched_by_their_names_where_both_have_them() -> None:
     def make(order: str) -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
         model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in "abc"})
