@@ -393,10 +393,8 @@ def refuse(
     """
     missing = sorted(found.missing)
     if not strict:
-        # Names that have nothing in common are no partial load, but the wrong checkpoint or the wrong names.
-        nothing = [fqn for fqn in missing if _top_of(targets, fqn) in found.absent]
-        everything = missing and len(nothing) == len(missing) and not targets.fqns
-        missing = missing if everything else [fqn for fqn in nothing if fqn != _top_of(targets, fqn)]
+        # What has nothing in common is no partial load, but the wrong checkpoint or the wrong name.
+        missing = _misnamed(targets, found, missing) if targets.fqns else missing
         unexpected = unexpected if missing else ()
     if not missing and not unexpected and not found.problems:
         return None
@@ -406,6 +404,17 @@ def refuse(
     return MismatchError(
         checkpoint_id, missing, sorted(unexpected), found.problems, suggest(missing, found.others), hint
     )
+
+
+def _misnamed(targets: LoadTargets, found: Resolution, missing: Sequence[str]) -> list[str]:
+    """Return the names of whole parts of which nothing is stored but under a name that nobody asks for."""
+    elsewhere = {fqn.partition(".")[2] for fqn in found.others if _top_of(targets, fqn) not in targets.kinds}
+    misnamed: list[str] = []
+    for top in sorted(found.absent):
+        names = [fqn for fqn in missing if fqn.startswith(f"{top}.")]
+        if any(fqn.removeprefix(f"{top}.") in elsewhere for fqn in names):
+            misnamed += names
+    return misnamed
 
 
 def _top_of(targets: LoadTargets, fqn: str) -> str:

@@ -579,8 +579,8 @@ class Checkpointer(Blocking):
             checkpoint_id: where from; written by this library or by `torch.distributed.checkpoint`.
             planner: your own, instead of this library's planning. It decides what is strict, and how bytes are
                 decoded; it is called in threads of the engine. What it adds at the top level is handed over.
-            strict: names must agree. False loads those that both have, and reports the others; a whole module, dict or
-                optimizer of which nothing is stored is an error all the same.
+            strict: names must agree. False loads those that both have, and reports the others; a whole part that is
+                stored under another name at the top level is an error all the same.
             cast: allow conversions that lose, such as float32 to bfloat16; others are always allowed.
             rename: makes of stored names the names that are wanted: a mapping of prefixes, the longest first, or a
                 function. Names begin with the name at the top level.

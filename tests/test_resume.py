@@ -83,7 +83,18 @@ async def test_a_partial_load_is_reported_and_logged(caplog: pytest.LogCaptureFi
     assert "converted: half" in told
 
 
-async def test_a_whole_part_of_which_nothing_is_stored_is_no_partial_load() -> None:
+async def test_a_part_that_is_new_is_left_out_of_a_partial_load() -> None:
+    model, average, other = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+    before = copy.deepcopy(average.state_dict())
+    wanted = {"model": other, "average": average, "scaler": torch.amp.GradScaler("cpu")}
+    report = await resume({"model": model}, wanted, strict=False)
+    assert report.missing[:2] == ["average.bias", "average.weight"]
+    assert any(name.startswith("scaler.") for name in report.missing)
+    assert_equal(before, average.state_dict())
+    assert_equal(model.state_dict(), other.state_dict())
+
+
+async def test_a_whole_part_that_is_stored_under_another_name_is_no_partial_load() -> None:
     for wanted in ({"modle": nn.Linear(1, 1), "step": 0}, {"modle": {"weight": torch.ones(1)}, "step": 0}):
         with pytest.raises(MismatchError, match=r"modle\.weight \(did you mean model\.weight\?\)"):
             await resume({"model": nn.Linear(1, 1), "step": 1}, wanted, strict=False)
