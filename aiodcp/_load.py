@@ -138,7 +138,7 @@ async def get_metadata(storage: Storage, checkpoint_id: str, path: str) -> bytes
 
     Raises:
         NotACheckpointError: there is none.
-        FormatError: but what another format has.
+        FormatError: there are files of another format instead.
         ReadError: storage refused.
     """
     try:

@@ -42,7 +42,6 @@ class StoredNames:
     Attributes:
         entries: by wanted name.
         paths: keys and list indices that lead to it, by wanted name.
-        notes_order: all wanted names, in the order in which they were saved.
     """
 
     def __init__(self, metadata: Metadata, tops: Iterable[str], rename: Rename | None) -> None:
