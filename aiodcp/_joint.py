@@ -260,7 +260,7 @@ async def joint_after(
         checkpointer._raise_untold()  # of the save that this one waited for
         async with group:
             watching = group.create_task(watch())
-            with _inside(service.flows[joint._operation]):
+            with _inside(joint._operation):
                 yield joint
             joint._is_closed = True
             for call in joint._later:  # no await between them
@@ -285,10 +285,10 @@ async def joint_after(
 
 
 @contextmanager
-def _inside(flow: Future[None]) -> Iterator[None]:
+def _inside(operation: Operation) -> Iterator[None]:
     """Let a load in the block not wait for the end of the block."""
     outside = around.get()
-    around.set((*outside, flow))
+    around.set((*outside, operation))
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from itertools import count
 from typing import Any, TypeVar, TypeVarTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import anyio
 import torch
@@ -24,7 +24,7 @@ from ._turns import give_turns, prompt_turns
 from .errors import CheckpointError, ClosedError, LoadError, RankError, SaveCancelled
 
 # The joint checkpoints in whose blocks the caller is: what it asks for there cannot wait for their end.
-around: ContextVar[tuple[Future[None], ...]] = ContextVar("around", default=())
+around: ContextVar[tuple[Operation, ...]] = ContextVar("around", default=())
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -41,7 +41,6 @@ class Service:
         skips: which saves are skipped.
         held: on the engine's loop, what is let go of when all is drained.
         in_flight: where the last save goes that had its turn.
-        flows: of saves, each with what runs it.
     """
 
     def __init__(self, *, copy_threads: int, io_threads: int) -> None:
@@ -58,7 +57,7 @@ class Service:
         self._work: set[Future[Any]] = set()  # all else that is waited for
         self._background: set[Future[Any]] = set()  # and what nobody waits for before the end
         self._operations: WeakSet[Operation] = WeakSet()  # all that has been asked for and is not over
-        self.flows: WeakKeyDictionary[Operation, Future[None]] = WeakKeyDictionary()
+        self._unfinished: dict[Operation, Milestone] = {}  # saves that are not over, and what is reached when they are
 
     @property
     def rank(self) -> int:
@@ -203,18 +202,26 @@ class Service:
         )
         self._operations.add(operation)
 
+        ended = Milestone("ended")
+        self._unfinished[operation] = ended
+
+        def end(_: object = None) -> None:
+            self._unfinished.pop(operation, None)
+            ended.reach()
+
         async def save_in_turn() -> None:
             async with self.slot:
                 self.in_flight = place
                 turn.reach()
                 with self.under_way(operation):
                     result = await save(operation)
+            end()
             await after(result)
 
         flow = self.engine.call_soon(save_in_turn)
         self._saves.add(flow)
         flow.add_done_callback(self._saves.discard)
-        self.flows[operation] = flow
+        flow.add_done_callback(end)
         return operation
 
     async def wait_for_saves(self) -> None:
@@ -224,10 +231,8 @@ class Service:
         """
         if self.line is not None:
             return
-        for flow in [*self._saves]:
-            if flow not in around.get():
-                ended = Milestone("ended")
-                flow.add_done_callback(lambda _, ended=ended: ended.reach())  # type: ignore[misc]
+        for operation, ended in [*self._unfinished.items()]:
+            if operation not in around.get():
                 await ended
 
     @contextmanager
