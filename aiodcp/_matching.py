@@ -121,9 +121,8 @@ class StoredNames:
 
     def in_order(self) -> list[str]:
         """Return all names in the order in which they were saved."""
-        return (
-            [*self.paths, *(name for name in self.entries if name not in self.paths)] if self.paths else [*self.entries]
-        )
+        known = [name for name in self.paths if name in self.entries]  # a planner may note keys that it did not save
+        return [*known, *(name for name in self.entries if name not in self.paths)]
 
     def is_below(self, name: str) -> bool:
         """Whether a stored name is one that is asked for, or below one."""

@@ -543,3 +543,14 @@ async def test_metadata_that_is_damaged_inside_is_called_damaged(damage: str) ->
     with pytest.raises(CorruptError, match=r"\.metadata") as caught:
         await load(storage, {"a": torch.zeros(4), "b": {"x": 1}})
     assert str(caught.value)
+
+
+async def test_keys_that_are_noted_and_not_saved_are_passed_over() -> None:
+    storage = await saved({"o": {"state": {0: {"m": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}})
+    metadata = pickle.loads(storage.files["ckpt"][".metadata"])
+    metadata.planner_data["o.state.1.m"] = ("o", "state", "1", "m")
+    metadata.planner_data["x"] = ("x",)
+    storage.files["ckpt"][".metadata"] = pickle.dumps(metadata)
+    target: dict[str, Any] = {"o": {"state": {}, "param_groups": [{"lr": 0.0, "params": [0]}]}}
+    await load(storage, target)
+    assert list(target["o"]["state"]) == [0]
