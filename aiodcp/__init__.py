@@ -3,6 +3,7 @@
 Names are imported when they are first used: the command line does not wait for torch where it needs none.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError as CheckpointError
     from .errors import ClosedError as ClosedError
     from .errors import CorruptError as CorruptError
+    from .errors import DeadlockError as DeadlockError
     from .errors import DisagreementError as DisagreementError
     from .errors import FormatError as FormatError
     from .errors import LoadError as LoadError
@@ -105,6 +107,7 @@ _HOMES = {
         "CheckpointError",
         "ClosedError",
         "CorruptError",
+        "DeadlockError",
         "DisagreementError",
         "FormatError",
         "LoadError",
@@ -149,6 +152,10 @@ if not TYPE_CHECKING:  # a type checker is to know the names above, and no other
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value
         return value
+
+
+if "torch" in sys.modules:  # it will be needed, and half a second of imports holds an event loop up
+    import_module(".manager", __name__)
 
 
 def __dir__() -> list[str]:

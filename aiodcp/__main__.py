@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from typing import Any
 
+from ._tables import printable
 from .errors import ArgumentError, CheckpointError, CorruptError
 
 DIFFERENT = 1  # exit status: `verify` has found damage, `diff` a difference
@@ -29,27 +32,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.fqn = rest.pop(0)  # argparse finds an optional name only before the flags
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may have lone surrogates
     try:
         status = options.run(options)
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except ArgumentError as error:
-        print(f"aiodcp {options.command}: {error.problem}", file=sys.stderr)
-        status = FAILED
+        status = _fail(options, error.problem)
     except CorruptError as error:
-        print(f"aiodcp {options.command}: {error}\nall that is damaged tells: aiodcp verify", file=sys.stderr)
-        status = FAILED
+        status = _fail(options, f"{error}; run `aiodcp verify` to list all damage")
     except (CheckpointError, OSError) as error:
-        print(f"aiodcp {options.command}: {error}", file=sys.stderr)
-        status = FAILED
+        status = _fail(options, str(error))
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except Exception as error:  # such as no memory for what a damaged file asks for
+        status = _fail(options, f"{type(error).__name__}: {error}")
     if status:
         sys.exit(status)
 
 
+def _fail(options: argparse.Namespace, text: str) -> int:
+    print(printable(f"aiodcp {options.command}: {text}", keep=""), file=sys.stderr)
+    return FAILED
+
+
+def _version() -> str:
+    try:
+        return version("aiodcp")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="aiodcp", description="Asyncio-native checkpoints for PyTorch.")
-    parser.add_argument("--version", action="version", version=f"aiodcp {version('aiodcp')}")
+    parser.add_argument("--version", action="version", version=f"aiodcp {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -228,7 +247,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _print(options: argparse.Namespace, data: Any, text: Any) -> None:
-    print(json.dumps(_in_json(data), indent=2) if options.json else text())
+    print(json.dumps(_in_json(data), indent=2) if options.json else printable(text()))
 
 
 def _in_json(value: Any) -> Any:

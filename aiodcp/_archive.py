@@ -120,7 +120,14 @@ def _read_directory(archive: memoryview) -> dict[str, _Record]:
         start = header + 30 + sum(struct.unpack_from("<2H", archive, header + 26))
         if start + nbytes > archive.nbytes:
             raise ValueError("has a record beyond its end")
+        if name in records:
+            raise ValueError("has two records of one name")
         records[name] = _Record(start, nbytes, crc)
+    last = 0
+    for record in sorted(records.values(), key=lambda record: record.start):
+        if record.start < last:
+            raise ValueError("has records that overlap")
+        last = record.start + record.nbytes
     return records
 
 

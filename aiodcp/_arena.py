@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import mmap
 import os
 from contextlib import suppress
@@ -13,6 +12,7 @@ from weakref import finalize
 
 import torch
 
+from ._log import log
 from .errors import StageError
 
 # Bytes populated by one system call: a thread that is wanted back is late by a tenth of a second at most.
@@ -21,7 +21,6 @@ POPULATE_NBYTES = 64 << 20
 _REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: for all devices
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the constant is not in Python's mmap. Source: madvise(2)
 
-_log = logging.getLogger("aiodcp")
 _warned = False  # of memory that cannot be pinned: told once
 
 _libc = ctypes.CDLL(None, use_errno=True)  # mmap.madvise() holds the GIL while it populates; this does not
@@ -75,7 +74,7 @@ class Arena:
         global _warned
         if not _warned:
             _warned = True
-            _log.warning(
+            log.warning(
                 "%d bytes of host memory could not be pinned (cudaHostRegister: error %d; see `ulimit -l`): copies "
                 "from and to CUDA devices take longer",
                 self.nbytes,
@@ -101,7 +100,7 @@ class Arena:
 def _unpin(address: int) -> None:
     code = int(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]
     if code != 0:
-        _log.warning("pinned host memory could not be released (cudaHostUnregister: error %d)", code)
+        log.warning("pinned host memory could not be released (cudaHostUnregister: error %d)", code)
 
 
 def free_nbytes() -> int:

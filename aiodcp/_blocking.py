@@ -48,11 +48,21 @@ class Blocking(ABC):
         self._sigint = signal.getsignal(signal.SIGINT)  # a Runner that runs sets its own for as long
         self._thread, self._pid = threading.get_ident(), os.getpid()
         self._runner = asyncio.Runner()
+        entered: list[Self] = []
+
+        async def enter() -> None:
+            entered.append(await self.__aenter__())
+
         try:
-            return self._runner.run(self.__aenter__())
-        except BaseException:
-            self._close_runner()
+            self._runner.run(enter())
+        except BaseException:  # Ctrl-C, too, of which the runner tells when all is done
+            try:
+                if entered:
+                    self._runner.run(self.__aexit__(None, None, None))
+            finally:
+                self._close_runner()
             raise
+        return entered[0]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -32,6 +32,7 @@ StateDict = dict[str, Any]
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _NEVER_STATEFUL = {*PLAIN_TENSORS, DTensor, dict, list, tuple, int, float, str, bytes, bool, type(None)}
 _SCALARS = {int, float, str, bytes, bool, type(None)}
+SHOWN = 80  # characters of a name that is too long
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 QUANTIZED = {torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4}
 
@@ -285,7 +286,11 @@ def short_names(module: torch.nn.Module, names: Iterable[str]) -> dict[str, str]
 
 
 def flatten(state_dict: Mapping[str, Any], rank: int = 0) -> Leaves:
-    """Return names, paths and leaves, in the order of the state dict."""
+    """Return names, paths and leaves, in the order of the state dict.
+
+    Raises:
+        CaptureError: it is nested deeper than Python's recursion limit, or contains itself.
+    """
     fqns: list[str] = []
     paths: list[Path] = []
     values: list[Any] = []
@@ -293,7 +298,11 @@ def flatten(state_dict: Mapping[str, Any], rank: int = 0) -> Leaves:
     optimizers: list[Path] = []
     per_rank: list[tuple[Path, PerRank]] = []
 
+    here = ""
+
     def walk(prefix: str, path: Path, items: Iterable[tuple[Any, Any]], *, listed: bool) -> None:
+        nonlocal here
+        here = prefix
         for key, value in items:
             step = key if listed else str(key)
             if type(value) not in PLAIN_TENSORS:
@@ -317,7 +326,10 @@ def flatten(state_dict: Mapping[str, Any], rank: int = 0) -> Leaves:
             paths.append((*path, step))
             values.append(value)
 
-    walk("", (), state_dict.items(), listed=False)
+    try:
+        walk("", (), state_dict.items(), listed=False)
+    except RecursionError as error:
+        raise CaptureError(f"{here[:SHOWN]}...", "is nested too deeply, or contains itself") from error
     return Leaves(fqns, paths, values, notes, optimizers, per_rank)
 
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from math import inf, nextafter
+from contextlib import contextmanager
 
 import anyio.lowlevel
 
-from ._milestone import Milestone
+from ._log import log
+from ._milestone import MilestoneSource
 from ._names import step_place
 from ._retain import Retention
-from ._steps import Step, in_order, list_steps, remove_leftovers, remove_step
-from .errors import CheckpointError, ClosedError
+from ._steps import Step, in_order, list_steps, read_step, remove_leftovers, remove_step
+from .errors import ClosedError, LoadError, NotACheckpointError, ReadError
 from .storage import Storage
-
-_log = logging.getLogger("aiodcp")
 
 
 class Catalog:
@@ -33,11 +30,16 @@ class Catalog:
         self._lock = threading.Lock()
         self.has_looked = False
         self._known: tuple[Step, ...] = ()
+        self.unreadable: dict[int, str] = {}  # steps that are there and cannot be read, and why
+        self._last_number = 0  # of a commit
+        self._others_saved_at = 0.0  # of steps without a number, the last
+        self._numbers: dict[int, int] = {}  # by step, the number that is on the way to storage
         self._damaged: set[int] = set()
         self._changes: list[Step | int] = []  # what was taken in, and numbers of what was doomed, since the beginning
         self._in_use: Counter[int] = Counter()  # by step, how many save or restore it: not to be removed
         self._doomed: deque[int] = deque()
-        self._removing: dict[int, Milestone] = {}  # reached when the step is removed, or cannot be
+        self._removing: dict[int, MilestoneSource] = {}  # reached when the step is removed, or cannot be
+        self._half_removed: dict[int, set[str]] = {}  # steps that are none any more, with names that are to be removed
 
     @property
     def known(self) -> tuple[Step, ...]:
@@ -62,8 +64,15 @@ class Catalog:
     def learn(self, data: bytes, mark: int) -> None:
         """Take what `look` has found, on whatever rank, for what there is, but for what has changed since `mark`."""
         with self._lock:
-            seen = [Step(step=step, saved_at=at, metrics=metrics) for step, at, metrics in json.loads(data)]
-            found = {each.step: each for each in seen}
+            seen = json.loads(data)
+            for step, why in seen["unreadable"]:
+                if step not in self.unreadable:
+                    log.warning("%s cannot be read, and counts as no step: %s", step_place(self.root, step), why)
+            self.unreadable = dict(seen["unreadable"])
+            found = {
+                step: Step(step=step, commit_number=number, others_saved_at=others, saved_at=at, metrics=metrics)
+                for step, number, others, at, metrics in seen["steps"]
+            }
             for change in self._changes[mark:]:
                 if isinstance(change, Step):
                     found[change.step] = change
@@ -72,21 +81,39 @@ class Catalog:
             self._set(found.values())
             self.has_looked = True
 
-    def take_in(self, step: int, metrics: Mapping[str, float]) -> None:
+    def count_commit(self, step: int) -> dict[str, int | float]:
+        """Return what is noted of the order of a commit that is made now, later than anything that is known."""
+        with self._lock:
+            self._last_number += 1
+            self._numbers[step] = self._last_number
+            return {"commit_number": self._last_number, "others_saved_at": self._others_saved_at}
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Know of a step that is committed now."""
         with self._lock:
-            last = max((each.saved_at for each in self._known), default=0.0)
-            self._add(Step(step=step, saved_at=max(time.time(), nextafter(last, inf)), metrics=metrics))
+            number = self._numbers.pop(step, self._last_number + 1)
+            others = self._others_saved_at
+            self._add(
+                Step(step=step, commit_number=number, others_saved_at=others, saved_at=time.time(), metrics=metrics)
+            )
 
     def _add(self, step: Step) -> None:
         self._damaged.discard(step.step)
+        self.unreadable.pop(step.step, None)
         self._changes.append(step)
         self._set([*(each for each in self._known if each.step != step.step), step])
 
     def _set(self, steps: Iterable[Step]) -> None:
         self._known = tuple(sorted(steps, key=lambda each: each.step))
+        self._count(self._known)
 
-    def doom(self, *, removes: bool) -> None:
+    def _count(self, steps: Iterable[Step]) -> None:
+        for each in steps:
+            self._last_number = max(self._last_number, each.commit_number)
+            others = each.others_saved_at if each.commit_number else each.saved_at
+            self._others_saved_at = max(self._others_saved_at, others)
+
+    def mark_for_removal(self, *, removes: bool) -> None:
         """Forget the steps that are not to be kept; `prune` removes them, on the rank that does so."""
         with self._lock:
             good = [each for each in self._known if each.step not in self._damaged]
@@ -94,10 +121,10 @@ class Catalog:
             self._changes += doomed
             self._set([each for each in self._known if each.step not in doomed])
             if removes:
-                self._removing.update({step: Milestone(f"removal of step {step}") for step in doomed})
+                self._removing.update({step: MilestoneSource(f"removal of step {step}") for step in doomed})
                 self._doomed += doomed
 
-    def distrust(self, step: int) -> None:
+    def mark_damaged(self, step: int) -> None:
         """Count a step that is damaged not among those that are kept instead of others; it stays until it is saved."""
         with self._lock:
             self._damaged.add(step)
@@ -122,15 +149,44 @@ class Catalog:
     async def until_removed(self, step: int) -> None:
         """Wait for the end of a step's removal, if there is one."""
         if (removed := self._removing.get(step)) is not None:
-            await removed
+            await removed.settled()
 
     # --- on the engine's loop
 
     async def look(self) -> bytes:
         """Look which steps are complete, and return that for `learn`."""
-        found = await list_steps(self.storage, self.root)
-        there = [each for each in found if each.step not in self._removing]
-        return json.dumps([[each.step, each.saved_at, dict(each.metrics)] for each in there]).encode()
+        found = await list_steps(self.storage, self.root, but=set(self._removing))
+        steps = [
+            [each.step, each.commit_number, each.others_saved_at, each.saved_at, dict(each.metrics)]
+            for each in found.steps
+        ]
+        return json.dumps({"steps": steps, "unreadable": list(found.unreadable.items())}).encode()
+
+    async def look_for_others(self) -> None:
+        """Count commits that others have made since: the next one is later than those, too."""
+        known = {each.step for each in self._known} | self.unreadable.keys() | self._removing.keys()
+        try:
+            found = await list_steps(self.storage, self.root, but=known)
+        except ReadError as error:
+            log.warning("whether others save to the same place is not known: %s", error)
+            return
+        with self._lock:
+            self._count(found.steps)
+
+    async def look_again(self, step: int) -> bool:
+        """After a save that failed, tell whether it was committed all the same; then the step is known."""
+        number = self._numbers.pop(step, None)
+        if number is None:  # it had not come to that
+            return False
+        try:
+            found = await read_step(self.storage, self.root, step)
+        except LoadError:
+            return False
+        if found.commit_number != number:
+            return False
+        with self._lock:
+            self._add(found)
+        return True
 
     async def clear_up(self, is_live: Callable[[str], bool]) -> list[int]:
         """Remove what interrupted saves have left, unless another process may be saving; return these steps."""
@@ -138,7 +194,7 @@ class Catalog:
             async with self.storage.claim(self.root, alone=True) as alone:
                 return await remove_leftovers(self.storage, self.root, is_live) if alone else []
         except OSError as error:  # they cost space, and no more
-            _log.warning("%s: what interrupted saves have left could not be removed: %s", self.root, error)
+            log.warning("%s: what interrupted saves have left could not be removed: %s", self.root, error)
             return []
 
     async def prune(self, tell: Callable[[int, OSError | None], None]) -> None:
@@ -146,22 +202,33 @@ class Catalog:
 
         Cancellation: takes effect between two steps; the next manager removes the others.
         """
+        for step in list(self._half_removed):
+            await self._remove(step, self._half_removed.pop(step), tell)
         while self._doomed:
-            await anyio.lowlevel.checkpoint()
             step = self._doomed.popleft()
-            refused: OSError | None = None
             try:
-                await remove_step(self.storage, step_place(self.root, step))
-            except OSError as error:
-                refused = error
-                with suppress(CheckpointError):  # then it stays forgotten, and is found by the next manager
-                    await self._put_back(step)
+                await self._remove(step, set(), tell)
             finally:
                 self._removing.pop(step).reach()
-            tell(step, refused)
 
-    async def _put_back(self, step: int) -> None:
-        for each in await list_steps(self.storage, self.root):
-            if each.step == step:
-                with self._lock:
-                    self._add(each)
+    async def _remove(self, step: int, seen: set[str], tell: Callable[[int, OSError | None], None]) -> None:
+        await anyio.lowlevel.checkpoint()
+        try:
+            await remove_step(self.storage, step_place(self.root, step), seen)
+        except OSError as error:
+            await self._put_back(step, seen)
+            tell(step, error)
+        else:
+            tell(step, None)
+
+    async def _put_back(self, step: int, seen: set[str]) -> None:
+        """Try again later to remove a step: it is known again, or half of it is there, which is none."""
+        try:
+            found = await read_step(self.storage, self.root, step)
+        except NotACheckpointError:
+            self._half_removed[step] = seen
+        except LoadError as error:
+            log.warning("%s: whether it is there is not known: %s", step_place(self.root, step), error)
+        else:
+            with self._lock:
+                self._add(found)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from traceback import walk_tb
-from typing import Any
 
 from ._devices import Crossing
 from ._engine import Engine
-from ._milestone import Milestone, Progress, ProgressLog
+from ._log import log
+from ._milestone import Handle, Milestone, MilestoneSource, Progress, ProgressLog
 from ._ranks import Operation
 from ._timeline import Timeline
 from ._watch import Watch
@@ -19,8 +19,8 @@ from .errors import CheckpointError, ClosedError, RankError, SaveCancelled, Save
 RETOLD_LENGTH = 1000  # characters of an earlier failure, told to ranks that have not heard of it
 
 
-class Checkpoint:
-    """One save under way, or done.
+class Checkpoint(Handle):
+    """One save under way, or done. To wait for it is to wait for `uploaded`.
 
     Attributes:
         checkpoint_id: where it goes.
@@ -31,17 +31,19 @@ class Checkpoint:
     """
 
     def __init__(self, checkpoint_id: str, engine: Engine) -> None:
+        self._staged, self._uploaded = MilestoneSource("staged"), MilestoneSource("uploaded")
+        super().__init__(self._uploaded)
         self.checkpoint_id = checkpoint_id
-        self.staged = Milestone("staged")
-        self.uploaded = Milestone("uploaded")
+        self.staged = Milestone(self._staged)
+        self.uploaded = Milestone(self._uploaded)
         self.timeline = Timeline()
         self._engine = engine
-        self._log = ProgressLog()
+        self._log = ProgressLog(engine.activity.moved)
         self._operation: Operation | None = None
         self._watch: Watch | None = None
         self._crossing = Crossing()
         self._fenced = False
-        self._queued = Milestone("queued")
+        self._queued = MilestoneSource("queued")
         self._blocked_by: Callable[[], str] = lambda: ""
 
     def __repr__(self) -> str:
@@ -51,9 +53,9 @@ class Checkpoint:
             f"{latest.bytes_staged} staged, {latest.bytes_written} written of {latest.bytes_total} bytes>"
         )
 
-    def __await__(self) -> Generator[Any, None, None]:
-        """Wait for `uploaded`."""
-        return self.uploaded.__await__()
+    def __del__(self) -> None:
+        if (error := self._unretrieved()) is not None:
+            log.error("%s: the save failed, and nobody has seen it: %s", self.checkpoint_id, repr(error))
 
     @property
     def progress(self) -> Progress:
@@ -77,14 +79,14 @@ class Checkpoint:
         Raises:
             SaveError: it would wait for a participant that is not ready, and may need this very thread.
         """
-        if self.staged.done() or self._fenced:
+        if self._staged.done() or self._fenced or self._engine.is_forked:
             return
         if name := self._blocked_by():
             raise SaveError(f"staging waits for the participant {name!r}, which is not ready: add it after this one")
         watch = self._watch
         with self.timeline.record("fence"):
             if not self._crossing:
-                self.staged.settle()
+                self._staged.settle()
                 return
             self._queued.settle()
             if watch is not None:
@@ -106,7 +108,7 @@ class Checkpoint:
             self._operation.cancel()
 
     def _fail(self, error: Exception) -> None:
-        if self.uploaded.done():  # told already, before all of this rank's work had stopped
+        if self._uploaded.done():  # reported already, before all of this rank's work had stopped
             return
         _let_go(error)
         cancelled = isinstance(error, SaveCancelled)
@@ -116,16 +118,20 @@ class Checkpoint:
         retold = isinstance(error, RankError) and {each.kind for each in error.failures} == {
             EarlierFailureError.__name__
         }
-        self._queued.fail(error, told=True)
-        for milestone in (self.staged, self.uploaded):
-            milestone.fail(error, told=cancelled or retold)
+        self._queued.fail(error)
+        for milestone in (self._staged, self._uploaded):
+            milestone.fail(error, retrieved=cancelled or retold)
 
-    def _untold(self) -> Exception | None:
-        """The failure of this save, if no milestone has told anyone."""
-        error = self.uploaded.untold()
-        if error is not None and self.staged.failed() and self.staged.untold() is None:
+    def _unretrieved(self) -> Exception | None:
+        """Return the failure of this save, if nobody has seen it at either milestone."""
+        error = self._uploaded.unretrieved()
+        if error is not None and self._staged.error() is not None and self._staged.unretrieved() is None:
             return None
         return error
+
+    def _mark_retrieved(self) -> None:
+        self._staged.mark_retrieved()
+        self._uploaded.mark_retrieved()
 
 
 class EarlierFailureError(CheckpointError):

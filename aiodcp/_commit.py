@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from anyio import CancelScope
 
 from ._capture import Path
+from ._log import log
 from ._names import METADATA_NAME, data_file, is_leftover
 from ._plan import GlobalPlan
 from .errors import CaptureError, SaveError
@@ -27,7 +27,6 @@ from .metadata import (
 )
 from .storage import Storage
 
-_log = logging.getLogger("aiodcp")
 _live: set[str] = set()  # ids of the saves that are under way in this process; they are in their data files' names
 
 
@@ -137,19 +136,51 @@ async def commit(storage: Storage, checkpoint_id: str, record: bytes, files: set
     """Make `record`, whose data is in `files`, the checkpoint.
 
     Raises:
-        SaveError: the data is gone: another process saves to the same place, and took it for a leftover.
+        SaveError: the data is gone: another process saves to the same place, and took it for a leftover. There is no
+            checkpoint then: what names data that is not there is none.
 
     Cancellation: none; once it has begun it is finished.
     """
     with CancelScope(shield=True):
-        await _refuse_gone(storage, checkpoint_id, files)  # before what is there is replaced
+        if gone := await _gone(storage, checkpoint_id, files):  # before what is there is replaced
+            raise SaveError(_tell_gone(gone))
         await storage.put(checkpoint_id, METADATA_NAME, record)
-        await _refuse_gone(storage, checkpoint_id, files)
+        try:
+            gone = await _gone(storage, checkpoint_id, files)
+        except OSError as error:  # it is committed and durable
+            log.warning("%s: cannot be listed after the commit: %s", storage.locate(checkpoint_id), error)
+            return
+        if gone:
+            await _take_back(storage, checkpoint_id, record)
+            raise SaveError(_tell_gone(gone))
 
 
-async def _refuse_gone(storage: Storage, checkpoint_id: str, files: set[str]) -> None:
+async def _gone(storage: Storage, checkpoint_id: str, files: set[str]) -> list[str]:
+    """Return which files are not there. A listing may be some seconds old, of network file systems: to open is not."""
+    gone: list[str] = []
     for file in sorted(files.difference(await storage.names(checkpoint_id))):
-        raise SaveError(f"{storage.locate(checkpoint_id, file)} is gone: does another process save there too?")
+        try:
+            async with storage.open(checkpoint_id, file):
+                pass
+        except (FileNotFoundError, NotADirectoryError):
+            gone.append(storage.locate(checkpoint_id, file))
+    return gone
+
+
+def _tell_gone(gone: Sequence[str]) -> str:
+    more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+    return f"{gone[0]}{more} is gone: does another process save there too?"
+
+
+async def _take_back(storage: Storage, checkpoint_id: str, record: bytes) -> None:
+    """Remove the metadata that has just been written, unless another process has replaced it since."""
+    with _told_in_the_log(storage, checkpoint_id):
+        try:
+            found = await storage.get(checkpoint_id, METADATA_NAME)
+        except FileNotFoundError:
+            return
+        if found == record:
+            await storage.remove(checkpoint_id, METADATA_NAME, durable=True)
 
 
 async def may_be_committed(storage: Storage, checkpoint_id: str, save_id: str) -> bool:
@@ -208,4 +239,4 @@ def _told_in_the_log(storage: Storage, checkpoint_id: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _log.warning("%s: old files could not be removed: %s", storage.locate(checkpoint_id), error)
+        log.warning("%s: old files could not be removed: %s", storage.locate(checkpoint_id), error)

@@ -14,11 +14,12 @@ import torch
 from ._archive import find_tensor
 from ._arena import Arena
 from ._layout import ALIGNMENT, frame_value
-from ._plain_data import NotPlainError, load_archive, load_plain
+from ._plain_data import NotPlainError, load_archive, load_plain, quietly
 from ._reads import TensorRead
 from ._stage import Checksum
 from .errors import CorruptError, FormatError, LoadError, UnsafeError
 
+SAID = 300  # characters of an error's text
 SAFETENSORS_HEADER_NBYTES = 100_000_000  # at most, as safetensors has it
 
 
@@ -46,19 +47,21 @@ class Check:
     def archive(self, fqn: str, file: str, data: bytes) -> Any:
         """Load an archive of `torch.save`."""
         try:
-            checked = self.crc32 is not None and self._has_checksums(data)
-            if checked and zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:
-                raise self._damaged(fqn, file)
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                check_records(archive.infolist(), len(data))
+                checked = self.crc32 is not None and self._has_checksums(archive)
+                if checked and archive.testzip() is not None:
+                    raise self._damaged(fqn, file)
         except CorruptError:
             raise
         except Exception as error:  # a damaged archive can raise almost anything
             if problem := other_format(data):
                 raise FormatError(self.locate(file), problem) from error
-            raise CorruptError(self.locate(file), fqn, f"not an archive of torch.save: {error!r}") from error
+            raise CorruptError(self.locate(file), fqn, f"not an archive of torch.save: {_said(error)}") from error
         try:
             if self.weights_only:
                 return load_archive(data)
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+            return quietly(lambda: torch.load(io.BytesIO(data), map_location="cpu", weights_only=False))
         except NotPlainError as error:
             raise self._unsafe(fqn, file, error.names) from error
         except (AttributeError, ImportError) as error:
@@ -66,7 +69,7 @@ class Check:
         except Exception as error:
             if checked:  # the bytes are those that were saved
                 raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
-            raise CorruptError(self.locate(file), fqn, f"cannot be loaded: {error!r}") from error
+            raise CorruptError(self.locate(file), fqn, f"cannot be loaded: {_said(error)}") from error
 
     def value(self, fqn: str, file: str, data: bytes) -> Any:
         """Load a value that is no tensor; without torch's slow unpickler when nothing but builtins is in it."""
@@ -88,11 +91,10 @@ class Check:
                     raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
         return self.archive(fqn, file, data)
 
-    def _has_checksums(self, data: bytes) -> bool:
+    def _has_checksums(self, archive: zipfile.ZipFile) -> bool:
         """Whether an archive was saved with checksums: `torch.serialization.set_crc32_options` can leave them out."""
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if any(record.CRC for record in archive.infolist()):
-                return True
+        if any(record.CRC for record in archive.infolist()):
+            return True
         self.unchecked()
         return False
 
@@ -109,6 +111,28 @@ class Check:
     def _damaged(self, fqn: str, file: str) -> CorruptError:
         problem = "its CRC32 is not the one it was saved with; check_crc=False loads it nevertheless"
         return CorruptError(self.locate(file), fqn, problem)
+
+
+def check_records(records: Sequence[zipfile.ZipInfo], nbytes: int) -> None:
+    """Refuse an archive that `torch.save` does not write: one that is larger unpacked than packed.
+
+    Raises:
+        ValueError: its records are compressed, overlap, or lie outside.
+    """
+    end = 0
+    for record in sorted(records, key=lambda record: record.header_offset):
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise ValueError("it has compressed records")
+        if record.header_offset < end:
+            raise ValueError("it has records that overlap")
+        end = record.header_offset + record.file_size
+    if end > nbytes:
+        raise ValueError("it has a record that ends outside")
+
+
+def _said(error: BaseException) -> str:
+    """Return what an error says, in bounds: a file may put anything into it."""
+    return f"{type(error).__name__}: {error}"[:SAID]
 
 
 def other_format(data: bytes) -> str:

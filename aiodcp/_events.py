@@ -12,10 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from anyio import move_on_after
+
+from ._callbacks import CallbackThread
+from ._log import log
+from ._milestone import MilestoneSource, call_soon
 from ._retry import Attempt
 from ._timeline import Timeline
 
-_log = logging.getLogger("aiodcp")
+FLUSH_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,19 +233,28 @@ class Feed:
 
     def __init__(self, callback: Callable[[Event], None] | None = None) -> None:
         self._callback = callback
+        self._callbacks = CallbackThread()
         self._lock = threading.Lock()
         self._followers: list[tuple[deque[Event | None], Callable[[], None]]] = []
         self._is_open = False
 
     def publish(self, event: Event) -> None:
-        """Tell everybody of an event. A callback that raises is told in the log, and harms nothing."""
-        _log.log(event.level, "step %d, rank %d: %s", event.step, event.rank, event, extra=_facts(event))
+        """Tell everybody of an event. The callback is called in the thread `aiodcp-callbacks`, one event at a time."""
+        log.log(event.level, "step %d, rank %d: %s", event.step, event.rank, event, extra=_facts(event))
         if self._callback is not None:
-            try:
-                self._callback(event)
-            except BaseException:  # SystemExit, too: it would end the engine's loop, and nothing else
-                _log.exception("on_event raised for %r", event)
+            self._callbacks.call(self._callback, event)
         self._hand_on(event)
+
+    async def flush(self) -> None:
+        """Wait until the callback has been called for all events so far, up to `FLUSH_S`."""
+        if self._callback is None:
+            return
+        flushed = MilestoneSource("flushed")
+        self._callbacks.call(flushed.reach)
+        with move_on_after(FLUSH_S):
+            await flushed.settled()
+        if not flushed.done():
+            log.error("on_event has not returned for %.0f s: it is not waited for any longer", FLUSH_S)
 
     def begin(self) -> None:
         """Let those who follow from now on wait for events."""
@@ -266,8 +280,7 @@ class Feed:
         queue: deque[Event | None] = deque()
 
         def wake() -> None:
-            with suppress(RuntimeError):  # that loop is closed: nobody follows there any more
-                loop.call_soon_threadsafe(news.set)
+            call_soon(loop, news.set)
 
         follower = queue, wake
         with self._lock:

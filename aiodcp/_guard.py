@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+from weakref import WeakMethod, finalize, ref
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -56,7 +57,7 @@ class Guards:
 
     def __init__(self, on_step: Callable[[torch.optim.Optimizer, bool], None]) -> None:
         """Call `on_step` whenever an optimizer is about to change its parameters, with whether it is guarded."""
-        self._on_step = on_step
+        self._on_step = WeakMethod(on_step)  # the hook is the process's, and keeps no Checkpointer alive
         self._guards: list[Guard] = []
         self._pid = os.getpid()
         self._handle: RemovableHandle | None = None
@@ -68,7 +69,14 @@ class Guards:
         the first optimizer of the process has made already.
         """
         if self._handle is None and (asked or "torch._dynamo" in sys.modules):
-            self._handle = register_optimizer_step_pre_hook(torch.compiler.disable(self._hook))  # type: ignore[no-untyped-call]
+            guards = ref(self)
+
+            def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if (there := guards()) is not None:
+                    there._hook(optimizer)
+
+            self._handle = register_optimizer_step_pre_hook(torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
+            finalize(self, self._handle.remove).atexit = False
 
     def add(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> Guard:
         for optimizer in optimizers:
@@ -82,10 +90,11 @@ class Guards:
             self._handle.remove()
         self._guards.clear()
 
-    def _hook(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if os.getpid() != self._pid:  # forked: nothing is staged here
+    def _hook(self, optimizer: torch.optim.Optimizer) -> None:
+        on_step = self._on_step()
+        if on_step is None or os.getpid() != self._pid:  # forgotten, or forked: nothing is staged here
             return
         if any(guard.covers(optimizer) for guard in self._guards):
-            self._on_step(optimizer, True)
+            on_step(optimizer, True)
         elif not optimizer._optimizer_step_pre_hooks:  # the caller's own, called after this one, may wait as well
-            self._on_step(optimizer, False)
+            on_step(optimizer, False)

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
+from ._metadata_reader import read_with_note
 from ._names import METADATA_NAME, step_of, step_place
 from ._note import decode_note
 from .checkpointer import Checkpointer
-from .errors import ArgumentError, CorruptError, NotACheckpointError
+from .errors import ArgumentError, NotACheckpointError
 from .metadata import (
     BytesStorageMetadata,
     Metadata,
     TensorStorageMetadata,
-    read_metadata,
-    unsound,
 )
+from .storage.local import open_inside
 
 PIECE_NBYTES = 256 << 20  # of tensors held in memory at a time, from each of two checkpoints
 
@@ -34,7 +34,8 @@ def read(checkpoint_id: str) -> tuple[Metadata, dict[str, Any]]:
     """
     path = os.path.join(checkpoint_id, METADATA_NAME)
     try:
-        data = Path(path).read_bytes()
+        with open_inside(checkpoint_id, METADATA_NAME) as file:
+            data = file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         complete = Path(checkpoint_id).glob(f"step-*/{METADATA_NAME}")
         steps = [step for each in complete if (step := step_of(each.parent.name)) is not None]
@@ -43,10 +44,8 @@ def read(checkpoint_id: str) -> tuple[Metadata, dict[str, Any]]:
             problem = f"{checkpoint_id} is a directory of steps, such as {newest}: see `aiodcp ls`"
             raise ArgumentError("checkpoint", problem) from error
         raise NotACheckpointError(checkpoint_id) from error
-    metadata = read_metadata(data, path)
-    if found := unsound(metadata):
-        raise CorruptError(path, *found)
-    return metadata, decode_note(data)
+    metadata, note = read_with_note(data, path)
+    return metadata, decode_note(note)
 
 
 def pieces(

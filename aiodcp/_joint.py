@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from copy import copy
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any
 
+from anyio import move_on_after
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ._checkpoint import RETOLD_LENGTH, Checkpoint, EarlierFailureError
-from ._milestone import Milestone
+from ._log import log
+from ._milestone import MilestoneSource
 from ._ranks import Operation
 from ._save import Wish
-from ._service import answer, around
+from ._service import LOOK_S, LoopWatch, answer, from_caller
 from ._transfer import Job
 from ._turns import give_turns
 from .checkpointer import Checkpointer, CheckpointId, check_id, check_note
@@ -26,6 +28,7 @@ from .errors import (
     CaptureError,
     CheckpointError,
     ClosedError,
+    DeadlockError,
     ParticipantError,
     SaveCancelled,
 )
@@ -41,7 +44,7 @@ class JointCheckpoint:
     """
 
     def __init__(
-        self, checkpointer: Checkpointer, checkpoint_id: str, group: asyncio.TaskGroup, ended: Milestone
+        self, checkpointer: Checkpointer, checkpoint_id: str, group: asyncio.TaskGroup, ended: MilestoneSource
     ) -> None:
         self.checkpoint_id = checkpoint_id
         self.participants: dict[str, Checkpoint] = {}
@@ -49,11 +52,11 @@ class JointCheckpoint:
         self._group = group
         self._ended = ended
         self._wishes: asyncio.Queue[Wish] = asyncio.Queue()  # of the engine's loop
-        self._later: list[Callable[[], None]] = []
+        self._later: dict[str, Callable[[], None]] = {}  # what is called when the body is done, by participant
         self._working: list[asyncio.Task[None]] = []
         self._operation: Operation | None = None
         self._is_closed = False
-        self._task = _current_task()
+        self._loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
         states = ", ".join(f"{name}: {each.progress.phase}" for name, each in self.participants.items())
@@ -89,13 +92,13 @@ class JointCheckpoint:
             raise ArgumentError("name", f"{name!r} is there already")
         part = Checkpoint(self.checkpoint_id, self._checkpointer._service.engine)
         part._operation = self._operation
-        for milestone in (part.staged, part.uploaded):
-            milestone.forgive()  # a failure is raised when the block is left
-        part.uploaded.check_before(self._refuse_inside)
-        part._blocked_by = partial(self._not_ready_before, name)
+        part._mark_retrieved()  # a failure is raised when the block is left
+        part._uploaded.check_before(self._refuse_uploaded)
+        part._staged.check_before(partial(self._refuse_staged, name))
+        part._blocked_by = partial(self._never_ready, name, blocking=True)
         self.participants[name] = part
         asked: Future[Job] = Future()
-        self._wish(Wish(name=name, take=lambda: asyncio.wrap_future(asked)))
+        self._wish(Wish(name=name, take=lambda: from_caller(asked, self._loop)))
         if isawaitable(state):
             self._await(name, lambda: state, part, asked)
         elif not callable(state) or isinstance(state, Mapping | Stateful):
@@ -103,7 +106,7 @@ class JointCheckpoint:
         elif iscoroutinefunction(state) or iscoroutinefunction(getattr(state, "__call__", None)):  # noqa: B004
             self._await(name, state, part, asked)
         else:
-            self._later.append(partial(self._call, name, state, part, asked))
+            self._later[name] = partial(self._call, name, state, part, asked)
         return part
 
     def cancel(self) -> None:
@@ -111,16 +114,39 @@ class JointCheckpoint:
         assert self._operation is not None
         self._give_up(SaveCancelled(self.checkpoint_id))
 
-    def _not_ready_before(self, name: str) -> str:
-        """Return a participant that must be staged before `name` and is not ready: several ranks keep to an order."""
-        if self._checkpointer._service.line is None:
-            return ""
-        before = list(self.participants)[: list(self.participants).index(name)]
-        return next((each for each in before if not self.participants[each].timeline.between("capture")), "")
+    def _never_ready(self, name: str, *, blocking: bool) -> str:
+        """Return a participant for which `name` waits to be staged, and which is not ready before the caller goes on.
 
-    def _refuse_inside(self) -> None:
-        if not self._is_closed and _current_task() is self._task:
-            raise ClosedError("`uploaded` is reached when the block of the joint checkpoint is left: await it there")
+        Alone, each is staged by itself; several ranks keep to the order in which they were added.
+        """
+        names = [name]
+        if self._checkpointer._service.line is not None:
+            names = list(self.participants)[: list(self.participants).index(name) + 1]
+        for each in names:
+            if self.participants[each].timeline.between("capture") or self.participants[each]._staged.done():
+                continue
+            if blocking or each in self._later:
+                return each
+        return ""
+
+    def _refuse_staged(self, name: str, blocking: bool) -> None:
+        if not self._checkpointer._service.is_inside(self._operation):
+            return
+        if other := self._never_ready(name, blocking=blocking and _current_loop() is self._loop):
+            when = "when the body of the block is done" if other in self._later else "by the event loop of this thread"
+            raise DeadlockError(f"`staged` of {name!r} would wait for the state of {other!r}, which is taken {when}")
+
+    def _refuse_uploaded(self, blocking: bool) -> None:
+        if self._checkpointer._service.is_inside(self._operation):
+            raise DeadlockError("`uploaded` is reached when the block of the joint checkpoint is left: await it there")
+
+    async def _next_wish(self) -> Wish:
+        """Wait for the caller's next wish, for as long as the caller's event loop is there."""
+        watch = LoopWatch(self._loop)
+        while True:
+            with move_on_after(LOOK_S):
+                return await self._wishes.get()
+            watch.look()
 
     def _capture(self, name: str, state: Any, part: Checkpoint, asked: Future[Job]) -> None:
         try:
@@ -205,8 +231,9 @@ async def joint_checkpoint(
     finished instead.
     """
 
-    async def encode() -> bytes:
-        return check_note(custom_metadata)
+    async def encode() -> Callable[[], bytes]:
+        note = check_note(custom_metadata)
+        return lambda: note
 
     async with joint_after(checkpointer, checkpoint_id, encode) as joint:
         yield joint
@@ -216,35 +243,37 @@ async def joint_checkpoint(
 async def joint_after(
     checkpointer: Checkpointer,
     checkpoint_id: CheckpointId,
-    first: Callable[[], Awaitable[bytes]],
+    first: Callable[[], Awaitable[Callable[[], bytes]]],
     told: Callable[[JointCheckpoint, Exception | None], None] = lambda joint, error: None,
 ) -> AsyncIterator[JointCheckpoint]:
     """As `joint_checkpoint`.
 
     Args:
         checkpointer, checkpoint_id: likewise.
-        first: is awaited before; it returns the note, or fails the checkpoint on all ranks.
+        first: is awaited before; it returns what makes the note, or fails the checkpoint on all ranks.
         told: called when it is known how the checkpoint has ended, in whatever thread knows it.
     """
     service = checkpointer._service
     service.check_open()
+    service.refuse_inside("a joint checkpoint")
     wrong: ArgumentError | None = None
     try:
         place = checkpointer._storage.resolve(check_id(checkpoint_id))
     except ArgumentError as error:  # the other ranks are to hear of it
         place, wrong = str(checkpoint_id), error
-    note = b""
-    turn, ended = Milestone("turn"), Milestone("ended")
+    note: Callable[[], bytes] = bytes
+    turn, ended = MilestoneSource("turn"), MilestoneSource("ended")
     group = asyncio.TaskGroup()
     joint = JointCheckpoint(checkpointer, place, group, ended)
     ended.when_done(partial(told, joint))
 
     def fail(error: Exception) -> None:
         joint._fail(error)
-        ended.fail(error, told=True)
+        ended.fail(error)
 
-    joint._operation = checkpointer._begin_several(place, turn, lambda: note, joint._wishes.get, ended.reach, fail)
-    give_turns(asyncio.get_running_loop(), ended.done)
+    operation = checkpointer._begin_several(place, turn, lambda: note(), joint._next_wish, ended.reach, fail)
+    joint._operation = operation
+    give_turns(asyncio.get_running_loop(), ended)
 
     async def watch() -> None:
         await ended.settled()
@@ -254,17 +283,17 @@ async def joint_after(
     try:
         if wrong is not None:
             raise wrong
-        checkpointer._raise_untold()
+        checkpointer._raise_unretrieved()
         note = await first()
-        await turn
-        checkpointer._raise_untold()  # of the save that this one waited for
+        await turn.reached()
+        checkpointer._raise_unretrieved()  # of the save that this one waited for
         async with group:
             watching = group.create_task(watch())
-            with _inside(joint._operation):
+            with service.inside(operation):
                 yield joint
             joint._is_closed = True
-            for call in joint._later:  # no await between them
-                call()
+            for name in list(joint._later):  # no await between them
+                joint._later.pop(name)()
             await asyncio.gather(*joint._working)
             watching.cancel()
             if not joint.participants:  # most likely a mistake: it would replace a checkpoint by nothing
@@ -273,6 +302,8 @@ async def joint_after(
         await ended.settled()
     except BaseExceptionGroup as errors:
         first_one = errors.exceptions[0]  # which may be a group of the body's own
+        for other in errors.exceptions[1:]:
+            log.error("%s: besides, a participant failed: %s", place, repr(other))
         await _end(joint, turn, ended, first_one)
         raise first_one from first_one.__cause__
     except BaseException as error:
@@ -284,36 +315,23 @@ async def joint_after(
         raise failure
 
 
-@contextmanager
-def _inside(operation: Operation) -> Iterator[None]:
-    """Let a load in the block not wait for the end of the block."""
-    outside = around.get()
-    around.set((*outside, operation))
+def _current_loop() -> asyncio.AbstractEventLoop | None:
     try:
-        yield
-    finally:
-        around.set(outside)
-
-
-def _current_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no event loop is running in this thread
+        return asyncio.get_running_loop()
+    except RuntimeError:  # none is running in this thread
         return None
 
 
-async def _end(joint: JointCheckpoint, turn: Milestone, ended: Milestone, error: BaseException) -> None:
+async def _end(joint: JointCheckpoint, turn: MilestoneSource, ended: MilestoneSource, error: BaseException) -> None:
     """Give the save up, and wait until it is over, unless it has not begun."""
     # A copy: the error itself is on its way through the caller's frames, which are not the engine's to clear.
     last = joint._checkpointer._last
     given_up = copy(error) if isinstance(error, CheckpointError) else SaveCancelled(joint.checkpoint_id)
-    if last is not None and last.uploaded.failed_with(error):
+    if last is not None and last._uploaded.error() is error:
         given_up = EarlierFailureError(f"told of an earlier save: {error!r}"[:RETOLD_LENGTH])
     joint._give_up(given_up)
     if not turn.done():
         return
-    while not ended.done():
-        with suppress(asyncio.CancelledError):
-            await ended.settled()
+    await ended.settled_whatever_cancels()
     if (failure := ended.error()) is not None:
         joint._fail(failure)  # also those who were added since

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import struct
 import zlib
 from collections import OrderedDict
@@ -30,12 +31,21 @@ ALIGNMENT = 64
 BLOCK = 4096
 """Bytes: where segments begin; what O_DIRECT asks for."""
 
-# dtypes that name a size below a byte, for which torch itself has no copy ("copy_kernel" not implemented)
+
+def _cannot_copy(dtype: torch.dtype) -> bool:
+    one = torch.empty(1, dtype=dtype)
+    try:
+        one.copy_(one.clone())
+    except (NotImplementedError, RuntimeError):  # "copy_kernel" not implemented
+        return True
+    return False
+
+
+# dtypes below a byte that this version of torch does not copy: found by trying, as they become fewer.
 NOT_COPIED = {
-    getattr(torch, f"{sign}int{bits}")
-    for sign in ("", "u")
-    for bits in range(1, 8)
-    if hasattr(torch, f"{sign}int{bits}")
+    dtype
+    for name, dtype in vars(torch).items()
+    if re.fullmatch(r"u?int[1-7]|float[48]_\w+", name) and dtype.itemsize == 1 and _cannot_copy(dtype)
 }
 
 # Bytes. The first segment is small so that the disk starts soon; each may be twice the one before. Every segment costs

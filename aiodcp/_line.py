@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from ._engine import NAME
+from ._log import log
+from .errors import ClosedError
 
 ALARM_PERIOD_S = 1.0  # how often a rank that waits looks whether another one has found the line broken
 ROLL_CALL_S = 3.0  # for which the others may be silent before they count as missing: looked for, and noticed, in 1 s
@@ -33,7 +37,29 @@ ROLL_CALL_LIMIT_S = 20.0  # in all
 STORE_S = 10.0  # after which the store counts as out of reach
 _POLL_S = 0.02
 
+DESCRIPTORS_A_PEER = 2  # of gloo's connections
+DESCRIPTORS_BESIDES = 64  # for the store, data files, and what else is opened meanwhile
+
 T = TypeVar("T")
+
+
+def _have_descriptors(count: int) -> None:
+    """Raise this process's soft limit of open files if `count` more would not fit: 1,024 is usual, 4,096 ranks many.
+
+    Raises:
+        ClosedError: the hard limit does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + count
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ClosedError(
+            f"Too many open files: {needed} are needed to connect with all ranks, and RLIMIT_NOFILE allows {hard} "
+            "(ulimit -Hn)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    log.debug("raised RLIMIT_NOFILE from %d to %d", soft, needed)
 
 
 class LineCutError(Exception):
@@ -89,6 +115,8 @@ class Line:
         if self._group is None:
             try:
                 self._group = await _in_thread(self._make_group, self.timeout_s + STORE_S)
+            except ClosedError:
+                raise
             except RuntimeError as error:
                 if self._store is None:
                     raise LineCutError(self._host()) from error
@@ -96,6 +124,7 @@ class Line:
         return self._group
 
     def _make_group(self) -> ProcessGroupGloo:
+        _have_descriptors(DESCRIPTORS_A_PEER * self.size + DESCRIPTORS_BESIDES)
         if self._store is None:
             # A connection of our own: a wait on the training's would hold everybody else's use of it.
             store = self._world.get_group_store().clone()  # type: ignore[attr-defined]

@@ -22,11 +22,14 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from ._archive import find_tensor
 from ._arena import memory_of
+from ._dcp import gc_held_off
 from ._decode import Check
 from ._devices import Crossing
 from ._engine import Threads, in_thread
 from ._judge import Row
+from ._log import log
 from ._matching import Rename, StoredNames, join_marks, pack_marks, unwanted
+from ._metadata_reader import read_metadata
 from ._names import METADATA_NAME
 from ._planner import commit_loaded, plan_local_load, plan_reads
 from ._progress import Bar
@@ -57,7 +60,7 @@ from .errors import (
     StageError,
     one_error,
 )
-from .metadata import Metadata, container_notes, gc_held_off, read_metadata, unsound
+from .metadata import Metadata, container_notes
 from .storage import Reader, Storage
 
 ENDS_NBYTES = 8 << 10  # of an archive: what torch.save writes before and after one tensor's bytes is 1.5 KiB
@@ -65,7 +68,6 @@ READS_AT_ONCE = 3  # one is read, one is checked, one waits
 REPORTED = 5  # names in one line of the log
 
 _RANK_METADATA = re.compile(r"__\d+\.metadata")
-_log = logging.getLogger("aiodcp")
 
 
 class Loader:
@@ -284,7 +286,7 @@ class _Flow:
     def _tell(self, targets: LoadTargets) -> None:
         where = self._storage.locate(self._checkpoint_id)
         if self._unchecked:
-            _log.warning("%s: has values that were saved without checksums: damage of them is not seen", where)
+            log.warning("%s: has values that were saved without checksums: damage of them is not seen", where)
         report = targets.report
         for what, names in (
             ("not in the checkpoint", report.missing),
@@ -294,7 +296,7 @@ class _Flow:
             if names:
                 more = f" and {len(names) - REPORTED} more" if len(names) > REPORTED else ""
                 level = logging.INFO if names is report.converted else logging.WARNING
-                _log.log(level, "%s: %s: %s%s", where, what, ", ".join(names[:REPORTED]), more)
+                log.log(level, "%s: %s: %s%s", where, what, ", ".join(names[:REPORTED]), more)
 
     # --- planning
 
@@ -343,7 +345,7 @@ class _Flow:
 
     def _read_metadata(self, targets: LoadTargets, data: bytes) -> tuple[Metadata, StoredNames, list[str]]:
         metadata = read_metadata(data, self._path)
-        with self._planning(metadata):
+        with self._planning():
             stored = StoredNames(metadata, targets.kinds, self._options.rename)
             return metadata, stored, groups_needed(targets, stored)
 
@@ -351,7 +353,7 @@ class _Flow:
         self, metadata: Metadata, stored: StoredNames, targets: LoadTargets, values: Mapping[str, Any]
     ) -> _Planned:
         options, operation = self._options, self._operation
-        with self._planning(metadata):
+        with self._planning():
             notes = container_notes(metadata)
             found = Resolver(targets, stored, notes, values, rank=operation.rank, cast=options.cast).run()
             plan, problems = plan_load(metadata, targets, checkpoint_id=self._checkpoint_id, cast=options.cast)
@@ -369,22 +371,20 @@ class _Flow:
             return _Planned(plan=plan, found=found, names=names, marks=pack_marks(names, wanted, stored.is_below))
 
     @contextmanager
-    def _planning(self, metadata: Metadata) -> Iterator[None]:
-        """Tell of what goes wrong in the block as of damage only if it is."""
+    def _planning(self) -> Iterator[None]:
+        """Make one error of what goes wrong in the block: the metadata is sound, so it is no damage."""
         try:
             yield
         except CheckpointError:  # ArgumentError is a ValueError
             raise
         except Exception as error:
-            if problem := unsound(metadata):
-                raise CorruptError(self._path, *problem) from error
             raise LoadError(f"{self._checkpoint_id}: cannot be planned: {error!r}") from error
 
     async def _read_options(
         self, stack: AsyncExitStack, metadata: Metadata, stored: StoredNames, needed: Sequence[str]
     ) -> dict[str, Any]:
         """Read the options of optimizers, which say what belongs to which parameter."""
-        with self._planning(metadata):
+        with self._planning():
             pieces = PieceFinder(metadata, self._checkpoint_id)
             reads = []
             for number, fqn in enumerate(needed):

@@ -25,6 +25,21 @@ def is_leftover(name: str) -> bool:
     return name.endswith(".distcp") or (name.startswith(METADATA_NAME) and name.endswith(".tmp"))
 
 
+_OURS = re.compile(r"__\d+_\d+_([0-9a-f]{32})\.distcp")
+_OUR_TEMPORARY = re.compile(re.escape(METADATA_NAME) + r"\.[0-9a-f]{32}\.tmp")
+
+
+def save_id_of(name: str) -> str | None:
+    """Return the id of the save of this library that a data file belongs to; None if it is no such file."""
+    found = _OURS.fullmatch(name)
+    return found[1] if found else None
+
+
+def is_our_leftover(name: str) -> bool:
+    """Whether a file of this name is data of this library's: what `dcp.save` writes may be alive, and cannot tell."""
+    return save_id_of(name) is not None or _OUR_TEMPORARY.fullmatch(name) is not None
+
+
 def step_place(root: str, step: int) -> str:
     """Return where below `root` the checkpoint of a step is: `step-<n>`, as torchtitan's."""
     return f"{root}/step-{step}"

@@ -1,51 +1,119 @@
-"""A note beside a checkpoint's metadata: what its owner wants to know of it without reading it. No torch here.
+"""What stands behind the pickle in `.metadata`: custom metadata and checksums. No torch here.
 
-It stands behind the pickle in `.metadata`, where unpickling ends before it, so it is committed in the same instant as
-the checkpoint, and read without unpickling anything:
+Unpickling ends before it, so stock readers do not see it; it is committed in the same instant as the checkpoint, and
+the custom metadata is read without unpickling anything:
 
-    pickle of DCP's Metadata | note, as JSON | its length, four bytes | MARK
+    pickle of DCP's Metadata | custom metadata, as JSON | CRC32 of the pickle | length of the JSON |
+    CRC32 of the JSON and these two numbers | MARK
+
+The pickle itself says that a seal follows (`CLAIM` is one of its last bytes), so that a seal whose own mark is damaged
+is missed. Files of aiodcp 0.1 before this have `OLD_MARK` and no checksums; those of others have neither.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-MARK = b"\0aiodcp1"
-FOOT_NBYTES = 4 + len(MARK)
+MARK = b"\0aiodcp2"
+OLD_MARK = b"\0aiodcp1"
+CLAIM = "sealed behind this pickle"
 TAIL_NBYTES = 4096
-"""Of a file's last bytes: what to read at first, to have the note of almost any checkpoint."""
+"""Of a file's last bytes: what to read at first, to have the custom metadata of almost any checkpoint."""
 
+_NUMBERS = struct.Struct("<3I")
 _LENGTH = struct.Struct("<I")
+FOOT_NBYTES = _NUMBERS.size + len(MARK)
+_OLD_FOOT_NBYTES = _LENGTH.size + len(OLD_MARK)
+
+
+class SealError(ValueError):
+    """What stands behind the pickle is not what was written there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """What stands behind a pickle.
+
+    Attributes:
+        nbytes: of it; 0 if there is nothing.
+        note: the custom metadata, encoded.
+        crc: of the pickle; None if it was not noted.
+    """
+
+    nbytes: int = 0
+    note: bytes = b""
+    crc: int | None = None
 
 
 def encode_note(note: Mapping[str, Any]) -> bytes:
-    """Return what is to stand behind the pickle.
+    """Return custom metadata as it is stored.
 
     Raises:
         TypeError, ValueError: JSON cannot say it.
     """
-    data = json.dumps(dict(note), separators=(",", ":")).encode()
-    return data + _LENGTH.pack(len(data)) + MARK
+    return json.dumps(dict(note), separators=(",", ":")).encode()
 
 
-def note_nbytes(tail: bytes) -> int:
-    """Return how many of a file's last bytes are its note, from its last `FOOT_NBYTES` or more; 0 if it has none."""
-    if len(tail) < FOOT_NBYTES or not tail.endswith(MARK):
-        return 0
-    [length] = _LENGTH.unpack_from(tail, len(tail) - FOOT_NBYTES)
-    return int(length) + FOOT_NBYTES
-
-
-def decode_note(tail: bytes) -> dict[str, Any]:
-    """Return the note, from a file's last bytes, as many as `note_nbytes` says or more; empty if it has none."""
-    nbytes = note_nbytes(tail)
-    if not nbytes or nbytes > len(tail):
-        return {}
+def decode_note(note: bytes) -> dict[str, Any]:
+    """Return custom metadata; empty if there is none."""
     try:
-        note = json.loads(tail[len(tail) - nbytes : len(tail) - FOOT_NBYTES])
-    except (ValueError, RecursionError):  # damaged: a checkpoint is none the worse for it
-        return {}
-    return note if isinstance(note, dict) else {}
+        decoded = json.loads(note) if note else {}
+    except (ValueError, RecursionError) as error:
+        raise SealError(f"the custom metadata is no JSON: {error}") from error
+    return decoded if isinstance(decoded, dict) else {}
+
+
+def seal(pickled: bytes, note: bytes) -> bytes:
+    """Return the content of `.metadata`."""
+    crc = zlib.crc32(pickled)
+    own = zlib.crc32(_NUMBERS.pack(crc, len(note), 0), zlib.crc32(note))
+    return b"".join((pickled, note, _NUMBERS.pack(crc, len(note), own), MARK))
+
+
+def seal_nbytes(tail: bytes) -> int:
+    """Return how many of a file's last bytes are its seal, from its last `FOOT_NBYTES` or more; 0 if it has none."""
+    if tail.endswith(MARK) and len(tail) >= FOOT_NBYTES:
+        return FOOT_NBYTES + int(_NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)[1])
+    if tail.endswith(OLD_MARK) and len(tail) >= _OLD_FOOT_NBYTES:
+        return _OLD_FOOT_NBYTES + int(_LENGTH.unpack_from(tail, len(tail) - _OLD_FOOT_NBYTES)[0])
+    return 0
+
+
+def read_seal(tail: bytes) -> Seal:
+    """Return the seal in a file's last bytes, as many as `seal_nbytes` says or more.
+
+    Raises:
+        SealError: it is damaged, or missing where the pickle says that there is one.
+    """
+    nbytes = seal_nbytes(tail)
+    if not nbytes:
+        if CLAIM.encode() in tail[-TAIL_NBYTES:] and not tail.endswith(b"."):  # a bare pickle: rewritten by others
+            raise SealError("its checksums are missing")
+        return Seal()
+    if nbytes > len(tail):
+        raise SealError(f"the custom metadata would have {nbytes} bytes")
+    if tail.endswith(OLD_MARK):
+        return Seal(nbytes=nbytes, note=tail[len(tail) - nbytes : len(tail) - _OLD_FOOT_NBYTES])
+    note = tail[len(tail) - nbytes : len(tail) - FOOT_NBYTES]
+    crc, length, own = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
+    if zlib.crc32(_NUMBERS.pack(crc, length, 0), zlib.crc32(note)) != own:
+        raise SealError("the custom metadata is not what was saved: its CRC32 is another one")
+    return Seal(nbytes=nbytes, note=note, crc=crc)
+
+
+def open_seal(data: bytes) -> tuple[memoryview, bytes]:
+    """Return the pickle and the custom metadata of a whole file, compared with their checksums.
+
+    Raises:
+        SealError: one of them is not what was saved.
+    """
+    found = read_seal(data)
+    pickled = memoryview(data)[: len(data) - found.nbytes]
+    if found.crc is not None and zlib.crc32(pickled) != found.crc:
+        raise SealError("it is not what was saved: its CRC32 is another one")
+    return pickled, found.note

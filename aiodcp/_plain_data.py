@@ -19,8 +19,10 @@ import pathlib
 import pickle
 import pickletools
 import sys
+import threading
+import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, ClassVar
 
@@ -89,7 +91,7 @@ def load_archive(archive: bytes) -> Any:
         Exception: whatever a damaged archive raises.
     """
     try:
-        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+        return quietly(lambda: torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         try:
             names = unsafe_in_archive(archive)
@@ -98,7 +100,28 @@ def load_archive(archive: bytes) -> Any:
         if names:
             raise NotPlainError(names) from error
     # With a module of ours in place of pickle, which builds the same and no more, `torch.load` reads the tensors.
-    return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=False, pickle_module=_ArchivePickle)
+    return quietly(
+        lambda: torch.load(io.BytesIO(archive), map_location="cpu", weights_only=False, pickle_module=_ArchivePickle)
+    )
+
+
+def quietly(load: Callable[[], Any]) -> Any:
+    """Call a function of torch's that warns of how this library calls it, which is none of the user's business.
+
+    Where warnings are errors (`-W error`) it is called again without them. Not at once: filters are the process's, and
+    to change them in one thread while another does the same may lose the user's.
+    """
+    try:
+        return load()
+    except Warning:
+        with _without_warnings, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load()
+
+
+_without_warnings = threading.Lock()
+# torch 2.14 and newer; the last filter, so that the user's own come first
+warnings.filterwarnings("ignore", message="Validating sparse tensor invariants", append=True)
 
 
 def not_plain(pickled: bytes) -> list[str]:

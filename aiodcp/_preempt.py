@@ -14,7 +14,6 @@ The frozen wait for no rank's training, so nothing can wait for them in turn.
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import signal
@@ -24,21 +23,21 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from ._milestone import Milestone
+from ._log import log
+from ._milestone import Milestone, MilestoneSource
+from .errors import ClosedError
 
 POLL_S = 1.0  # how often a rank looks at the store: 4,096 of them ask it as many times a second
 _AGREE_POLL_S = 0.1
 _LONGEST_WAIT_S = 3600.0  # a queue does not wait for ever so long
 AGREE_S = 30.0  # after which a rank that is asked waits no longer for the others: some of them are gone
 
-_log = logging.getLogger("aiodcp")
-
 
 class Preemption:
     """One rank's view, and the thread that looks.
 
     Attributes:
-        milestone: reached when this rank is to stop.
+        preempted: reached when this rank is to stop; who waits for it longer than this listens is let go.
         reason: why, in words; empty until it is known.
         has_started: whether it has ever listened.
         on_heard: called when it is heard that the process will be ended, from the thread that looks.
@@ -52,7 +51,8 @@ class Preemption:
             grace_s: seconds from when it is heard until the process is ended.
             deadline: when the process will be ended, in seconds of `time.time()`: heard `grace_s` before.
         """
-        self.milestone = Milestone("preempted")
+        self._milestone = MilestoneSource("preempted")
+        self.preempted = Milestone(self._milestone)
         self.reason = ""
         self.has_started = False
         self.on_heard: Callable[[], None] = lambda: None
@@ -109,6 +109,7 @@ class Preemption:
     def close(self) -> None:
         """Listen no longer, and hand the signals back."""
         self._is_closed = True
+        self._milestone.abandon(ClosedError("the manager was left, and the run was not preempted"))
         for each in self._before:
             if signal.getsignal(each) == self._on_signal:  # nobody has taken it over meanwhile
                 signal.signal(each, self._handler_before(each))
@@ -137,7 +138,7 @@ class Preemption:
     def stops_at(self, step: int) -> bool:
         """Whether to stop at a step, or at one before. Waits for the ranks to agree, once it has been heard."""
         if self._size == 1:
-            return self.milestone.done()
+            return self._milestone.done()
         with self._lock:
             if not self._frozen and step > self._answered:
                 self._answered = step
@@ -145,11 +146,11 @@ class Preemption:
             if not self._decided.is_set() and step <= self._answered:
                 return False
         if not self._decided.wait(AGREE_S):
-            _log.error("stopping at step %d: the ranks have not agreed on one within %.0f s", step, AGREE_S)
+            log.error("stopping at step %d: the ranks have not agreed on one within %.0f s", step, AGREE_S)
             self._at = step
         if step < self._at:
             return False
-        self.milestone.reach()
+        self._milestone.reach()
         return True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -174,7 +175,7 @@ class Preemption:
         if self._size > 1:
             self._agree()
         else:
-            self.milestone.reach()
+            self._milestone.reach()
 
     def _next_look_s(self) -> float | None:
         waits = [] if self._store is None else [POLL_S]
@@ -191,7 +192,7 @@ class Preemption:
         try:
             return self._store.get("preempt/reason").decode() if self._store.check(["preempt/reason"]) else ""
         except RuntimeError as error:  # the process that holds the store is gone, and the ranks with it
-            _log.warning("cannot hear of preemption from other ranks any more: %s", error)
+            log.warning("cannot hear of preemption from other ranks any more: %s", error)
             self._store, self._size = None, 1
             return ""
 
@@ -203,7 +204,7 @@ class Preemption:
             left_s = min(left_s, max(0.0, self._deadline - time.time()))
         self._stop_by = time.monotonic() + left_s
         self.reason = reason
-        _log.warning("rank %d: to be stopped within %.1f s: %s", self._rank, left_s, reason)
+        log.warning("rank %d: to be stopped within %.1f s: %s", self._rank, left_s, reason)
         self.on_heard()
 
     def _agree(self) -> None:
@@ -219,9 +220,9 @@ class Preemption:
                 self._at = int(self._store.get("preempt/at"))
                 self._decided.set()
                 if self._at == 0:  # no rank asks about steps
-                    self.milestone.reach()
+                    self._milestone.reach()
         except RuntimeError as error:
-            _log.warning("the ranks cannot agree on a step to stop at: %s", error)
+            log.warning("the ranks cannot agree on a step to stop at: %s", error)
             self._decided.set()
 
     def _until_there(self, keys: list[str]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,15 +16,14 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from ._capture import Capture
 from ._commit import CommitRecord, Item
 from ._comparison import OnDisagreement, SharingPlan, find_disagreements
+from ._dcp import gc_held_off
 from ._engine import Threads, in_thread
 from ._judge import Row
 from ._layout import Layout
+from ._log import log
 from ._plan import GlobalPlan, LocalPlan, SavePlan, finish_plan, plan_global, plan_local
 from ._ranks import Operation
 from .errors import CheckpointError, DisagreementError, SaveError
-from .metadata import gc_held_off
-
-_log = logging.getLogger("aiodcp")
 
 WARNED_NAMES = 8  # named in one warning
 KEPT_PLANS = 4  # structures remembered of a state: a run saves one or two, and each costs a few MB for 10,000 tensors
@@ -171,7 +169,7 @@ def _warn(disagreed: Mapping[str, int]) -> None:
     """Say whose values are saved, by the ranks of the world."""
     named = [f"{fqn} (rank {rank}'s is saved)" for fqn, rank in list(disagreed.items())[:WARNED_NAMES]]
     more = f" and {len(disagreed) - WARNED_NAMES} more" if len(disagreed) > WARNED_NAMES else ""
-    _log.warning(
+    log.warning(
         "the ranks hold different values of %s%s: wrap what is each rank's own in aiodcp.PerRank",
         ", ".join(named),
         more,

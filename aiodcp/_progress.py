@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from ._log import log
+
 SHOWN_AFTER_S = 1.0  # what is over sooner needs no bar
 
 _on_show = threading.Lock()  # a terminal has room for one
@@ -51,10 +53,14 @@ class RichBar:
             self._done += nbytes
             if self._is_closed:
                 return
-            if self._progress is None and time.monotonic() >= self._began + SHOWN_AFTER_S:
-                self._show()
-            if self._progress is not None:
-                self._progress.update(self._progress.task_ids[0], completed=self._done, total=self._total)
+            try:
+                if self._progress is None and time.monotonic() >= self._began + SHOWN_AFTER_S:
+                    self._show()
+                if self._progress is not None:
+                    self._progress.update(self._progress.task_ids[0], completed=self._done, total=self._total)
+            except Exception:  # the terminal is gone: that is not to fail what the bar shows
+                self._is_closed = True
+                log.exception("the progress bar failed")
 
     def _show(self) -> None:
         if not _on_show.acquire(blocking=False):
@@ -72,7 +78,10 @@ class RichBar:
         with self._lock:
             self._is_closed = True
             if self._progress is not None:
-                self._progress.stop()
+                try:
+                    self._progress.stop()
+                except Exception:
+                    log.exception("the progress bar failed")
                 self._progress = None
                 _on_show.release()
 

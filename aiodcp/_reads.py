@@ -5,7 +5,6 @@ It follows `create_read_items_for_chunk_list` of DCP, which cuts stored chunks t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from math import prod
@@ -21,6 +20,7 @@ from ._capture import PLAIN_TENSORS, QUANTIZED, PerRank, held_parts, is_sharded,
 from ._chunks import cut, extent, is_whole
 from ._dtypes import as_number, holds_number, loses
 from ._layout import Frame, frame_tensor
+from ._log import log
 from ._structure import Finder
 from ._targets import LoadTargets
 from .errors import ArgumentError, CorruptError
@@ -35,8 +35,6 @@ from .metadata import (
 )
 
 BARE_BELOW = 0.9  # the part of a stored item below which only that is read, and its checksum cannot be compared
-
-_log = logging.getLogger("aiodcp")
 
 
 # The records of a load are not frozen, which would cost 1 us for each of 10,000, and hold no objects of their own:
@@ -328,7 +326,7 @@ def fill_whole(plan: LoadPlan, targets: LoadTargets) -> None:
             try:
                 target.copy_(targets.loaded[place])
             except Exception as error:  # whatever its kind of tensor says that it cannot: then it is replaced
-                _log.debug("%s is replaced, it cannot be filled: %r", targets.fqns[place], error)
+                log.debug("%s is replaced, it cannot be filled: %r", targets.fqns[place], error)
                 continue
             del targets.loaded[place]
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import anyio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from ._activity import Activity
 from .errors import ArgumentError
 from .storage import Reader, Storage, Writer
 
@@ -72,6 +73,9 @@ class Retry:
     async def persist(self, function: Callable[[], Awaitable[T]], tell: Callable[[Attempt], None]) -> T:
         """Call `function` until it succeeds, fails for good, or has failed too often; `tell` of each wait.
 
+        Raises:
+            Exception: what it raised last; but what it raised first, if what that has left is in the way.
+
         Cancellation: ends a wait at once.
         """
 
@@ -95,10 +99,22 @@ class Retry:
             reraise=True,
         )
 
-        async def attempt() -> T:  # tenacity awaits what it sees to be a coroutine function, and nothing else
-            return await function()
+        first: list[Exception] = []
 
-        return await retrying(attempt)
+        async def attempt() -> T:  # tenacity awaits what it sees to be a coroutine function, and nothing else
+            try:
+                return await function()
+            except Exception as error:
+                first.append(error)
+                if isinstance(_refusal(error), FileExistsError):
+                    raise first[0] from first[0].__cause__
+                del first[1:]
+                raise
+
+        try:
+            return await retrying(attempt)
+        finally:
+            first.clear()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +146,18 @@ def _refusal(error: BaseException | None) -> OSError | None:
 class PersistentStorage:
     """A storage that tries again. Files that are being written are not: who has their bytes writes them anew."""
 
-    def __init__(self, storage: Storage, retry: Retry, tell: Callable[[str, str, Attempt], None]) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        retry: Retry,
+        tell: Callable[[str, str, Attempt], None],
+        activity: Activity | None = None,
+    ) -> None:
         """Wrap `storage`; `tell` is called with the checkpoint, the path and each attempt that failed."""
         self._storage = storage
         self._retry = retry
         self._tell = tell
+        self._activity = activity or Activity()
 
     def __repr__(self) -> str:
         return repr(self._storage)
@@ -145,8 +168,11 @@ class PersistentStorage:
     def locate(self, checkpoint_id: str, name: str = "") -> str:
         return self._storage.locate(checkpoint_id, name)
 
-    def create(self, checkpoint_id: str, name: str) -> AbstractAsyncContextManager[Writer]:
-        return self._storage.create(checkpoint_id, name)
+    @asynccontextmanager
+    async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[Writer]:
+        with self._activity.doing(f"writing {self._storage.locate(checkpoint_id, name)}"):
+            async with self._storage.create(checkpoint_id, name) as writer:
+                yield writer
 
     @asynccontextmanager
     async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[Reader]:
@@ -179,13 +205,17 @@ class PersistentStorage:
     async def places(self, root: str) -> list[str]:
         return await self.persist(lambda: self._storage.places(root), root)
 
+    def join(self, root: str) -> AbstractAsyncContextManager[bool]:
+        return self._storage.join(root)
+
     def claim(self, root: str, *, alone: bool) -> AbstractAsyncContextManager[bool]:
         return self._storage.claim(root, alone=alone)
 
     async def persist(self, function: Callable[[], Awaitable[T]], checkpoint_id: str, name: str = "") -> T:
         """Call `function`, which works on this file, until it succeeds or has failed too often."""
         path = self._storage.locate(checkpoint_id, name)
-        return await self._retry.persist(function, lambda attempt: self._tell(checkpoint_id, path, attempt))
+        with self._activity.doing(f"storage: {path}"):
+            return await self._retry.persist(function, lambda attempt: self._tell(checkpoint_id, path, attempt))
 
 
 class _PersistentReader:

@@ -14,7 +14,7 @@ from ._names import METADATA_NAME, is_leftover, step_of, step_place
 from ._retain import Retention
 from ._steps import list_steps, metrics_of, read_note, remove_leftovers, remove_step
 from ._tables import number, plural, size, table
-from .errors import ArgumentError, NotACheckpointError
+from .errors import ArgumentError, LoadError, NotACheckpointError
 from .storage import LocalStorage
 
 
@@ -36,7 +36,8 @@ def _check_root(root: str) -> None:
 
 
 async def _look(root: str) -> list[dict[str, Any]]:
-    storage, rows = LocalStorage(), []
+    storage = LocalStorage()
+    rows: list[dict[str, Any]] = []
     for name in await storage.places(root):
         step = step_of(name)
         if step is None:
@@ -56,17 +57,18 @@ async def _look(root: str) -> list[dict[str, Any]]:
                 "saved_at": stats[METADATA_NAME].st_mtime if complete else None,
                 "nbytes": sum(stat.st_size for stat in stats.values()),
                 "files": len(stats),
-                "metrics": metrics_of(await _note(storage, place)) if complete else {},
+                "metrics": {},
+                "problem": "",
             }
         )
+        if complete:
+            try:
+                rows[-1]["metrics"] = metrics_of(await read_note(storage, place))
+            except NotACheckpointError:  # removed meanwhile
+                continue
+            except LoadError as error:
+                rows[-1]["problem"] = str(error)
     return sorted(rows, key=lambda row: row["step"])
-
-
-async def _note(storage: LocalStorage, place: str) -> dict[str, Any]:
-    try:
-        return await read_note(storage, place)
-    except NotACheckpointError:  # removed meanwhile
-        return {}
 
 
 def format_steps(rows: list[dict[str, Any]]) -> str:
@@ -76,7 +78,7 @@ def format_steps(rows: list[dict[str, Any]]) -> str:
         when = (
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["saved_at"])) if row["complete"] else "not complete"
         )
-        metrics = ", ".join(f"{name} {number(value)}" for name, value in row["metrics"].items())
+        metrics = row["problem"] or ", ".join(f"{name} {number(value)}" for name, value in row["metrics"].items())
         cells.append([str(row["step"]), when, size(row["nbytes"]), str(row["files"]), metrics])
     total = f"{plural(len(rows), 'step')}, {size(sum(row['nbytes'] for row in rows))}"
     return f"{table(['>step', 'saved', '>size', '>files', 'metrics'], cells)}\n{total}" if rows else "no steps"
@@ -96,14 +98,16 @@ def collect(root: str, retention: Retention, *, dry_run: bool) -> dict[str, Any]
 
 async def _collect(root: str, retention: Retention, dry_run: bool) -> dict[str, Any]:
     storage = LocalStorage()
+    async with storage.claim(root, alone=False):  # there may be none there yet, of which to be alone
+        pass
     async with storage.claim(root, alone=True) as alone:
         if not alone:
             raise ArgumentError("root", f"a process that saves below {root} is alive, and removes steps by itself")
-        doomed = retention.doomed(await list_steps(storage, root))
+        doomed = retention.doomed((await list_steps(storage, root)).steps)
         if dry_run:
             leftovers = [row["step"] for row in await _look(root) if not row["complete"]]
         else:
-            leftovers = await remove_leftovers(storage, root, lambda name: False)
+            leftovers = await remove_leftovers(storage, root, lambda name: False, is_leftover)
             for step in doomed:
-                await remove_step(storage, step_place(root, step))
+                await remove_step(storage, step_place(root, step), set())
     return {"removed": doomed, "leftovers": leftovers}

@@ -11,7 +11,7 @@ import time
 import uuid
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 import anyio.lowlevel
@@ -33,6 +33,7 @@ from ._engine import Threads
 from ._judge import Row
 from ._layout import ALIGNMENT, round_up
 from ._names import METADATA_NAME, data_file
+from ._note import seal
 from ._prepare import KEPT_PLANS, Plans, Prepared, agree_on_plan, numbers_of
 from ._ranks import PART, Operation
 from ._transfer import Job, Transfer, write_errors
@@ -179,7 +180,7 @@ class Saver:
             operation: the ranks that save.
             place: a digest of where to, the same on all ranks.
             checkpoint_id: where to.
-            note: returns what stands behind the metadata, encoded, when all states are there.
+            note: returns the custom metadata, encoded, when all states are there; called by the coordinator.
             wishes: waits for the next one; the last has no name.
 
         Raises:
@@ -216,7 +217,7 @@ class Saver:
                                 await write(operation, attempt, len(names) - 1, wish)
                 await self._write_part(operation, attempt, wish, "")
                 parts = [written[number] for number in range(len(names))]
-                record = await self._commit(operation, attempt, parts, note())
+                record = await self._commit(operation, attempt, parts, note)
         finally:
             self._keep_only({"", *names})
         return await self._told([part.job for part in parts], record, save_id)
@@ -246,8 +247,13 @@ class Saver:
     async def _all_or_nothing(self, operation: Operation, checkpoint_id: str, save_id: str) -> AsyncIterator[Attempt]:
         """Remove what the block has written if it fails, unless it may have been committed all the same."""
         attempt = Attempt(checkpoint_id, save_id)
+        above, _, _ = checkpoint_id.rpartition("/")
         try:
-            with live(save_id):
+            async with AsyncExitStack() as stack:
+                stack.enter_context(live(save_id))
+                if operation.is_coordinator and above:  # where a manager may clear up
+                    with write_errors(self._storage.locate(above)):
+                        await stack.enter_async_context(self._storage.join(above))
                 yield attempt
         except BaseException:
             if not operation.agreed:
@@ -302,7 +308,7 @@ class Saver:
         return Written(job=job, prepared=prepared)
 
     async def _commit(
-        self, operation: Operation, attempt: Attempt, parts: Sequence[Written], note: bytes
+        self, operation: Operation, attempt: Attempt, parts: Sequence[Written], note: Callable[[], bytes]
     ) -> CommitRecord | None:
         """Make what is written the checkpoint; return its record, on the coordinator."""
         place, save_id = attempt.checkpoint_id, attempt.save_id
@@ -314,7 +320,8 @@ class Saver:
             await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
             places = [[part.prepared.places[rank] for rank in range(operation.size)] for part in parts]
             with write_errors(self._storage.locate(place, METADATA_NAME)):
-                await commit(self._storage, place, record.render(place, save_id, places) + note, record.files(save_id))
+                content = seal(record.render(place, save_id, places), note())
+                await commit(self._storage, place, content, record.files(save_id))
             return record
 
         attempt.committing = True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import AsyncExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from itertools import count
@@ -17,11 +18,17 @@ import torch
 from ._engine import Engine
 from ._judge import Kind
 from ._line import Line
-from ._milestone import Milestone
+from ._log import log
+from ._milestone import MilestoneSource
 from ._ranks import Operation
 from ._skips import Skips
 from ._turns import give_turns, prompt_turns
-from .errors import CheckpointError, ClosedError, LoadError, RankError, SaveCancelled
+from .errors import CheckpointError, ClosedError, DeadlockError, LoadError, RankError, SaveCancelled, SaveError
+
+LOOK_S = 1.0  # how often closing looks whether anything moves
+END_GIVEN_UP_S = 10.0  # for what is given up to end: a copy or a write under way is waited for
+LOOP_GONE_S = 10.0  # for which an event loop may stand between two calls of `run_until_complete`
+EXIT_STILL_S = 60.0  # after which what does not move holds up the end of the interpreter no longer
 
 # The joint checkpoints in whose blocks the caller is: what it asks for there cannot wait for their end.
 around: ContextVar[tuple[Operation, ...]] = ContextVar("around", default=())
@@ -53,11 +60,15 @@ class Service:
         self.in_flight = ""
         self._calls = count(1)  # the same call has the same number on all ranks
         self._saves: set[Future[None]] = set()  # from being asked for until what they replaced is removed
-        self._turns: dict[Milestone, Future[Any]] = {}  # of the saves that are not captured yet
-        self._work: set[Future[Any]] = set()  # all else that is waited for
-        self._background: set[Future[Any]] = set()  # and what nobody waits for before the end
+        self._turns: dict[MilestoneSource, Future[Any]] = {}  # of the saves that are not captured yet
+        self._work: dict[Future[None], Future[Any]] = {}  # all else that is waited for, each with what is done after it
+        self._background: dict[Future[None], Future[Any]] = {}  # and what nobody waits for before the end
         self._operations: WeakSet[Operation] = WeakSet()  # all that has been asked for and is not over
-        self._unfinished: dict[Operation, Milestone] = {}  # saves that are not over, and what is reached when they are
+        self._unfinished: dict[Operation, MilestoneSource] = {}  # saves, each with what is reached when it is over
+        self._fail: dict[Operation, Callable[[Exception], None]] = {}  # of these, what fails them
+        self._blocks: set[Operation] = set()  # of these, the joint ones whose blocks are not left
+        self._ended: set[MilestoneSource] = set()  # of `run`
+        self._timeout_s = 0.0
 
     @property
     def rank(self) -> int:
@@ -84,6 +95,7 @@ class Service:
             self.line = None
             self.engine.stop()
             raise
+        self._timeout_s = timeout_s
         self._calls = count(1)
         self.slot = anyio.Semaphore(1)  # fair: saves go in the order in which they were asked for
         self.skips = Skips(decides=self.is_coordinator)
@@ -103,47 +115,98 @@ class Service:
             raise
 
     async def close(self) -> None:
-        """Wait for all that was asked for, and stop.
+        """Wait for all that was asked for, and stop. What has not moved for `timeout_s` is given up.
 
-        Cancellation: gives it all up, and waits for that.
+        Raises:
+            ClosedError: something did not end even so; says what.
+
+        Cancellation: gives it all up, and waits for that, up to `END_GIVEN_UP_S`.
         """
         self.is_open = False
         if self.engine.is_forked:  # all that was asked is the parent's
             self.engine.stop()
             return
+        drained = False
         try:
-            try:
-                await self._drain()
-            finally:
-                await self.run(self.held.aclose)
+            await self._drain()
+            drained = True
+        except asyncio.CancelledError:
+            drained = not self._flows()
+            raise
         finally:
-            if self.line is not None:
-                self.line.close()
-            self.engine.stop()
+            try:
+                if drained:
+                    await self.run(self.held.aclose)
+            finally:
+                self._stop(wait=drained)
+
+    def _stop(self, *, wait: bool) -> None:
+        if self.line is not None:
+            self.line.close()
             self.line = None
+        self.engine.stop(wait=wait)
+
+    def _flows(self) -> list[Future[Any]]:
+        return [*self._saves, *self._work, *self._background]
 
     async def _drain(self) -> None:
-        cancelled = False
-        while flows := [*self._saves, *self._work, *self._background]:
-            done = Milestone("drained")
+        cancelled: asyncio.CancelledError | None = None
+        drain = _Drain(self)
+        while flows := self._flows():
+            done = MilestoneSource("drained")
             flows[0].add_done_callback(lambda _, done=done: done.reach())  # type: ignore[misc]
             try:
-                await done
-            except asyncio.CancelledError:
-                cancelled = True
-                self._give_up()
-        if cancelled:
-            raise asyncio.CancelledError
+                with anyio.move_on_after(LOOK_S, shield=cancelled is not None):  # anyio cancels again and again
+                    await done.settled()
+            except asyncio.CancelledError as error:
+                cancelled = cancelled or error
+                drain.give_up("leaving was cancelled")
+            drain.look()
+        if cancelled is not None:
+            raise cancelled
 
-    def _give_up(self) -> None:
+    def finish_at_exit(self) -> None:
+        """Finish what is under way, as the interpreter ends: for a Checkpointer that was never left. Never raises."""
+        if not self.is_open or self.engine.is_forked:
+            return
+        self.is_open = False
+        for turn, asked in list(self._turns.items()):  # nobody is there to capture any more
+            closed = ClosedError("the interpreter ends before this save had its turn")
+            turn.fail(closed)
+            answer(asked, closed)
+        for operation in list(self._blocks):
+            self.engine.call_soon(_cancel, operation)
+        drain = _Drain(self, still_s=EXIT_STILL_S)
+        try:
+            while flows := self._flows():
+                wait(flows[:1], timeout=LOOK_S)
+                drain.look()
+            wait([self.engine.call_soon(self.held.aclose)], timeout=END_GIVEN_UP_S)
+        except ClosedError as error:
+            log.error("%s", error)
+            self.engine.stop(wait=False)
+        else:
+            self._stop(wait=True)
+
+    def give_up(self, reason: CheckpointError | None = None) -> None:
+        """Cancel all that is under way; `reason` is why, if saves are to fail with that."""
         for turn, asked in list(self._turns.items()):
             closed = ClosedError("the Checkpointer was closed before this save had its turn")
             turn.fail(closed)
             answer(asked, closed)
         for operation in list(self._operations):
-            self.engine.call_soon(_cancel, operation)
-        for work in [*self._background, *(self._work if self.line is None else ())]:
+            self.engine.call_soon(_cancel, operation, reason)
+        for work in [*self._background.values(), *(self._work.values() if self.line is None else ())]:
             work.cancel()
+
+    def abandon(self, error: CheckpointError) -> None:
+        """Let go everybody who waits for what does not end."""
+        for fail in list(self._fail.values()):
+            failure = SaveError(str(error))
+            failure.__cause__ = error
+            fail(failure)
+        for ended in [*self._unfinished.values(), *self._ended]:
+            ended.fail(error)
 
     def check_open(self) -> None:
         """Raise `ClosedError` unless anything may be asked."""
@@ -180,11 +243,11 @@ class Service:
         self,
         number: int,
         place: str,
-        turn: Milestone,
+        turn: MilestoneSource,
         save: Callable[[Operation], Awaitable[T]],
         after: Callable[[T], Awaitable[None]],
         *,
-        on_failure: Callable[[RankError], None],
+        on_failure: Callable[[Exception], None],
     ) -> Operation:
         """Begin a save: it waits its turn, and `after` it the next may have its own.
 
@@ -202,21 +265,24 @@ class Service:
         )
         self._operations.add(operation)
 
-        ended = Milestone("ended")
+        ended = MilestoneSource("ended")
         self._unfinished[operation] = ended
+        self._fail[operation] = on_failure
 
         def end(_: object = None) -> None:
             self._unfinished.pop(operation, None)
+            self._fail.pop(operation, None)
             ended.reach()
 
         async def save_in_turn() -> None:
-            async with self.slot:
-                self.in_flight = place
-                turn.reach()
-                with self.under_way(operation):
-                    result = await save(operation)
-            end()
-            await after(result)
+            with self.engine.activity.doing(f"saving {place}"):
+                async with self.slot:
+                    self.in_flight = place
+                    turn.reach()
+                    with self.under_way(operation):
+                        result = await save(operation)
+                end()
+                await after(result)
 
         flow = self.engine.call_soon(save_in_turn)
         self._saves.add(flow)
@@ -233,10 +299,35 @@ class Service:
             return
         for operation, ended in [*self._unfinished.items()]:
             if operation not in around.get():
-                await ended
+                await ended.settled()
 
     @contextmanager
-    def waiting(self, turn: Milestone, asked: Future[Any]) -> Iterator[None]:
+    def inside(self, operation: Operation) -> Iterator[None]:
+        """Know, within the block and in tasks that are begun there, that `operation` ends when the block is left."""
+        outside = around.get()
+        around.set((*outside, operation))
+        self._blocks.add(operation)
+        try:
+            yield
+        finally:
+            self._blocks.discard(operation)
+            around.set(outside)
+
+    def is_inside(self, operation: Operation | None = None) -> bool:
+        """Whether the caller is in the block of a joint checkpoint, this one if it is given, that is still open."""
+        return any(each in self._blocks for each in around.get() if operation is None or each is operation)
+
+    def refuse_inside(self, what: str) -> None:
+        """Refuse what would wait for the end of the block from which it is asked for.
+
+        Raises:
+            DeadlockError: the caller is in the block of a joint checkpoint.
+        """
+        if self.is_inside():
+            raise DeadlockError(f"{what} would wait for the joint checkpoint whose block it is in: leave that first")
+
+    @contextmanager
+    def waiting(self, turn: MilestoneSource, asked: Future[Any]) -> Iterator[None]:
         """While the caller waits for a save's `turn`, and then captures: given up, both are failed."""
         self._turns[turn] = asked
         try:
@@ -248,10 +339,20 @@ class Service:
         """Begin `function` on the engine's loop. Closing waits for it; given up, it is cancelled."""
         self._begin(self._background, function, *args)
 
-    def _begin(self, where: set[Future[Any]], function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> Future[T]:
-        future = self.engine.call_soon(function, *args)
-        where.add(future)
-        future.add_done_callback(where.discard)
+    def _begin(
+        self, where: dict[Future[None], Future[Any]], function: Callable[[*Ts], Awaitable[T]], *args: *Ts
+    ) -> Future[T]:
+        over: Future[None] = Future()  # the future itself is done when it is cancelled, and the flow is not
+
+        async def flow() -> T:
+            try:
+                return await function(*args)
+            finally:
+                over.set_result(None)
+
+        future = self.engine.call_soon(flow)
+        where[over] = future
+        over.add_done_callback(lambda _: where.pop(over, None))
         return future
 
     async def run(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, operation: Operation | None = None) -> T:
@@ -260,7 +361,7 @@ class Service:
         Cancellation: cancels it there, and waits until it has stopped: it may be using the caller's memory. An
         `operation` of several ranks is given up instead, so that the others hear of it.
         """
-        ended = Milestone("ended")
+        ended = MilestoneSource("ended")
 
         async def run_there() -> T:
             try:
@@ -270,18 +371,21 @@ class Service:
                 ended.reach()
 
         future = self._begin(self._work, run_there)
-        give_turns(asyncio.get_running_loop(), ended.done)
+        self._ended.add(ended)
+        give_turns(asyncio.get_running_loop(), ended)
         try:
-            await ended
+            await ended.settled()
         except asyncio.CancelledError:
             if operation is not None and self.line is not None:
                 self.engine.call_soon(_cancel, operation)
             else:
                 future.cancel()
-            while not ended.done():
-                with suppress(asyncio.CancelledError):
-                    await ended
+            await ended.settled_whatever_cancels()
             raise
+        finally:
+            self._ended.discard(ended)
+        if (abandoned := ended.error()) is not None:
+            raise abandoned
         if future.cancelled():
             raise ClosedError("the Checkpointer was closed meanwhile")
         return future.result()
@@ -293,6 +397,8 @@ class Service:
 
         A `problem` that this rank has fails it on all.
         """
+        if self.line is not None:  # ranks wait for each other's turns
+            self.refuse_inside(phase)
         operation = self.operation(Kind.ASK, LoadError(f"{phase}: cancelled"))
 
         async def look() -> bytes:
@@ -323,5 +429,70 @@ def answer(asked: Future[T], given: T | Exception) -> bool:
     return False
 
 
-async def _cancel(operation: Operation) -> None:
-    operation.cancel()
+async def from_caller(asked: Future[T], loop: asyncio.AbstractEventLoop) -> T:
+    """Wait for what the caller does on its own event loop.
+
+    Raises:
+        SaveError: that loop is closed, or has stood still for `LOOP_GONE_S`: it will not be done any more.
+    """
+    waiting = asyncio.wrap_future(asked)
+    watch = LoopWatch(loop)
+    try:
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=LOOK_S)
+            if not waiting.done():
+                watch.look()
+        return waiting.result()
+    finally:
+        waiting.cancel()
+
+
+class LoopWatch:
+    """Whether an event loop is still there to do what is expected of it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._still_since: float | None = None
+
+    def look(self) -> None:
+        """Raise `SaveError` if the loop is gone."""
+        if self._loop.is_running():
+            self._still_since = None
+            return
+        if self._still_since is None:
+            self._still_since = time.monotonic()
+        if self._loop.is_closed() or time.monotonic() - self._still_since > LOOP_GONE_S:
+            state = "closed" if self._loop.is_closed() else "stopped"
+            raise SaveError(f"the event loop that asked for this save is {state}: there is no state to save")
+
+
+async def _cancel(operation: Operation, reason: CheckpointError | None = None) -> None:
+    operation.cancel(reason)
+
+
+class _Drain:
+    """The patience of whoever waits for the end of all flows."""
+
+    def __init__(self, service: Service, *, still_s: float | None = None) -> None:
+        self._service = service
+        self._still_s = service._timeout_s if still_s is None else min(still_s, service._timeout_s)
+        self._given_up_at: float | None = None
+        self._why = ""
+        service.engine.activity.moved()
+
+    def give_up(self, why: str, reason: CheckpointError | None = None) -> None:
+        if self._given_up_at is None:
+            self._given_up_at, self._why = time.monotonic(), why
+            self._service.give_up(reason)
+
+    def look(self) -> None:
+        """Give up what does not move, and raise `ClosedError` when that does not end either."""
+        activity = self._service.engine.activity
+        if self._given_up_at is None and activity.still_for_s() > self._still_s:
+            why = f"nothing has moved for {self._still_s:.0f} s: {activity}"
+            log.error("closing gives up what is under way: %s", why)
+            self.give_up(why, SaveError(f"given up, as {why}"))
+        if self._given_up_at is not None and time.monotonic() - self._given_up_at > END_GIVEN_UP_S:
+            stuck = ClosedError(f"closed without waiting any longer for: {activity} ({self._why})")
+            self._service.abandon(stuck)
+            raise stuck

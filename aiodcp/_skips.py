@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 
-from ._milestone import Milestone
+from ._milestone import MilestoneSource
 
 
 class Skips:
@@ -26,7 +26,7 @@ class Skips:
         self._asked = 0
         self._skipped = 0  # up to which call those were skipped that found a save under way
         self._open = 0  # saves that have been asked for and whose last verdict is still to come
-        self._news = Milestone("news")
+        self._news = MilestoneSource("news")
 
     def open(self) -> None:
         """Count a save as under way."""
@@ -51,7 +51,7 @@ class Skips:
             self._tell()
 
     def _tell(self) -> int:
-        news, self._news = self._news, Milestone("news")
+        news, self._news = self._news, MilestoneSource("news")
         news.reach()
         return self._skipped
 
@@ -74,4 +74,4 @@ class Skips:
                 if not self._open:
                     return False
                 news = self._news
-            await news
+            await news.settled()

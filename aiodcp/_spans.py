@@ -17,12 +17,12 @@ import torch
 from ._arena import Arena
 from ._capture import PLAIN_TENSORS
 from ._chunks import cut
+from ._dcp import gc_held_off
 from ._decode import Check, unpack
 from ._devices import Crossing, wait_for
 from ._layout import ALIGNMENT, NOT_COPIED, copyable
 from ._reads import TensorRead
 from .errors import LoadError
-from .metadata import gc_held_off
 
 SPAN_NBYTES = 16 << 20  # bytes read in one go: as in saving, enough that the turn at the GIL after it does not count
 GAP_NBYTES = 64 << 10  # bytes read for nothing rather than asked for apart: 30 us at 2 GB/s, the price of a request

@@ -6,16 +6,17 @@ root/step-200/__0_....     the data of a save that goes on, or was interrupted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 from anyio import CancelScope
 
-from ._names import METADATA_NAME, is_leftover, step_of, step_place
-from ._note import FOOT_NBYTES, TAIL_NBYTES, decode_note, note_nbytes
-from .errors import NotACheckpointError, ReadError, one_error
+from ._log import log
+from ._names import METADATA_NAME, is_our_leftover, save_id_of, step_of, step_place
+from ._note import FOOT_NBYTES, TAIL_NBYTES, SealError, decode_note, read_seal, seal_nbytes
+from .errors import CorruptError, LoadError, NotACheckpointError, ReadError, one_error
 from .storage import Storage
 
 LOOKS_AT_ONCE = 16  # at steps: a shared file system answers each in milliseconds, and many at a time
@@ -27,12 +28,17 @@ class Step:
 
     Attributes:
         step: its number.
+        commit_number: larger than those of all steps that were there when it was committed; 0 if none was noted, as
+            by others than a manager.
+        others_saved_at: the largest `saved_at` of steps without a number that were there when it was committed.
         saved_at: when it was committed, in seconds of `time.time()`: as noted of it, or else when its `.metadata` was
-            written; 0 if the storage cannot tell.
+            written; 0 if the storage cannot tell. For people: clocks of two hosts differ.
         metrics: what was noted of it, by name.
     """
 
     step: int
+    commit_number: int = 0
+    others_saved_at: float = 0.0
     saved_at: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -42,6 +48,7 @@ async def read_note(storage: Storage, checkpoint_id: str) -> dict[str, Any]:
 
     Raises:
         NotACheckpointError: there is no committed checkpoint.
+        CorruptError: it is not what was saved.
         ReadError: storage refused.
     """
     note, _ = await read_dated_note(storage, checkpoint_id)
@@ -53,6 +60,7 @@ async def read_dated_note(storage: Storage, checkpoint_id: str) -> tuple[dict[st
 
     Raises:
         NotACheckpointError: there is no committed checkpoint.
+        CorruptError: it is not what was saved.
         ReadError: storage refused.
     """
     path = storage.locate(checkpoint_id, METADATA_NAME)
@@ -61,7 +69,7 @@ async def read_dated_note(storage: Storage, checkpoint_id: str) -> tuple[dict[st
             modified_at: float | None = getattr(reader, "modified_at", None)
             tail = memoryview(bytearray(min(TAIL_NBYTES, reader.nbytes)))
             await reader.read_into(reader.nbytes - len(tail), [tail])
-            wanted = min(note_nbytes(bytes(tail[-FOOT_NBYTES:])), reader.nbytes)
+            wanted = min(seal_nbytes(bytes(tail[-FOOT_NBYTES:])), reader.nbytes)
             if wanted > len(tail):
                 tail = memoryview(bytearray(wanted))
                 await reader.read_into(reader.nbytes - wanted, [tail])
@@ -69,29 +77,63 @@ async def read_dated_note(storage: Storage, checkpoint_id: str) -> tuple[dict[st
         raise NotACheckpointError(checkpoint_id) from error
     except (OSError, EOFError) as error:
         raise ReadError(path, str(error)) from error
-    return decode_note(bytes(tail)), modified_at
+    try:
+        return decode_note(read_seal(bytes(tail)).note), modified_at
+    except SealError as error:
+        raise CorruptError(path, "", str(error)) from error
 
 
-async def list_steps(storage: Storage, root: str) -> list[Step]:
-    """Return the complete steps, in order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What there is below a root.
+
+    Attributes:
+        steps: the complete ones, in order.
+        unreadable: those whose `.metadata` is there and cannot be read, and why.
+    """
+
+    steps: list[Step]
+    unreadable: dict[int, str]
+
+
+async def list_steps(storage: Storage, root: str, *, but: Collection[int] = ()) -> Found:
+    """Look which steps are complete, of all `but` some.
 
     Raises:
-        ReadError: storage refused.
+        ReadError: storage does not list the root.
     """
     found: list[Step] = []
+    unreadable: dict[int, str] = {}
     limit = anyio.Semaphore(LOOKS_AT_ONCE)
 
     async def look(step: int) -> None:
         async with limit:
             try:
-                note, modified_at = await read_dated_note(storage, step_place(root, step))
+                found.append(await read_step(storage, root, step))
             except NotACheckpointError:
                 return
-            saved_at = _number(note.get("saved_at")) or modified_at or 0.0
-            found.append(Step(step=step, saved_at=saved_at, metrics=metrics_of(note)))
+            except LoadError as error:  # one bad sector is not the end of a run
+                unreadable[step] = str(error)
 
-    await _for_each(look, await _numbers(storage, root))
-    return sorted(found, key=lambda each: each.step)
+    await _for_each(look, [step for step in await _numbers(storage, root) if step not in but])
+    return Found(steps=sorted(found, key=lambda each: each.step), unreadable=dict(sorted(unreadable.items())))
+
+
+async def read_step(storage: Storage, root: str, step: int) -> Step:
+    """Return what is noted of a step.
+
+    Raises:
+        NotACheckpointError, CorruptError, ReadError: see `read_note`.
+    """
+    note, modified_at = await read_dated_note(storage, step_place(root, step))
+    number = note.get("commit_number")
+    return Step(
+        step=step,
+        commit_number=number if type(number) is int and 0 < number < 1 << 63 else 0,
+        others_saved_at=_number(note.get("others_saved_at")) or 0.0,
+        saved_at=_number(note.get("saved_at")) or modified_at or 0.0,
+        metrics=metrics_of(note),
+    )
 
 
 def metrics_of(note: Mapping[str, Any]) -> dict[str, float]:
@@ -111,14 +153,31 @@ def _number(value: object) -> float | None:
 
 
 def in_order(steps: Sequence[Step]) -> list[Step]:
-    """Return steps in the order in which they were committed: a run may have gone back to an earlier one."""
-    return sorted(steps, key=lambda each: (each.saved_at, each.step))
+    """Return steps in the order in which they were committed: a run may have gone back to an earlier one.
+
+    Numbers say it, and no clock. A step without a number comes after those that did not know of it.
+    """
+    numbered = sorted((each for each in steps if each.commit_number), key=lambda each: (each.commit_number, each.step))
+
+    def place(step: Step) -> tuple[int, float, int]:
+        if step.commit_number:
+            return step.commit_number, 0.0, step.step
+        before = (each.commit_number for each in numbered if each.others_saved_at < step.saved_at)
+        return max(before, default=0), step.saved_at or 1.0, step.step
+
+    return sorted(steps, key=place)
 
 
-async def remove_step(storage: Storage, checkpoint_id: str) -> None:
+async def remove_step(storage: Storage, checkpoint_id: str, seen: set[str]) -> None:
     """Remove a checkpoint, in an order in which a crash leaves no half of it that looks whole.
 
-    Files of the user's beside it, such as a tokenizer's, are that checkpoint's, and removed with it.
+    Files of the user's beside it, such as a tokenizer's, are that checkpoint's, and removed with it; what another
+    process is saving to the same place is not.
+
+    Args:
+        storage: where.
+        checkpoint_id: which.
+        seen: empty at first; then the names that are to be removed, for another attempt.
 
     Raises:
         OSError: storage refused; what is left is no checkpoint any more, or a whole one.
@@ -126,20 +185,41 @@ async def remove_step(storage: Storage, checkpoint_id: str) -> None:
     Cancellation: none; once it has begun it is finished.
     """
     with CancelScope(shield=True):
+        if not seen:
+            seen.update(await _own_names(storage, checkpoint_id))
         await storage.remove(checkpoint_id, METADATA_NAME, durable=True)
-        await storage.remove_tree(checkpoint_id)
+        names = await storage.names(checkpoint_id)
+        if seen.issuperset(names):
+            await storage.remove_tree(checkpoint_id)
+            return
+        for name in seen.intersection(names):
+            await storage.remove(checkpoint_id, name)
 
 
-async def remove_leftovers(storage: Storage, root: str, is_live: Callable[[str], bool]) -> list[int]:
+async def _own_names(storage: Storage, checkpoint_id: str) -> set[str]:
+    """Return the names of a checkpoint's files: all but those of saves that its metadata does not know."""
+    try:
+        metadata = await storage.get(checkpoint_id, METADATA_NAME)
+    except FileNotFoundError:
+        metadata = b""
+    names = {METADATA_NAME, *await storage.names(checkpoint_id)}
+    others = {name for name in names if (save_id := save_id_of(name)) and save_id.encode() not in metadata}
+    return names - others
+
+
+async def remove_leftovers(
+    storage: Storage, root: str, is_live: Callable[[str], bool], is_old: Callable[[str], bool] = is_our_leftover
+) -> list[int]:
     """Remove what interrupted saves have left in steps that are not complete, and return these steps.
 
     Args:
         storage: where.
         root: of the steps. Its user makes sure that no other process saves there.
         is_live: tells of a file whether a save of this process is writing it.
+        is_old: tells of a name whether it may be removed; by default of data of this library's.
 
     Raises:
-        OSError: storage refused.
+        OSError: storage does not list the root; what it refuses of one step is logged.
     """
     removed: list[int] = []
     limit = anyio.Semaphore(LOOKS_AT_ONCE)
@@ -147,20 +227,26 @@ async def remove_leftovers(storage: Storage, root: str, is_live: Callable[[str],
     async def look(step: int) -> None:
         place = step_place(root, step)
         async with limit:
-            names = await storage.names(place)
-            if METADATA_NAME in names or any(map(is_live, names)) or (names and not any(map(is_leftover, names))):
+            try:
+                names = await storage.names(place)
+                if METADATA_NAME in names or any(map(is_live, names)) or (names and not any(map(is_old, names))):
+                    return
+                with CancelScope(shield=True):
+                    await _remove_data(storage, place, names, is_old)
+            except OSError as error:
+                log.warning("%s: what an interrupted save has left cannot be removed: %s", place, error)
                 return
-            with CancelScope(shield=True):
-                await _remove_data(storage, place, names)
             removed.append(step)
 
     await _for_each(look, await _numbers(storage, root))
     return sorted(removed)
 
 
-async def _remove_data(storage: Storage, checkpoint_id: str, names: Sequence[str]) -> None:
+async def _remove_data(
+    storage: Storage, checkpoint_id: str, names: Sequence[str], is_old: Callable[[str], bool]
+) -> None:
     for name in names:
-        if is_leftover(name):
+        if is_old(name):
             await storage.remove(checkpoint_id, name)
     await storage.discard(checkpoint_id, made_by_anyone=True)
 

@@ -28,6 +28,14 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
+def printable(text: str, *, keep: str = "\n") -> str:
+    """Return text with what a terminal would act upon written out; names in a checkpoint may hold anything."""
+    return "".join(
+        each if each.isprintable() or each in keep else each.encode("unicode_escape", "surrogatepass").decode()
+        for each in text
+    )
+
+
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

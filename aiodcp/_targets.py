@@ -189,9 +189,9 @@ def find_targets(
         raise ArgumentError("state_dict", f"a {type(state_dict).__name__} takes no values: pass a dict")
     try:
         states = call_stateful(state_dict)
+        leaves = flatten(states, rank)
     except CaptureError as error:
         raise LoadError(str(error)) from error.__cause__
-    leaves = flatten(states, rank)
     for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
         if not isinstance(value, _PLAIN_LEAVES) and (found := _object_in(value)) is not None:
             raise ArgumentError("state_dict", str(refuse_nested(fqn, value, found)))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ._log import log
 from ._timeline import Timeline
 
 
@@ -49,6 +50,20 @@ class Telemetry:
         """
         if self._trace is None:
             return
+        try:
+            self._tell(name, here, began_s, attributes, timelines, error)
+        except Exception:  # of the application's exporter: it is not to fail a save
+            log.exception("the span %s could not be told", name)
+
+    def _tell(
+        self,
+        name: str,
+        here: Any,
+        began_s: float,
+        attributes: Mapping[str, str | int | float],
+        timelines: Iterable[Timeline],
+        error: BaseException | None,
+    ) -> None:
         zero_ns = time.time_ns() - time.perf_counter_ns()
 
         def clock(seconds: float) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from ._comparison import Comparison
 from ._devices import Crossing, wait_for
 from ._engine import Threads, in_thread
 from ._layout import BLOCK, round_up
-from ._milestone import Milestone, ProgressLog
+from ._milestone import MilestoneSource, ProgressLog
 from ._plan import SavePlan
 from ._retry import PersistentStorage
 from ._stage import Checksum, Stage, stage_nbytes
@@ -53,7 +53,7 @@ class Job:
     Attributes:
         crossing: brings tensors from devices.
         watch: sees whether the captured tensors change before they are staged; None not to look.
-        note: stands behind the metadata, encoded.
+        note: returns the custom metadata, encoded; called at the commit.
         queued: reached when all copies from devices are queued, or no tensor must be waited for.
     """
 
@@ -62,10 +62,10 @@ class Job:
     crossing: Crossing
     watch: Watch | None
     checkpoint_id: str
-    note: bytes
-    queued: Milestone
-    staged: Milestone
-    uploaded: Milestone
+    note: Callable[[], bytes]
+    queued: MilestoneSource
+    staged: MilestoneSource
+    uploaded: MilestoneSource
     log: ProgressLog
     timeline: Timeline
 

@@ -17,8 +17,10 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
+from weakref import WeakKeyDictionary, ref
 
 SWITCH_INTERVAL_S = 0.0005
 PAUSE_PERIOD_S = 0.005
@@ -47,11 +49,27 @@ def prompt_turns() -> Iterator[None]:
                 sys.setswitchinterval(_before)
 
 
-def give_turns(loop: asyncio.AbstractEventLoop, done: Callable[[], bool]) -> None:
-    """Let `loop`, which is the running one, pause regularly until `done()`."""
+class Awaited(Protocol):
+    """Something that will be done."""
 
+    def done(self) -> bool: ...
+
+
+_awaited: WeakKeyDictionary[asyncio.AbstractEventLoop, list[ref[Awaited]]] = WeakKeyDictionary()
+
+
+def give_turns(loop: asyncio.AbstractEventLoop, awaited: Awaited) -> None:
+    """Let `loop`, which is the running one, pause regularly until that is done; once for all who ask for it."""
+    here = _awaited.setdefault(loop, [])
+    here.append(ref(awaited))  # weakly: a failure holds the frames it came through, and they hold the loop
+    if len(here) == 1:
+        _pause_later(loop, here)
+
+
+def _pause_later(loop: asyncio.AbstractEventLoop, here: list[ref[Awaited]]) -> None:
     def pause() -> None:
-        if not done():
+        here[:] = [each for each in here if (awaited := each()) is not None and not awaited.done()]
+        if here:
             time.sleep(PAUSE_S)
             loop.call_later(PAUSE_PERIOD_S, pause)
 

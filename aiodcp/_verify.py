@@ -15,6 +15,7 @@ from typing import BinaryIO
 import torch
 
 from ._chunks import is_whole
+from ._decode import check_records
 from ._inspect import read
 from ._names import METADATA_NAME
 from ._tables import plural
@@ -25,6 +26,7 @@ from .metadata import (
     StorageInfo,
     TensorStorageMetadata,
 )
+from .storage.local import open_inside
 
 MISSING = "the file is missing"
 
@@ -51,10 +53,12 @@ def verify(checkpoint_id: str, advance: Callable[[int], None], total: Callable[[
 
     Raises:
         NotACheckpointError: there is none.
+        UnsafeError: it leads out of its directory.
+        PermissionError: it may not be read.
     """
     try:
         metadata, _ = read(checkpoint_id)
-    except (CorruptError, UnsafeError) as error:
+    except CorruptError as error:
         return [Problem(fqn="", file=METADATA_NAME, problem=error.problem)]
     problems = list(_uncovered(metadata))
     items = sorted(metadata.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset))
@@ -62,7 +66,7 @@ def verify(checkpoint_id: str, advance: Callable[[int], None], total: Callable[[
 
     def check(item: tuple[MetadataIndex, StorageInfo]) -> Problem | None:
         index, info = item
-        problem = _damage(os.path.join(checkpoint_id, info.relative_path), info, _payload_nbytes(metadata, index))
+        problem = _damage(checkpoint_id, info, _payload_nbytes(metadata, index))
         advance(info.length)
         return Problem(fqn=index.fqn, file=info.relative_path, problem=problem) if problem else None
 
@@ -107,22 +111,25 @@ def _payload_nbytes(metadata: Metadata, index: MetadataIndex) -> int | None:
     return None
 
 
-def _damage(path: str, info: StorageInfo, payload_nbytes: int | None) -> str:
+def _damage(checkpoint_id: str, info: StorageInfo, payload_nbytes: int | None) -> str:
     """Say what is wrong with an item; empty if nothing is."""
     if getattr(info, "transform_descriptors", None):
         return f"is stored through the extensions {info.transform_descriptors}, which this reader has not"
     try:
-        with open(path, "rb") as file:
+        with open_inside(checkpoint_id, info.relative_path) as file:
             nbytes = os.fstat(file.fileno()).st_size
             if info.offset + info.length > nbytes:
                 return f"the file has {nbytes} bytes, the value ends at {info.offset + info.length}"
             with zipfile.ZipFile(_Window(file, info.offset, info.length)) as archive:
+                check_records(archive.infolist(), info.length)
                 damaged = archive.testzip()
                 if damaged is not None:
                     return f"the CRC32 of {damaged} is not the one it was saved with"
                 sizes = {each.filename.partition("/")[2]: each.file_size for each in archive.infolist()}
     except FileNotFoundError:
         return MISSING
+    except (PermissionError, UnsafeError):  # no damage, for all that is known
+        raise
     except OSError as error:
         return f"cannot be read: {error}"
     except Exception as error:  # a damaged archive can raise almost anything

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
+import sys
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future
@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, TypeVarTuple, overload
+from weakref import WeakSet
 
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
@@ -24,18 +25,20 @@ from ._checkpoint import RETOLD_LENGTH, Checkpoint, EarlierFailureError
 from ._commit import remove_files
 from ._comparison import OnDisagreement
 from ._devices import CopyStreams
+from ._engine import at_exit
 from ._guard import Guard, Guards
 from ._judge import Kind
 from ._load import Loaded, Loader, LoadOptions
+from ._log import log
 from ._matching import LoadReport, Rename
-from ._milestone import Milestone
+from ._milestone import MilestoneSource
 from ._note import encode_note
 from ._planner import capture_planned
 from ._progress import Bar, NoBar
 from ._ranks import Operation
 from ._retry import Attempt, PersistentStorage, Retry
 from ._save import POLICIES, Saver, Wish
-from ._service import Service, answer
+from ._service import Service, answer, from_caller
 from ._stage import Checksum, default_checksum
 from ._steps import read_note
 from ._targets import LoadTargets, find_targets
@@ -52,6 +55,7 @@ from .errors import (
     LoadError,
     SaveCancelled,
     SaveError,
+    StageError,
 )
 from .storage import LocalStorage, Storage
 
@@ -59,9 +63,6 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 CheckpointId = str | os.PathLike[str]
-
-
-_log = logging.getLogger("aiodcp")
 
 
 class Checkpointer(Blocking):
@@ -143,10 +144,12 @@ class Checkpointer(Blocking):
             raise ArgumentError("coordinator", f"{coordinator!r} is not a rank")
         if retry is not None and not isinstance(retry, Retry):
             raise ArgumentError("retry", f"{retry!r} is no aiodcp.Retry")
+        self._service = Service(copy_threads=copy_threads, io_threads=io_threads)
         self._storage = PersistentStorage(
             storage if storage is not None else LocalStorage(),
             retry if retry is not None else Retry(),
             lambda place, path, attempt: self._on_retry(place, path, attempt),
+            self._service.engine.activity,
         )
         self._on_retry: Callable[[str, str, Attempt], None] = _log_retry  # with place and path; in the engine's thread
         self._process_group = process_group
@@ -159,7 +162,6 @@ class Checkpointer(Blocking):
         self._checksum = checksum or default_checksum()
         self._on_disagreement: OnDisagreement = on_disagreement
         self._unsafe: set[str] = set()  # fqns of which it was said that they need more than plain data to be loaded
-        self._service = Service(copy_threads=copy_threads, io_threads=io_threads)
         self._last: Checkpoint | None = None
         self._staging: list[Checkpoint] = []  # captured, and perhaps not staged yet
         self._saver: Saver
@@ -175,7 +177,17 @@ class Checkpointer(Blocking):
         return f"<Checkpointer on {self._storage!r}, {self._service.engine!r}, {ranks}{'busy' if is_busy else 'idle'}>"
 
     async def __aenter__(self) -> Checkpointer:
-        await self._service.open(self._find_group(), coordinator=self._coordinator, timeout_s=self._timeout)
+        try:
+            await self._service.open(self._find_group(), coordinator=self._coordinator, timeout_s=self._timeout)
+            self._make_ready()
+        except BaseException:  # Ctrl-C, too
+            if self._service.is_open:
+                await self._service.close()
+            raise
+        _open.add(self)
+        return self
+
+    def _make_ready(self) -> None:
         threads = self._service.engine.threads
         make_transfer = partial(
             Transfer,
@@ -195,7 +207,6 @@ class Checkpointer(Blocking):
         )
         self._loader = Loader(self._storage, threads, checksum=self._checksum)
         self._guards = Guards(self._on_step)
-        return self
 
     def _find_group(self) -> torch.distributed.ProcessGroup | None:
         """Return the ranks to save with, if there are others."""
@@ -213,18 +224,35 @@ class Checkpointer(Blocking):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._service.refuse_inside("to leave the Checkpointer")
+        problem: CheckpointError | None = None
         try:
             await self._service.close()
+        except ClosedError as stuck:
+            problem = stuck
         finally:
+            _open.discard(self)
             self._guards.close()
             del self._saver, self._loader  # and with them the host memory
-        untold = self._take_untold()
+        failure = self._take_unretrieved() or problem
         self._last = None
-        if untold is None:
+        if failure is None:
             return
         if error is None:
-            raise untold
-        error.add_note(f"aiodcp: besides, the save in flight failed: {untold!r}")
+            raise failure
+        log.error("the save in flight failed while the block was left by %s: %s", repr(error), repr(failure))
+        if isinstance(error, asyncio.CancelledError):  # of an aborted task group, which collects failures
+            raise failure from error
+        error.add_note(f"aiodcp: besides, the save in flight failed: {failure!r}")
+
+    def _finish_at_exit(self) -> None:
+        self._service.finish_at_exit()
+        failure = self._take_unretrieved()
+        if failure is not None:
+            text = f"the last save failed, and nobody has seen it: {failure!r}"
+            log.error("%s", text)
+            if log.has_handlers():  # else the log is standard error
+                sys.stderr.write(f"aiodcp: {text}\n")
 
     # --- saving
 
@@ -289,8 +317,9 @@ class Checkpointer(Blocking):
         Cancellation: while it waits its turn, gives the turn up.
         """
 
-        async def encode() -> bytes:
-            return check_note(custom_metadata)
+        async def encode() -> Callable[[], bytes]:
+            note = check_note(custom_metadata)
+            return lambda: note
 
         return await self._save(state_dict, checkpoint_id, encode, planner=planner, on_busy=on_busy)
 
@@ -298,17 +327,22 @@ class Checkpointer(Blocking):
         self,
         state_dict: Mapping[str, Any],
         checkpoint_id: CheckpointId,
-        first: Callable[[], Awaitable[bytes]],
+        first: Callable[[], Awaitable[Callable[[], bytes]]],
         *,
         planner: SavePlanner | None,
         on_busy: Literal["wait", "skip", "raise"],
     ) -> Checkpoint | None:
-        """Save as `save` does. `first` is awaited before; it returns the note, or fails the save on all ranks."""
+        """Save as `save` does.
+
+        `first` is awaited before; it returns what makes the note, or fails the save on all ranks.
+        """
         self._service.check_open()
+        if on_busy == "wait":
+            self._service.refuse_inside("a save")
         number = self._service.count_call()
         skipped = on_busy in ("skip", "raise") and await self._service.skips.ask()
         checkpoint: Checkpoint | None = None
-        turn = Milestone("turn")
+        turn = MilestoneSource("turn")
         asked: Future[Job] = Future()
         with self._service.waiting(turn, asked):
             try:
@@ -318,14 +352,14 @@ class Checkpointer(Blocking):
                     raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
                 if planner is not None and not isinstance(planner, SavePlanner):
                     raise ArgumentError("planner", f"a {type(planner).__name__} is no SavePlanner")
-                self._raise_untold()
+                self._raise_unretrieved()
                 if skipped and on_busy == "skip":
                     return None
                 if skipped:
                     raise BusyError(self._service.in_flight or place)
                 checkpoint = self._begin(number, place, checkpoint_id, turn, asked)
-                await turn
-                self._raise_untold()  # of the save that this one waited for
+                await turn.reached()
+                self._raise_unretrieved()  # of the save that this one waited for
                 job = self._capture(checkpoint, state_dict, note, planner)
                 if not answer(asked, job):
                     await checkpoint.uploaded  # another rank has failed: raises that
@@ -333,25 +367,27 @@ class Checkpointer(Blocking):
                 self._last = checkpoint
             except BaseException as error:
                 reason = error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
-                if self._last is not None and self._last.uploaded.failed_with(error):
+                if self._last is not None and self._last._uploaded.error() is error:
                     reason = EarlierFailureError(f"told of an earlier save: {error!r}"[:RETOLD_LENGTH])
-                if checkpoint is None and self._service.line is not None and not skipped:
-                    self._begin(number, str(checkpoint_id), checkpoint_id, turn, asked)  # the others must be told
+                if checkpoint is None and self._service.line is not None and not skipped:  # the others must hear of it
+                    checkpoint = self._begin(number, str(checkpoint_id), checkpoint_id, turn, asked)
+                if checkpoint is not None:
+                    checkpoint._mark_retrieved()  # it is raised here
                 answer(asked, reason)
                 raise
-        give_turns(asyncio.get_running_loop(), checkpoint.uploaded.done)
+        give_turns(asyncio.get_running_loop(), checkpoint._uploaded)
         return checkpoint
 
     def _capture(
         self,
         checkpoint: Checkpoint,
         state_dict: Mapping[str, Any],
-        note: bytes = b"",
+        note: Callable[[], bytes] = bytes,
         planner: SavePlanner | None = None,
     ) -> Job:
         """Take the state as it is now. In the caller's thread."""
         checkpoint._log.restart()
-        with checkpoint.timeline.record("capture"):
+        with checkpoint.timeline.record("capture"), _capture_errors():
             if planner is None:
                 taken = capture(state_dict, self._service.rank, may_be_empty=self._service.line is not None)
             else:
@@ -371,8 +407,8 @@ class Checkpointer(Blocking):
             checkpoint_id=checkpoint.checkpoint_id,
             note=note,
             queued=checkpoint._queued,
-            staged=checkpoint.staged,
-            uploaded=checkpoint.uploaded,
+            staged=checkpoint._staged,
+            uploaded=checkpoint._uploaded,
             log=checkpoint._log,
             timeline=checkpoint.timeline,
         )
@@ -390,11 +426,14 @@ class Checkpointer(Blocking):
                     stacklevel=2,
                 )
 
-    def _begin(self, number: int, place: str, checkpoint_id: object, turn: Milestone, asked: Future[Job]) -> Checkpoint:
+    def _begin(
+        self, number: int, place: str, checkpoint_id: object, turn: MilestoneSource, asked: Future[Job]
+    ) -> Checkpoint:
         checkpoint = Checkpoint(place, self._service.engine)
+        loop = asyncio.get_running_loop()
 
         async def take() -> Job:
-            return await asyncio.wrap_future(asked)
+            return await from_caller(asked, loop)
 
         async def save(operation: Operation) -> list[str]:
             try:
@@ -408,7 +447,7 @@ class Checkpointer(Blocking):
     def _begin_several(
         self,
         place: str,
-        turn: Milestone,
+        turn: MilestoneSource,
         note: Callable[[], bytes],
         wishes: Callable[[], Awaitable[Wish]],
         succeed: Callable[[], None],
@@ -427,7 +466,7 @@ class Checkpointer(Blocking):
         self,
         number: int,
         place: str,
-        turn: Milestone,
+        turn: MilestoneSource,
         save: Callable[[Operation], Awaitable[list[str]]],
         fail: Callable[[Exception], None],
     ) -> Operation:
@@ -488,19 +527,18 @@ class Checkpointer(Blocking):
             elif (watch := checkpoint._watch) is not None:
                 watch.begins_step(optimizer)
 
-    def _raise_untold(self) -> None:
-        untold = self._take_untold()
-        if untold is not None:
-            raise untold
-
-    def _take_untold(self) -> Exception | None:
-        """Return the failure of the last save if nobody was told, and count it as told."""
-        last = self._last
-        if last is None:
-            return None
-        error = last._untold()
+    def _raise_unretrieved(self) -> None:
+        error = self._take_unretrieved()
         if error is not None:
-            last.uploaded.fail(error, told=True)
+            raise error
+
+    def _take_unretrieved(self) -> Exception | None:
+        """Return the failure of the last save if nobody has seen it, and count it as seen."""
+        if self._last is None:
+            return None
+        error = self._last._unretrieved()
+        if error is not None:
+            self._last._mark_retrieved()
         return error
 
     async def prepare(self, state_dict: Mapping[str, Any]) -> None:
@@ -514,6 +552,7 @@ class Checkpointer(Blocking):
         Cancellation: takes effect when the step under way is done.
         """
         self._service.check_open()
+        self._service.refuse_inside("a preparation")
         may_be_empty = self._service.line is not None
         take = self._take(lambda: capture(state_dict, self._service.rank, may_be_empty=may_be_empty))
         operation = self._service.operation(Kind.PREPARE, ClosedError("the preparation was cancelled"))
@@ -643,6 +682,8 @@ class Checkpointer(Blocking):
         shown: Bar,
         options: LoadOptions,
     ) -> Loaded:
+        if self._service.line is not None:  # ranks wait for each other's turns
+            self._service.refuse_inside("a load of several ranks")
         operation = self._service.operation(Kind.LOAD, LoadError("the load was cancelled"))
 
         async def load() -> Loaded:
@@ -673,6 +714,28 @@ class Checkpointer(Blocking):
     read_custom_metadata_sync = blocking(read_custom_metadata)
 
 
+_open: WeakSet[Checkpointer] = WeakSet()  # entered, and not left
+
+
+def _finish_all() -> None:
+    for checkpointer in list(_open):
+        try:
+            checkpointer._finish_at_exit()
+        except Exception:
+            log.exception("%r could not be finished", checkpointer)
+
+
+at_exit(_finish_all)
+
+
+@contextmanager
+def _capture_errors() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise StageError(0, "there is no host memory to take the values in") from error
+
+
 @contextmanager
 def _load_errors() -> Iterator[None]:
     """Let nothing leave a load that is not of our tree."""
@@ -685,7 +748,7 @@ def _load_errors() -> Iterator[None]:
 
 
 def _log_retry(place: str, path: str, attempt: Attempt) -> None:
-    _log.warning("%s: %s", path, attempt)
+    log.warning("%s: %s", path, attempt)
 
 
 def _ranks_on_this_host() -> int:

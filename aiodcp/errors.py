@@ -3,6 +3,7 @@
     CheckpointError
     ├── ArgumentError (also ValueError)      an argument of ours cannot be used: raised before anything happens
     ├── ClosedError (also RuntimeError)      the Checkpointer is not open, or belongs to the parent of this fork
+    │   └── DeadlockError                    the call would wait for what only its caller can end
     ├── BusyError                            a save is in flight and the caller chose not to wait
     ├── SaveError                            a save failed; nothing was committed
     │   ├── CaptureError                     the state dict cannot be saved as it is: names the fqn
@@ -55,6 +56,10 @@ class ArgumentError(CheckpointError, ValueError):
 
 class ClosedError(CheckpointError, RuntimeError):
     """The Checkpointer was used outside `async with`, or in a forked child of the process that opened it."""
+
+
+class DeadlockError(ClosedError):
+    """The call would wait for ever for what its own caller must end first, such as the block that it is in."""
 
 
 class BusyError(CheckpointError):

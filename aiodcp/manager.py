@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -22,8 +23,9 @@ from ._commit import is_live
 from ._events import Event
 from ._joint import JointCheckpoint, joint_after
 from ._load import LoadOptions
+from ._log import log
 from ._matching import LoadReport, Rename
-from ._milestone import Milestone
+from ._milestone import Milestone, MilestoneSource
 from ._names import step_place
 from ._preempt import Preemption
 from ._report import Report, Saving, Stats
@@ -37,6 +39,7 @@ from .errors import (
     LoadError,
     NotACheckpointError,
     RankError,
+    ReadError,
     SaveCancelled,
 )
 
@@ -44,7 +47,13 @@ CLEAR_UP_S = 1.0  # of the time that preemption leaves: to remove what was writt
 
 OnBusy = Literal["wait", "skip", "raise"]
 
-RESERVED = {"step", "saved_at", "metrics"}  # of the custom metadata of a step: the manager's own
+RESERVED = {
+    "step",
+    "saved_at",
+    "metrics",
+    "commit_number",
+    "others_saved_at",
+}  # of the custom metadata of a step: the manager's own
 
 if TYPE_CHECKING:  # at run time TypeVars have no defaults before Python 3.13
     from typing_extensions import TypeVar as TypeVarWithDefault
@@ -110,7 +119,8 @@ class CheckpointManager(Blocking, Generic[SaveT]):
         deadline: when the process will be ended in any case, in seconds of `time.time()`: heard `grace_s` before.
         progress: show a bar on the coordinator's standard error, if that is a terminal and the extra `cli` (rich) is
             installed, for saves and loads that take longer than a second.
-        on_event: called with each `Event`, in a thread of the library's: it must not block.
+        on_event: called with each `Event`, one after the other, in the thread `aiodcp-callbacks`. What it raises is
+            logged; leaving the manager waits ten seconds at most for the last call.
     """
 
     @overload
@@ -273,6 +283,7 @@ class CheckpointManager(Blocking, Generic[SaveT]):
     async def _leave(self, limit_s: float | None, error: BaseException | None) -> None:
         if not self._is_open:
             return
+        self.checkpointer._service.refuse_inside("to leave the manager")
         self._is_open = False
         gave_up = False
         try:
@@ -285,9 +296,11 @@ class CheckpointManager(Blocking, Generic[SaveT]):
         finally:
             self._claimed = False
             self._preemption.close()
+            await self._report.feed.flush()
             self._report.feed.end()
-        if gave_up and self._last is not None and self._last.uploaded.failed() and self._on_error == "raise":
-            given_up = SaveCancelled(self._last.checkpoint_id)
+        last = self._last
+        if gave_up and last is not None and last._uploaded.error() is not None and self._on_error == "raise":
+            given_up = SaveCancelled(last.checkpoint_id)
             if error is None:
                 raise given_up
             error.add_note(f"aiodcp: besides, {given_up}: there was no time left for it")
@@ -334,7 +347,7 @@ class CheckpointManager(Blocking, Generic[SaveT]):
         once. Ranks that train in step ask `should_save` after each step; it is reached on all of them at the same one,
         within about a second, and `should_save` is true for it: save, and leave the loop.
         """
-        return self._preemption.milestone
+        return self._preemption.preempted
 
     def preempt(self, reason: str = "asked for") -> None:
         """Ask the run to stop, on all ranks: as a signal does. From any thread."""
@@ -464,7 +477,7 @@ class CheckpointManager(Blocking, Generic[SaveT]):
             metrics: numbers to be kept with it, for `keep_best` and `metrics()`.
             custom_metadata: small facts in words of JSON to be committed with it, which
                 `checkpointer.read_custom_metadata(manager.path(step))` returns beside the manager's own `step`,
-                `saved_at` and `metrics`.
+                `saved_at`, `metrics` and what orders commits.
             planner: your own, instead of DCP's.
             on_busy: instead of the manager's.
 
@@ -503,15 +516,14 @@ class CheckpointManager(Blocking, Generic[SaveT]):
             self._report.skipped(step)
             return None
         if self._on_error == "warn":
-            checkpoint.staged.forgive()
-            checkpoint.uploaded.forgive()
+            checkpoint._mark_retrieved()
         self._last = checkpoint
         self._report.began(saving, checkpoint.timeline)
 
         def ended(error: Exception | None) -> None:  # in the engine's thread, most likely
             self._end(saving, numbers, [checkpoint], error)
 
-        checkpoint.uploaded.when_done(ended)
+        checkpoint._uploaded.when_done(ended)
         self.checkpointer._service.in_background(self._see_through, step, checkpoint)
         return checkpoint
 
@@ -521,14 +533,14 @@ class CheckpointManager(Blocking, Generic[SaveT]):
         metrics: Mapping[str, float] | None,
         custom_metadata: Mapping[str, Any] | None,
         numbers: dict[str, float],
-    ) -> bytes:
-        """Check what is given, make sure that nobody removes what is to be written, and return the note.
+    ) -> Callable[[], bytes]:
+        """Check what is given, make sure that nobody removes what is to be written, and return what makes the note.
 
         The metrics as they are now go into `numbers`.
         """
         numbers.update(_check_metrics(metrics))
-        own = {"step": _check_step(step), "saved_at": time.time(), "metrics": numbers}
-        note = check_note({**_check_custom_metadata(custom_metadata), **own})
+        own = {"step": _check_step(step), "metrics": numbers}
+        own.update(json.loads(check_note(_check_custom_metadata(custom_metadata))))  # as it is now
         if self._is_coordinator and not self._claimed:  # until it is left: nobody clears up meanwhile
             await self.checkpointer._service.run(self._clear_up)  # and not sooner: who only reads removes nothing
             with write_errors(self._catalog.storage.locate(self._catalog.root)):
@@ -536,6 +548,12 @@ class CheckpointManager(Blocking, Generic[SaveT]):
                 await self.checkpointer._service.run(self.checkpointer._service.held.enter_async_context, claim)
             self._claimed = True
         await self._catalog.until_removed(step)
+        if self._is_coordinator:
+            await self.checkpointer._service.run(self._catalog.look_for_others)
+
+        def note() -> bytes:  # at the commit: commits have their numbers in the order in which they are made
+            return check_note({**own, **self._catalog.count_commit(step), "saved_at": time.time()})
+
         return note
 
     @asynccontextmanager
@@ -573,7 +591,7 @@ class CheckpointManager(Blocking, Generic[SaveT]):
         try:
             async with self._in_time():
                 async with joint_after(self.checkpointer, self.path(step), first, ended) as joint:
-                    self.checkpointer._service.in_background(self._prune_after, joint._ended)
+                    self.checkpointer._service.in_background(self._prune_after, step, joint._ended)
                     yield joint
         except TimeoutError as error:
             if self._preemption.left_s is None:
@@ -586,17 +604,20 @@ class CheckpointManager(Blocking, Generic[SaveT]):
         """Take note of how a save has ended."""
         self._catalog.let_go(saving.step)
         if error is None:
-            self._catalog.take_in(saving.step, metrics)
-            self._catalog.doom(removes=self._is_coordinator)
+            self._catalog.add(saving.step, metrics)
+            self._catalog.mark_for_removal(removes=self._is_coordinator)
         self._report.ended(saving, parts, error)
 
     async def _see_through(self, step: int, checkpoint: Checkpoint) -> None:
         """Show how far a save has come, and remove what is not to be kept after it."""
         await self._report.show(step, checkpoint)
-        await self._prune_after(checkpoint.uploaded)
+        await self._prune_after(step, checkpoint._uploaded)
 
-    async def _prune_after(self, ended: Milestone) -> None:
+    async def _prune_after(self, step: int, ended: MilestoneSource) -> None:
         await ended.settled()
+        if ended.error() is not None and await self._catalog.look_again(step):
+            log.warning("step %d: its save failed when it was committed already: it is there", step)
+            self._catalog.mark_for_removal(removes=self._is_coordinator)
         await self._catalog.prune(self._report.removed)
 
     # --- restoring
@@ -630,6 +651,8 @@ class CheckpointManager(Blocking, Generic[SaveT]):
 
         Raises:
             NotACheckpointError: the step is not there, or not complete.
+            ReadError: a step with a higher number than all others is there and cannot be read, and `fall_back` is
+                false; or none can.
             LoadError: see `Checkpointer.load`.
         """
         if step not in ("latest", "best"):
@@ -642,6 +665,8 @@ class CheckpointManager(Blocking, Generic[SaveT]):
         await self.checkpointer._service.wait_for_saves()
         await self.refresh()
         numbers = [each.step for each in self._catalog.newest]
+        if step == "latest":
+            self._refuse_to_pass_over(numbers, fall_back=fall_back)
         if isinstance(step, int):
             numbers = [step, *(numbers[numbers.index(step) + 1 :] if step in numbers else ())]
         elif step == "best":
@@ -659,9 +684,16 @@ class CheckpointManager(Blocking, Generic[SaveT]):
                 except (CorruptError, RankError) as error:
                     if number == numbers[-1] or not _is_damage(error):
                         raise
-                    self._catalog.distrust(number)
+                    self._catalog.mark_damaged(number)
                     self._report.fell_back(number, error)
         return None
+
+    def _refuse_to_pass_over(self, readable: Sequence[int], *, fall_back: bool) -> None:
+        """Refuse to take an older step for the latest because the latest cannot be read."""
+        unreadable = self._catalog.unreadable
+        if unreadable and (not readable or (max(unreadable) > max(readable) and not fall_back)):
+            step = max(unreadable)
+            raise ReadError(self.path(step), f"it may be the latest step, and cannot be read: {unreadable[step]}")
 
     # --- without an event loop
 

@@ -4,6 +4,8 @@
     python examples/task_group.py --fail evaluate # evaluation raises: the group is cancelled, the last save is kept
     python examples/task_group.py --fail save     # the disk is full: the group hears of it, the older save is kept
 
+Ctrl-C lets the tasks end by themselves, with a last save.
+
 Whichever way it ends, the checkpoint that is there is whole, and the last lines load it to show that.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ class Run:
         self.saved: asyncio.Queue[int | None] = asyncio.Queue()
         self.may_change = asyncio.Event()  # cleared from the moment a save is wanted until it is staged
         self.may_change.set()
+        self.stop = asyncio.Event()  # set by Ctrl-C
 
     def state(self, step: int) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optim": self.optimizer.state_dict(), "step": step}
@@ -54,10 +58,13 @@ async def train(run: Run) -> None:
         await run.may_change.wait()  # a save under way still reads the weights
         run.optimizer.step()
         run.optimizer.zero_grad()
-        if step % SAVE_EVERY == 0:
+        stop = run.stop.is_set()
+        if step % SAVE_EVERY == 0 or stop:
             print(f"train: step {step}, loss {loss.item():.3f}")
             run.may_change.clear()
             run.to_save.put_nowait(step)
+        if stop:
+            break
         await asyncio.sleep(0)
     run.to_save.put_nowait(None)
 
@@ -102,6 +109,7 @@ class FullDisk(aiodcp.LocalStorage):
 async def main(fail: str | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, run.stop.set)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(train(run))

@@ -4,6 +4,8 @@
     python examples/train.py --resume       # goes on after the newest checkpoint, bit for bit
     python examples/train.py --trace trace.json     # what happened when, to look at in https://ui.perfetto.dev
 
+Ctrl-C saves the step that is under way, and ends; --resume goes on from there.
+
 The loop is asyncio; a training step blocks it, as steps do. A save is begun after an optimizer step. Its staging runs
 under the next forward and backward pass and is awaited before the next optimizer step, which is the first moment at
 which the weights change again; its writing goes on under whatever comes next.
@@ -16,6 +18,7 @@ import asyncio
 import hashlib
 import os
 import shutil
+import signal
 import sysconfig
 import time
 from dataclasses import dataclass
@@ -161,7 +164,13 @@ async def train(options: argparse.Namespace) -> None:
     if not options.resume and any(options.out.glob("step-*")):
         print(f"removing the steps of an earlier run from {options.out}; --resume would go on with them")
         shutil.rmtree(options.out)
-    async with asyncio.TaskGroup() as group, aiodcp.CheckpointManager(options.out, keep_last=KEPT) as manager:
+    manager = aiodcp.CheckpointManager(
+        options.out,
+        keep_last=KEPT,
+        save_interval=options.save_every,
+        signals=[signal.SIGINT, signal.SIGTERM],
+    )
+    async with asyncio.TaskGroup() as group, manager:
         checkpointer = manager.checkpointer
         if await manager.restore({"app": app}) is not None:
             print(f"resumed after step {app.step} from {manager.path(app.step)}")
@@ -188,12 +197,16 @@ async def train(options: argparse.Namespace) -> None:
             if step % options.log_every == 0:
                 print(f"step {step}: loss {loss.item():.3f}", flush=True)
 
-            if step % options.save_every == 0 or step == options.steps:
+            if manager.should_save(step) or step == options.steps:
                 began = time.perf_counter()
                 checkpoint = await manager.save(step, {"app": app}, metrics={"loss": loss.item()})
                 assert checkpoint is not None, "no save is skipped"
                 saves.append(Save(step, checkpoint, stall_s=time.perf_counter() - began))
-                group.create_task(saves[-1].follow(compute, is_last=step == options.steps))
+                is_last = step == options.steps or manager.preempted.done()
+                group.create_task(saves[-1].follow(compute, is_last=is_last))
+            if manager.preempted.done():
+                print(f"asked to stop: step {step} is saved, --resume goes on", flush=True)
+                break
             await asyncio.sleep(0)  # everything else that lives on this loop has its turn
         for save in saves:
             await save.checkpoint.uploaded
@@ -249,4 +262,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    asyncio.run(train(parse()))
+    try:
+        asyncio.run(train(parse()))
+    except KeyboardInterrupt:  # a second Ctrl-C
+        raise SystemExit(128 + signal.SIGINT) from None

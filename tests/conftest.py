@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -18,6 +21,25 @@ from aiodcp.storage import Reader, Writer
 from .worlds import World
 
 HELD_AT_MOST_S = 30.0
+HANGS_AFTER_S = 600.0  # no test takes a minute, on a machine that has time for it
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Name a test that hangs, print all stacks, and end the run."""
+
+    def end() -> None:
+        sys.__stderr__.write(f"\n{item.nodeid} hangs: not done after {HANGS_AFTER_S:.0f} s\n")  # type: ignore[union-attr]
+        faulthandler.dump_traceback(sys.__stderr__)  # type: ignore[arg-type]
+        os._exit(3)
+
+    watch = threading.Timer(HANGS_AFTER_S, end)
+    watch.daemon = True
+    watch.start()
+    try:
+        return (yield)
+    finally:
+        watch.cancel()
 
 
 class FaultyStorage(MemoryStorage):

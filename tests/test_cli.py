@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch.distributed.checkpoint as dcp
 
 from aiodcp import Checkpointer, CheckpointManager, LocalStorage
 from aiodcp.__main__ import main
-from aiodcp._note import encode_note
+from aiodcp._note import OLD_MARK
 from aiodcp.metadata import METADATA_NAME, ChunkStorageMetadata, TensorStorageMetadata
+from aiodcp.storage import local
 
 from .conftest import assert_equal, make_state
 from .worlds import World
@@ -325,13 +327,19 @@ def test_a_hostile_note_stops_nobody(root: Path, capsys: pytest.CaptureFixture[s
         (10, {"metrics": [1, 2]}),
     ):
         with (root / f"step-{step}" / ".metadata").open("ab") as file:
-            file.write(encode_note(note))
+            file.write(_old_seal(json.dumps(note).encode()))
     with (root / "step-15" / ".metadata").open("ab") as file:
-        nested = b"[" * 100_000 + b"]" * 100_000
-        file.write(nested + len(nested).to_bytes(4, "little") + b"\0aiodcp1")
-    assert [row["metrics"] for row in json.loads(run(capsys, "ls", root, "--json"))] == [{}, {}, {}, {}]
+        file.write(_old_seal(b"[" * 100_000 + b"]" * 100_000))
+    rows = json.loads(run(capsys, "ls", root, "--json"))
+    assert [row["metrics"] for row in rows] == [{}, {}, {}, {}]
+    assert ["no JSON" in row["problem"] for row in rows] == [False, False, True, False]
+    assert "no JSON" in run(capsys, "ls", root)
     with CheckpointManager(root, keep_last=3, keep_best=("loss", "min")) as manager:
-        assert manager.steps() == [5, 10, 15]
+        assert manager.steps() == [5, 10]
+
+
+def _old_seal(note: bytes) -> bytes:
+    return note + len(note).to_bytes(4, "little") + OLD_MARK
 
 
 def test_metadata_with_any_bit_flipped_is_read_or_refused_in_words(
@@ -379,3 +387,72 @@ def test_words_for_arguments_that_cannot_be_meant(root: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert not ended.value.code
+
+
+@pytest.mark.parametrize("name", ["data", ".metadata"])
+def test_what_cannot_be_read_is_one_line_and_no_damage(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "a", {"w": torch.ones(3)})
+    save(tmp_path / "b", {"w": torch.ones(3)})
+    path = next((tmp_path / "a").glob("*.distcp")) if name == "data" else tmp_path / "a" / name
+    real = local._regular
+
+    def refuse(opened: str, flags: int) -> int:
+        if opened == str(path):
+            raise PermissionError(13, "Permission denied", opened)
+        return real(opened, flags)
+
+    monkeypatch.setattr(local, "_regular", refuse)
+    commands = [["verify", tmp_path / "a"], ["diff", tmp_path / "a", tmp_path / "b"]]
+    commands += [["export", tmp_path / "a", "--to", "torch", tmp_path / "out.pt"]]
+    for command in commands:
+        with pytest.raises(SystemExit) as caught:
+            main([str(each) for each in command])
+        assert caught.value.code == 2
+        said = capsys.readouterr().err
+        assert "Permission denied" in said
+        assert said.count("\n") == 1
+
+
+def test_a_fifo_in_a_checkpoint_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "a", {"w": torch.ones(3)})
+    path = next((tmp_path / "a").glob("*.distcp"))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(SystemExit) as caught:
+        main(["verify", str(tmp_path / "a")])
+    assert caught.value.code == 1
+    assert "is no regular file" in capsys.readouterr().out
+
+
+def test_whatever_a_name_holds_is_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "a", {"w\x1b[2J\udcff": torch.ones(3)})
+    shown = run(capsys, "show", tmp_path / "a")
+    assert r"w\x1b[2J\udcff" in shown
+    assert "\x1b" not in shown
+
+
+def test_what_nobody_foresaw_is_one_line_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise MemoryError("no memory for 2^45 elements\nat all")
+
+    monkeypatch.setattr("aiodcp._roots.look", fail)
+    with pytest.raises(SystemExit) as caught:
+        main(["ls", str(tmp_path)])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "aiodcp ls: MemoryError: no memory for 2^45 elements\\nat all\n"
+
+
+def test_it_runs_from_a_checkout_that_is_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_found(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("aiodcp.__main__.version", not_found)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == "aiodcp (not installed)\n"

@@ -129,7 +129,7 @@ async def test_staged_comes_with_the_last_copy_and_nothing_is_written_before_it_
     state = _state()
     async with Checkpointer(storage=faulty) as checkpointer:
         ckpt = await checkpointer.save(state, "a")
-        await asyncio.to_thread(ckpt._queued.wait, 30)
+        await asyncio.to_thread(ckpt._queued.wait_in_thread, 30)
         assert not ckpt.staged.done()
         assert "write" not in faulty.calls
         assert ckpt.progress.bytes_staged == 0
@@ -198,7 +198,7 @@ async def test_a_change_without_a_fence_is_torn(device: Device, faulty: FaultySt
     state = _state()
     async with Checkpointer(storage=faulty) as checkpointer:
         ckpt = await checkpointer.save(state, "a")
-        await asyncio.to_thread(ckpt._queued.wait, 30)
+        await asyncio.to_thread(ckpt._queued.wait_in_thread, 30)
         _step(device, {"w2": state["w2"]})
         device.copies.go.set()
         with pytest.raises(TornSnapshotError) as caught:
@@ -211,7 +211,7 @@ async def test_a_fence_after_the_change_does_not_hide_it(device: Device, faulty:
     state = _state()
     async with Checkpointer(storage=faulty) as checkpointer:
         ckpt = await checkpointer.save(state, "a")
-        await asyncio.to_thread(ckpt._queued.wait, 30)
+        await asyncio.to_thread(ckpt._queued.wait_in_thread, 30)
         _step(device, {"w2": state["w2"]})
         ckpt.fence()
         device.copies.go.set()
@@ -241,7 +241,7 @@ async def test_a_save_that_is_cancelled_ends_when_no_copy_uses_its_memory_any_mo
 ) -> None:
     async with Checkpointer(storage=faulty) as checkpointer:
         ckpt = await checkpointer.save(_state(), "a")
-        await asyncio.to_thread(ckpt._queued.wait, 30)
+        await asyncio.to_thread(ckpt._queued.wait_in_thread, 30)
         ckpt.cancel()
         await asyncio.to_thread(_engine_has_turned, checkpointer)
         assert not ckpt.uploaded.done()

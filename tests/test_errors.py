@@ -10,6 +10,7 @@ EXAMPLES: list[tuple[CheckpointError, str]] = [
     (errors.CheckpointError("reason"), "reason"),
     (errors.ArgumentError("on_busy", "is wrong"), "on_busy: is wrong"),
     (errors.ClosedError("closed"), "closed"),
+    (errors.DeadlockError("a deadlock"), "a deadlock"),
     (errors.BusyError("ckpt/1"), "a save to 'ckpt/1' is in flight"),
     (errors.SaveError("reason"), "reason"),
     (errors.CaptureError("model.w", "is meta"), "model.w: is meta"),

@@ -255,7 +255,7 @@ async def test_a_participant_that_fails_leaves_nothing_and_one_error(
                     part = ckpt.add("trainer", state)
                     await part.staged
                     await fail(ckpt)
-            assert part.uploaded.failed()
+            assert part.uploaded.exception() is not None
             assert faulty.open_files == 0
         assert faulty.files["a"] == before
         assert not faulty.files.get("fresh")
@@ -592,7 +592,7 @@ def _ranks_told_of_an_earlier_failure(rank: int, size: int, folder: Path) -> lis
                 with contextlib.suppress(RankError):
                     await ckpt
             else:
-                await ckpt.uploaded.settled()
+                await ckpt._uploaded.settled()
             storage.bad = False
             for number in range(3):
                 try:

@@ -320,10 +320,16 @@ async def test_events_come_in_order_and_can_be_followed(faulty: FaultyStorage) -
 async def test_leftovers_are_not_listed_and_removed_by_the_next_manager_that_saves(tmp_path: Path) -> None:
     told: list[Event] = []
     (tmp_path / "step-9").mkdir()
-    (tmp_path / "step-9" / "__0_dead.distcp").write_bytes(b"half")
+    (tmp_path / "step-9" / f"__0_0_{32 * '0'}.distcp").write_bytes(b"half")
     async with CheckpointManager(tmp_path, on_event=told.append) as manager:
         assert manager.steps() == []
         assert await manager.restore(blank(make_state())) is None
+    assert (tmp_path / "step-9").exists()
+    async with CheckpointManager(tmp_path, on_event=told.append) as manager:
+        await _save(manager, 1)
+    assert (tmp_path / "step-9").exists()  # no manager has saved here before: it may be alive, and has no lock to hold
+    async with CheckpointManager(tmp_path, on_event=told.append) as manager:
+        assert manager.steps() == [1]
     assert (tmp_path / "step-9").exists()  # who only reads removes nothing: it may be anybody's that is being written
     async with CheckpointManager(tmp_path, on_event=told.append) as manager:
         await _save(manager, 1)
@@ -494,7 +500,7 @@ async def test_a_root_that_may_only_be_read_can_be_read(tmp_path: Path, monkeypa
     async with CheckpointManager(tmp_path) as manager:
         await _save(manager, 1)
 
-    async def refuse(path: str) -> int:
+    async def refuse(path: str, make: bool) -> int:
         raise OSError(30, "Read-only file system", path)
 
     monkeypatch.setattr(local._locks, "open", refuse)

@@ -1,5 +1,6 @@
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata as DcpMetadata
 
-from aiodcp import Checkpointer, CorruptError, LocalStorage, MemoryStorage, UnsafeError, metadata
+from aiodcp import Checkpointer, CorruptError, LocalStorage, MemoryStorage, UnsafeError, _dcp, _metadata_reader
+from aiodcp._note import open_seal
+from aiodcp._pickle_screen import is_harmless, without_memoized_tuples
 from aiodcp.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -85,7 +88,7 @@ def test_a_path_out_of_the_checkpoint_is_refused(path: Any) -> None:
 @pytest.mark.parametrize(("offset", "length"), [(-1, 5), (0, -5), ("0", 5), (None, 5)])
 def test_places_that_are_no_places_are_corrupt(offset: Any, length: Any) -> None:
     data = pickle.dumps(Metadata({}, storage_data={MetadataIndex("w"): StorageInfo("f", offset, length)}))
-    with pytest.raises(CorruptError, match="stored"):
+    with pytest.raises(CorruptError, match=r"stored|where it is"):
         read_metadata(data, "ckpt/.metadata")
 
 
@@ -159,23 +162,31 @@ async def test_metadata_of_many_tensors_is_small() -> None:
 
 
 def test_six_fields_of_tensor_properties_are_read() -> None:
-    properties = metadata._AnyProperties()
-    five = TensorProperties(dtype=torch.float16).__getstate__()  # type: ignore[no-untyped-call]
-    properties.__setstate__((*five[:5], (1, 2)))
-    assert type(properties) is TensorProperties
-    assert properties.dtype is torch.float16
+    size = torch.Size([2])
+    properties = TensorProperties(dtype=torch.float16)
+    entry = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(torch.Size([0]), size)])
+    five = pickle.dumps(properties.__getstate__()[:5], protocol=2)[2:-1]  # type: ignore[no-untyped-call]
+    data = pickletools.optimize(pickle.dumps(Metadata({"w": entry}, storage_data={}), protocol=2))
+    assert five[-3:-1] == b"tq"  # the end of the state, of which torch 2.15 has one more
+    at = data.index(b"\x89t") + 1
+    six = data[:at] + b"K\x01K\x02\x86" + data[at:]
+    for each in (data, six):
+        read = read_metadata(each, "m").state_dict_metadata["w"]
+        assert isinstance(read, TensorStorageMetadata)
+        assert type(read.properties) is TensorProperties
+        assert read.properties.dtype is torch.float16
 
 
 def test_the_collector_is_held_off_only_for_the_block() -> None:
     import gc
 
     assert gc.isenabled()
-    with metadata.gc_held_off():
+    with _dcp.gc_held_off():
         assert not gc.isenabled()
     assert gc.isenabled()
     gc.disable()
     try:
-        with metadata.gc_held_off():
+        with _dcp.gc_held_off():
             pass
         assert not gc.isenabled()
     finally:
@@ -190,3 +201,45 @@ def test_a_pickle_that_sets_attributes_of_what_it_names_changes_nothing_outside(
     with pytest.raises(CorruptError):
         read_metadata(poison, "m")
     assert ChunkStorageMetadata(torch.Size([1]), torch.Size([2])).sizes == (2,)
+
+
+async def test_what_this_library_writes_is_left_to_the_c_unpickler() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    long = {"n" * 255: torch.ones(1), "by": {1: 2, 3: torch.ones(2, 3, 4, 5, 6)}, "empty": {}}
+    states = [make_state(), {"model": model, "optim": optimizer}, long, {"s": torch.eye(3).to_sparse(), "n": None}]
+    states.append({f"w{number}": torch.ones(number % 7, 2) for number in range(2500)})
+    for state in states:
+        data = await _written_metadata(state)
+        pickled, _ = open_seal(data)
+        assert is_harmless(pickled)
+        assert is_harmless(bytes(pickled))
+        quick, slow = read_metadata(data, "m"), _metadata_reader._Reader(pickled, "m").read()
+        assert _as_data(quick) == _as_data(slow) == _as_data(pickle.loads(data))
+    data = await _written_metadata({"n" * 256: torch.ones(1)})
+    assert not is_harmless(open_seal(data)[0])  # and is read all the same
+    assert list(read_metadata(data, "m").state_dict_metadata) == ["n" * 256]
+
+
+def _as_data(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [(_as_data(key), _as_data(each)) for key, each in value.items()]
+    if type(value) in (list, tuple):
+        return [_as_data(each) for each in value]
+    if type(value).__module__.startswith(("torch.distributed", "aiodcp")) and hasattr(value, "__dict__"):
+        return _as_data(vars(value))
+    return value
+
+
+def test_tuples_are_taken_out_of_the_memo_unless_one_is_used_twice() -> None:
+    for value in ({"a": ("b", "c"), "d": ("b",), "e": (1, 2, 3, 4), "f": ()}, [1, ("x", "x")], {}):
+        pickled = pickle.dumps(value, protocol=2)
+        shorter = without_memoized_tuples(pickled)
+        assert pickle.loads(shorter) == value
+        assert b"\x85q" not in shorter
+        assert b"\x86q" not in shorter
+    shared = ("a", "b")
+    pickled = pickle.dumps({"x": shared, "y": shared}, protocol=2)
+    assert without_memoized_tuples(pickled) == pickled

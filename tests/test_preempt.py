@@ -109,7 +109,7 @@ async def test_a_save_that_is_not_done_in_time_is_given_up_and_leaves_nothing(fa
         with pytest.raises(SaveCancelled):  # the last save waits for the one before, for as long as is left
             await manager.save(3, make_state(3))
     assert ckpt is not None
-    assert ckpt.uploaded.failed()
+    assert ckpt.uploaded.exception() is not None
     assert {place for place, files in faulty.files.items() if files} == {"root/step-1"}
     assert [each.step for each in told if isinstance(each, SaveFailed)] == [2]
 
@@ -124,7 +124,7 @@ async def test_closing_is_bounded(faulty: FaultyStorage) -> None:
             await manager.aclose(timeout=0.05)
         assert time.perf_counter() - began < 5
         assert ckpt is not None
-        assert ckpt.uploaded.failed()
+        assert ckpt.uploaded.exception() is not None
         assert not faulty.files.get("root/step-2")
         await manager.aclose(timeout=0.05)
     assert faulty.open_files == 0
@@ -134,7 +134,7 @@ async def test_closing_is_bounded(faulty: FaultyStorage) -> None:
         await manager.aclose()
         assert ckpt is not None
         assert ckpt.uploaded.done()
-        assert not ckpt.uploaded.failed()
+        assert ckpt.uploaded.exception() is None
 
 
 async def test_no_thread_stays_behind(tmp_path: Path) -> None:

@@ -280,6 +280,10 @@ async def test_a_place_of_anyones_is_forgotten_when_asked_for(tmp_path: Path) ->
 
 async def test_claims_go_together_but_for_one_that_is_alone(storage: Storage, tmp_path: Path) -> None:
     root = str(tmp_path)
+    async with storage.join(root):
+        assert not list(tmp_path.iterdir())
+    async with storage.claim(root, alone=False):  # of a place that nobody has ever claimed it cannot be told
+        pass
     async with storage.claim(root, alone=True) as first:
         assert first
         async with storage.claim(root, alone=True) as second:
@@ -291,6 +295,10 @@ async def test_claims_go_together_but_for_one_that_is_alone(storage: Storage, tm
     async with storage.claim(root, alone=False) as one, storage.claim(root, alone=False) as other:
         assert one
         assert other
+        async with storage.claim(root, alone=True) as alone:
+            assert not alone
+    async with storage.join(root) as joined:
+        assert joined
         async with storage.claim(root, alone=True) as alone:
             assert not alone
     async with storage.claim(root, alone=True) as again:

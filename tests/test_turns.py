@@ -4,7 +4,6 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -62,14 +61,16 @@ def test_a_shorter_interval_of_the_callers_is_kept() -> None:
 
 async def test_the_pauses_end_with_what_they_are_for() -> None:
     loop = asyncio.get_running_loop()
-    calls: list[Callable[[], object]] = []
+    calls: list[int] = []
     done = threading.Event()
 
-    def is_done() -> bool:
-        calls.append(is_done)
-        return done.is_set()
+    class Awaited:
+        def done(self) -> bool:
+            calls.append(1)
+            return done.is_set()
 
-    _turns.give_turns(loop, is_done)
+    awaited = Awaited()
+    _turns.give_turns(loop, awaited)
     while len(calls) < 3:
         await asyncio.sleep(0.001)
     done.set()

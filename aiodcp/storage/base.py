@@ -1,4 +1,4 @@
-"""What a storage must be able to do: twelve verbs, and what each promises about durability.
+"""What a storage must be able to do: thirteen verbs, and what each promises about durability.
 
 A storage holds checkpoints; a checkpoint is a flat set of named files. The save flow calls `create`, writes,
 leaves the `async with`, and then `put`s the commit record: the promises below are what makes that order safe.
@@ -92,10 +92,16 @@ class Storage(Protocol):
     async def places(self, root: str) -> list[str]:
         """Return the names of the places right below `root`, sorted; none if there is no such place."""
 
+    def join(self, root: str) -> AbstractAsyncContextManager[bool]:
+        """Hold a claim on `root` that is not alone while the block lasts, if anybody has ever held one there.
+
+        For who saves below a place that is not its own: nothing is made there.
+        """
+
     def claim(self, root: str, *, alone: bool) -> AbstractAsyncContextManager[bool]:
         """Hold a claim on `root` while the block lasts, against all other processes that have the same storage.
 
         Claims that are not `alone` go together; they wait for one that is. One that is `alone` does not wait: the
-        block's value is False if anybody else holds a claim, or if the storage cannot tell. A claim ends with its
-        process.
+        block's value is False if anybody else holds a claim, or if the storage cannot tell, as where nobody has ever
+        held one. A claim ends with its process.
         """

@@ -3,6 +3,9 @@
 Files are opened by aiofiles and written at given offsets. O_DIRECT is tried once per directory; where the file
 system refuses it (tmpfs, many network file systems) the page cache is used, and that is remembered.
 
+Files are read where they lie: a symbolic link that leads out of the checkpoint is followed only from a snapshot of a
+Hugging Face cache to its blobs (`snapshots/<revision>/...` to `blobs/...`), and what is no regular file is not opened.
+
 Durability: a file is fsynced before its directory, a directory before anything that names it, and a rename only
 counts once its directory is fsynced. Source: rename(2), fsync(2), and "Files are hard",
 https://danluu.com/file-consistency/.
@@ -16,11 +19,13 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import aiofiles
 import aiofiles.os
@@ -29,7 +34,8 @@ from aiofiles.os import wrap
 from aiofiles.threadpool.binary import AsyncFileIO
 from anyio import CancelScope
 
-from ..errors import ArgumentError
+from .._log import log
+from ..errors import ArgumentError, UnsafeError
 from ._claims import Claims
 from .base import BLOCK
 
@@ -44,6 +50,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LOCK_POLL_S = 0.05
 
 _claims = Claims()
+_cannot_sync: set[int] = set()  # devices whose file systems refuse fsync of directories, as it has been logged
 _temporaries: set[str] = set()  # that `put` is writing now, in this process: nobody's leftovers
 
 
@@ -97,9 +104,11 @@ class LocalStorage:
                 await writer.close()
                 await _fsync_directory(checkpoint_id)
         except BaseException:
-            with CancelScope(shield=True):
-                await writer.close()
-                await self.remove(checkpoint_id, name)
+            with CancelScope(shield=True):  # what fails now, fails for the same reason, which is the one to be told
+                with _logged(path):
+                    await writer.close()
+                with _logged(path):
+                    await self.remove(checkpoint_id, name)
             raise
 
     def refuse_direct(self, checkpoint_id: str) -> None:
@@ -109,7 +118,8 @@ class LocalStorage:
     @asynccontextmanager
     async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[_LocalReader]:
         with CancelScope(shield=True):
-            file = await aiofiles.open(os.path.join(checkpoint_id, name), "rb", buffering=0)
+            await _check_inside(checkpoint_id, name)
+            file = await aiofiles.open(os.path.join(checkpoint_id, name), "rb", buffering=0, opener=_regular)
         try:
             yield _LocalReader(file.fileno())
         finally:
@@ -128,13 +138,15 @@ class LocalStorage:
                     await _fsync(file.fileno())
                 await aiofiles.os.replace(temporary, path)
             except BaseException:
-                await _unlink(temporary)
+                with _logged(temporary):
+                    await _unlink(temporary)
                 raise
             await _fsync_directory(checkpoint_id)
 
     async def get(self, checkpoint_id: str, name: str) -> bytes:
         with CancelScope(shield=True):
-            async with aiofiles.open(os.path.join(checkpoint_id, name), "rb") as file:
+            await _check_inside(checkpoint_id, name)
+            async with aiofiles.open(os.path.join(checkpoint_id, name), "rb", opener=_regular) as file:
                 content = await file.read()
         return content
 
@@ -180,35 +192,46 @@ class LocalStorage:
     async def places(self, root: str) -> list[str]:
         return await _directories(root)
 
-    @asynccontextmanager
-    async def claim(self, root: str, *, alone: bool) -> AsyncIterator[bool]:
+    def join(self, root: str) -> AbstractAsyncContextManager[bool]:
+        return self._claim(root, alone=False, make=False)
+
+    def claim(self, root: str, *, alone: bool) -> AbstractAsyncContextManager[bool]:
         """By a lock on a file of `root`'s, which the system takes back when the process ends, however it ends.
 
         A POSIX record lock: children that are forked do not inherit it, and network file systems know it. Within a
         process it does not hold, hence `_claims` beside it. Source: fcntl_locking(2).
         """
+        return self._claim(root, alone=alone, make=not alone)
+
+    @asynccontextmanager
+    async def _claim(self, root: str, *, alone: bool, make: bool) -> AsyncIterator[bool]:
         root = await _realpath(root)  # one root has one lock, by whatever name it is called
+        path = os.path.join(root, LOCK_NAME)
         async with _claims.hold(root, alone=alone) as free:
             if not free:
                 yield False
                 return
             with CancelScope(shield=True):
-                if not alone:
+                if make:
                     await _make_durable_directory(root)
                 try:
-                    lock = await _locks.open(os.path.join(root, LOCK_NAME))
+                    lock = await _locks.open(path, make)
+                except (FileNotFoundError, NotADirectoryError):
+                    if make:
+                        raise
+                    lock = None
                 except OSError:
                     if not alone:
                         raise
                     lock = None
-            if lock is None:  # nobody who may only read there, or where nothing is, needs to be alone
-                yield False
+            if lock is None:  # nobody has ever claimed it, or who asks may not even read there
+                yield not alone
                 return
             try:
                 yield await _wait_for_lock(lock, alone=alone)
             finally:
                 with CancelScope(shield=True):
-                    await _locks.close(os.path.join(root, LOCK_NAME))
+                    await _locks.close(path)
 
 
 class _LocalWriter:
@@ -244,9 +267,11 @@ class _LocalWriter:
             await _write_all(self._file.fileno(), data, offset)
 
     async def close(self) -> None:
-        if self._direct is not None:
-            await self._direct.close()
-        await self._file.close()
+        try:
+            if self._direct is not None:
+                await self._direct.close()
+        finally:
+            await self._file.close()
 
 
 class _LocalReader:
@@ -259,6 +284,53 @@ class _LocalReader:
     async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         with CancelScope(shield=True):
             await _read_all(self._fd, [buffer.cast("B") for buffer in buffers], offset)
+
+
+@contextmanager
+def _logged(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s could not be cleared away: %s", path, error)
+
+
+def _regular(path: str, flags: int) -> int:
+    """Open a file that can be read at once: to open a FIFO waits for a writer, perhaps for ever."""
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        raise OSError(errno.EINVAL, "is no regular file", path)
+    return fd
+
+
+def open_inside(checkpoint_id: str, name: str) -> BinaryIO:
+    """Open a file of a checkpoint for reading, as `LocalStorage.open` does, without an event loop.
+
+    Raises:
+        UnsafeError: its name leads out of the checkpoint.
+        OSError: it is not there, no regular file, or may not be read.
+    """
+    check_inside(checkpoint_id, name)
+    return open(os.path.join(checkpoint_id, name), "rb", opener=_regular)
+
+
+def check_inside(checkpoint_id: str, name: str) -> None:
+    """Raise `UnsafeError` if a file's name leads out of its checkpoint."""
+    path = os.path.join(checkpoint_id, name)
+    real = Path(os.path.realpath(path))
+    root = Path(os.path.realpath(checkpoint_id))
+    if real.is_relative_to(root):
+        return
+    for above in (root, *root.parents):
+        if above.parent.name == "snapshots" and real.is_relative_to(above.parent.parent / "blobs"):
+            return
+    raise UnsafeError(path, "", f"is a symbolic link that leads out of the checkpoint, to {real}")
+
+
+_check_inside = wrap(check_inside)
 
 
 def _direct(path: str, flags: int) -> int:
@@ -312,6 +384,13 @@ def _fsync_directory_now(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        device = os.fstat(fd).st_dev
+        if device not in _cannot_sync:
+            _cannot_sync.add(device)
+            log.warning("%s: this file system cannot fsync a directory: after a crash new names may be lost", path)
     finally:
         os.close(fd)
 
@@ -350,11 +429,14 @@ class _Locks:
         self._open: dict[str, tuple[int, int]] = {}  # descriptor and number of users, by path
 
     @wrap
-    def open(self, path: str) -> int:
+    def open(self, path: str, make: bool) -> int:
         with self._mutex:
             lock, users = self._open.get(path, (-1, 0))
             if not users:
-                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    lock = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if make else 0), 0o666)
+                except PermissionError:  # another user's: to be there with others takes reading only
+                    lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._open[path] = lock, users + 1
             return lock
 
@@ -380,6 +462,8 @@ async def _wait_for_lock(lock: int, *, alone: bool) -> bool:
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 return not alone
+            if error.errno == errno.EBADF and alone:  # it is open for reading only
+                return False
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             if alone:

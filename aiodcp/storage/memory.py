@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from ._claims import Claims
 
@@ -73,6 +73,9 @@ class MemoryStorage:
             place[len(root) + 1 :] for place, files in self.files.items() if files and place.startswith(f"{root}/")
         ]
         return sorted({place.split("/")[0] for place in below})
+
+    def join(self, root: str) -> AbstractAsyncContextManager[bool]:
+        return self._claims.hold(root, alone=False)
 
     @asynccontextmanager
     async def claim(self, root: str, *, alone: bool) -> AsyncIterator[bool]:
