@@ -89,6 +89,11 @@ class CommitRecord:
         places = [number for item in items for number in (item.offset, item.nbytes)]
         return self._template.render([checkpoint_id, save_id, *files, *places])
 
+    def in_order_of_files(self, save_id: str, numbers: Sequence[Sequence[int]]) -> list[int]:
+        """Return numbers, given by plan and by rank, in the order of the names of the data files that they are of."""
+        named = sorted((data_file(rank, save_id, part), numbers[part][rank]) for part, rank in self._writers)
+        return [number for _, number in named]
+
     def files(self, save_id: str) -> set[str]:
         """Return the names of all data files of a save."""
         return {data_file(rank, save_id, part) for part, rank in self._writers}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from ._archive import find_tensor
 from ._arena import Arena
+from ._item_tables import is_the_item
 from ._layout import ALIGNMENT, frame_value
 from ._plain_data import NotPlainError, load_archive, load_plain, quietly
 from ._reads import TensorRead
@@ -41,17 +43,33 @@ class Check:
 
     def framed(self, read: TensorRead, place: int, head: memoryview, payload: memoryview) -> None:
         """Compare a payload with the CRC32 at `place` of `head`."""
-        if self.crc32 is not None and self.crc32(payload, 0) != int.from_bytes(head[place : place + 4], "little"):
+        if self.crc32 is None:
+            return
+        crc = self.crc32(payload, 0)
+        if crc != int.from_bytes(head[place : place + 4], "little"):
             raise self._damaged(read.fqn, read.file)
+        if read.crc not in (None, crc):
+            raise self._another(read.fqn, read.file)
 
-    def archive(self, fqn: str, file: str, data: bytes) -> Any:
-        """Load an archive of `torch.save`."""
+    def whole(self, read: TensorRead, item: memoryview) -> None:
+        """Compare an item with its CRC32 in its file's table."""
+        if self.crc32 is not None and read.crc not in (None, self.crc32(item, 0)):
+            raise self._another(read.fqn, read.file)
+
+    def archive(self, fqn: str, file: str, data: bytes, crc: int | None = None) -> Any:
+        """Load an archive of `torch.save`, whose CRC32 in its file's table is `crc`."""
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 check_records(archive.infolist(), len(data))
                 checked = self.crc32 is not None and self._has_checksums(archive)
                 if checked and archive.testzip() is not None:
                     raise self._damaged(fqn, file)
+                if (
+                    self.crc32 is not None
+                    and crc is not None
+                    and not is_the_item(crc, lambda: zlib.crc32(data), archive.infolist())
+                ):
+                    raise self._another(fqn, file)
         except CorruptError:
             raise
         except Exception as error:  # a damaged archive can raise almost anything
@@ -71,11 +89,13 @@ class Check:
                 raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
             raise CorruptError(self.locate(file), fqn, f"cannot be loaded: {_said(error)}") from error
 
-    def value(self, fqn: str, file: str, data: bytes) -> Any:
+    def value(self, fqn: str, file: str, data: bytes, crc: int | None = None) -> Any:
         """Load a value that is no tensor; without torch's slow unpickler when nothing but builtins is in it."""
         start, nbytes = 46, int.from_bytes(data[18:22], "little")
         pickled = data[start : start + nbytes]
         if frame_value(pickled) == data:  # our own framing, byte for byte, checksums included
+            if self.crc32 is not None and crc not in (None, zlib.crc32(data)):
+                raise self._another(fqn, file)
             try:
                 return _BuiltinsUnpickler(io.BytesIO(pickled)).load()
             except _NotBuiltinError:
@@ -89,7 +109,7 @@ class Check:
                     raise self._unsafe(fqn, file, error.names) from error
                 except Exception as error:
                     raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
-        return self.archive(fqn, file, data)
+        return self.archive(fqn, file, data, crc)
 
     def _has_checksums(self, archive: zipfile.ZipFile) -> bool:
         """Whether an archive was saved with checksums: `torch.serialization.set_crc32_options` can leave them out."""
@@ -107,6 +127,10 @@ class Check:
 
     def _undefined(self, fqn: str, file: str, error: Exception) -> UnsafeError:
         return UnsafeError(self.locate(file), fqn, f"needs a class that this program does not have: {error}")
+
+    def _another(self, fqn: str, file: str) -> CorruptError:
+        problem = "is whole, and is not what was saved there; check_crc=False loads it nevertheless"
+        return CorruptError(self.locate(file), fqn, problem)
 
     def _damaged(self, fqn: str, file: str) -> CorruptError:
         problem = "its CRC32 is not the one it was saved with; check_crc=False loads it nevertheless"
@@ -159,10 +183,12 @@ def unpack(read: TensorRead, arena: Arena, start: int, check: Check) -> torch.Te
     """Return the tensor of an archive of `torch.save` that begins at `start`; a view of the arena if it can be one."""
     archive = arena.memory[start : start + read.nbytes]
     stored = find_tensor(archive, check.crc32)
+    if stored is not None:
+        check.whole(read, archive)
     if stored is not None and not stored.has_checksums:
         check.unchecked()
     if stored is None:
-        tensor = check.archive(read.fqn, read.file, bytes(archive))
+        tensor = check.archive(read.fqn, read.file, bytes(archive), read.crc)
     else:
         storage = arena.tensor[start + stored.start : start + stored.stop]
         if (start + stored.start) % ALIGNMENT:

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from contextvars import Context
 from functools import partial
 from typing import TypeVar, TypeVarTuple
@@ -229,4 +230,5 @@ def at_exit(function: Callable[[], None]) -> None:
     Functions are called in the opposite order, so this one before `concurrent.futures` refuses all work, as the
     application's own storage may need it. Source: Lib/threading.py, `_shutdown`.
     """
-    threading._register_atexit(function)  # type: ignore[attr-defined]
+    with suppress(RuntimeError):  # it is ending already: what is opened now is not waited for
+        threading._register_atexit(function)  # type: ignore[attr-defined]

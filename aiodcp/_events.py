@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -16,9 +17,10 @@ from anyio import move_on_after
 
 from ._callbacks import CallbackThread
 from ._log import log
-from ._milestone import MilestoneSource, call_soon
+from ._milestone import FORKED, MilestoneSource, call_soon
 from ._retry import Attempt
 from ._timeline import Timeline
+from .errors import ClosedError
 
 FLUSH_S = 10.0
 
@@ -234,6 +236,7 @@ class Feed:
     def __init__(self, callback: Callable[[Event], None] | None = None) -> None:
         self._callback = callback
         self._callbacks = CallbackThread()
+        self._pid = 0
         self._lock = threading.Lock()
         self._followers: list[tuple[deque[Event | None], Callable[[], None]]] = []
         self._is_open = False
@@ -259,6 +262,7 @@ class Feed:
     def begin(self) -> None:
         """Let those who follow from now on wait for events."""
         self._is_open = True
+        self._pid = os.getpid()
 
     def end(self) -> None:
         """Let all who follow come to an end, and who follows from now on."""
@@ -274,7 +278,13 @@ class Feed:
                 wake()
 
     def follow(self) -> AsyncIterator[Event]:
-        """Return the events from now on, until the end."""
+        """Return the events from now on, until the end.
+
+        Raises:
+            ClosedError: this process was forked from the one in which they happen.
+        """
+        if self._is_open and os.getpid() != self._pid:
+            raise ClosedError(FORKED)
         loop = asyncio.get_running_loop()
         news = asyncio.Event()
         queue: deque[Event | None] = deque()

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ._metadata_reader import read_with_note
+from ._metadata_reader import read_sealed
 from ._names import METADATA_NAME, step_of, step_place
-from ._note import decode_note
+from ._note import Seal, SealError, decode_note
 from .checkpointer import Checkpointer
-from .errors import ArgumentError, NotACheckpointError
+from .errors import ArgumentError, CorruptError, NotACheckpointError
 from .metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -25,8 +25,8 @@ from .storage.local import open_inside
 PIECE_NBYTES = 256 << 20  # of tensors held in memory at a time, from each of two checkpoints
 
 
-def read(checkpoint_id: str) -> tuple[Metadata, dict[str, Any]]:
-    """Return what a checkpoint of the local file system holds, and what is noted of it.
+def read(checkpoint_id: str) -> tuple[Metadata, Seal]:
+    """Return what a checkpoint of the local file system holds, and what stands behind that.
 
     Raises:
         NotACheckpointError: there is none.
@@ -44,8 +44,12 @@ def read(checkpoint_id: str) -> tuple[Metadata, dict[str, Any]]:
             problem = f"{checkpoint_id} is a directory of steps, such as {newest}: see `aiodcp ls`"
             raise ArgumentError("checkpoint", problem) from error
         raise NotACheckpointError(checkpoint_id) from error
-    metadata, note = read_with_note(data, path)
-    return metadata, decode_note(note)
+    metadata, seal = read_sealed(data, path)
+    try:
+        decode_note(seal.note)
+    except SealError as error:
+        raise CorruptError(path, "", str(error)) from error
+    return metadata, seal
 
 
 def pieces(

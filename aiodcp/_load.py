@@ -26,10 +26,11 @@ from ._dcp import gc_held_off
 from ._decode import Check
 from ._devices import Crossing
 from ._engine import Threads, in_thread
+from ._item_tables import ItemTables
 from ._judge import Row
 from ._log import log
 from ._matching import Rename, StoredNames, join_marks, pack_marks, unwanted
-from ._metadata_reader import read_metadata
+from ._metadata_reader import read_sealed
 from ._names import METADATA_NAME
 from ._planner import commit_loaded, plan_local_load, plan_reads
 from ._progress import Bar
@@ -227,10 +228,12 @@ class _Flow:
         )
         self._path = storage.locate(checkpoint_id, METADATA_NAME)
         self._readers: dict[str, Reader] = {}
+        self._tables: ItemTables | None = None
+        self._crcs: dict[str, dict[int, int]] = {}  # by file and offset, of the tables that have been read
 
     async def run(self, stack: AsyncExitStack, targets: LoadTargets, data: bytes) -> Loaded | None:
         """Load what the metadata `data` describes; return None if it has been replaced by another one meanwhile."""
-        self._readers = {}
+        self._readers, self._crcs = {}, {}
         operation = self._operation
         if targets.planner is not None:
             planned = _Planned(
@@ -344,10 +347,18 @@ class _Flow:
             del metadata, stored
 
     def _read_metadata(self, targets: LoadTargets, data: bytes) -> tuple[Metadata, StoredNames, list[str]]:
-        metadata = read_metadata(data, self._path)
+        metadata = self._read_sealed(data)
         with self._planning():
             stored = StoredNames(metadata, targets.kinds, self._options.rename)
             return metadata, stored, groups_needed(targets, stored)
+
+    def _read_sealed(self, data: bytes) -> Metadata:
+        metadata, seal = read_sealed(data, self._path)
+        try:
+            self._tables = ItemTables(metadata, seal.tables if self._options.check_crc else ())
+        except ValueError as error:
+            raise CorruptError(self._path, "", "it names more or fewer files than were written") from error
+        return metadata
 
     def _find(
         self, metadata: Metadata, stored: StoredNames, targets: LoadTargets, values: Mapping[str, Any]
@@ -413,7 +424,7 @@ class _Flow:
         coordinator = operation.is_coordinator
 
         def plan_here() -> tuple[Metadata, bytes]:
-            metadata = read_metadata(data, self._path)
+            metadata = self._read_sealed(data)
             allocate_optimizers(targets, metadata)
             local = plan_local_load(planner, targets.states, metadata, is_coordinator=coordinator)
             return metadata, pickle.dumps(local)
@@ -451,12 +462,32 @@ class _Flow:
                     if isinstance(error.__cause__, FileNotFoundError):
                         raise CorruptError(path, read.fqn, "the file is missing") from error.__cause__
                     raise
+                await self._read_table(file, path)
             if read.offset + read.nbytes > readers[file].nbytes:
                 problem = f"the file has {readers[file].nbytes} bytes, the value ends at {read.offset + read.nbytes}"
                 raise CorruptError(self._storage.locate(self._checkpoint_id, file), read.fqn, problem)
             if isinstance(read, TensorRead) and read.frame and not read.bare and read.frame.item_nbytes != read.nbytes:
                 problem = f"{read.nbytes} bytes are not {read.dtype} of {tuple(read.sizes)}"
                 raise CorruptError(self._storage.locate(self._checkpoint_id, file), read.fqn, problem)
+            if isinstance(read, ValueRead) or not read.bare:
+                read.crc = self._crcs[file].get(read.offset)
+
+    async def _read_table(self, file: str, path: str) -> None:
+        """Read the table at a file's end, if it has one."""
+        self._crcs[file] = {}
+        assert self._tables is not None
+        nbytes, reader = self._tables.nbytes(file), self._readers[file]
+        if not nbytes:
+            return
+        if nbytes > reader.nbytes:
+            raise CorruptError(path, "", f"the file has {reader.nbytes} bytes, the table at its end {nbytes}")
+        table = bytearray(nbytes)
+        with _read_errors(path):
+            await reader.read_into(reader.nbytes - nbytes, [memoryview(table)])
+        try:
+            self._crcs[file] = self._tables.read(file, bytes(table))
+        except ValueError as error:
+            raise CorruptError(path, "", str(error)) from error
 
     async def _read_values(self, reads: Sequence[ValueRead], *, decoded: bool) -> dict[int, Any]:
         loaded: dict[int, Any] = {}
@@ -466,7 +497,7 @@ class _Flow:
             for read in span.items:
                 start = read.offset - span.start
                 data = bytes(memory[start : start + read.nbytes])
-                loaded[read.place] = check.value(read.fqn, span.file, data) if decoded else data
+                loaded[read.place] = check.value(read.fqn, span.file, data, read.crc) if decoded else data
 
         for span in spans_of(reads):
             memory = memoryview(bytearray(span.stop - span.start))

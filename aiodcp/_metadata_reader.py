@@ -34,7 +34,7 @@ from ._dcp import (
     TensorStorageMetadata,
     gc_held_off,
 )
-from ._note import SealError, open_seal
+from ._note import Seal, SealError, open_seal
 from ._pickle_screen import is_harmless
 from .errors import CorruptError, UnsafeError
 
@@ -337,8 +337,10 @@ class _FlatIndex(MetadataIndex):
     """Is a key only if it can be hashed and compared in no time."""
 
     def __hash__(self) -> int:
-        _check_index(self.__dict__)
-        return super().__hash__()
+        fqn, offset = self.__dict__.get("fqn"), self.__dict__.get("offset")  # which is left out where it is None
+        if type(fqn) is not str or not (offset is None or type(offset) is torch.Size):
+            raise DamagedError("a place that belongs to no value")
+        return hash((fqn, offset))
 
 
 _CHECKED = {TensorProperties: _AnyProperties, MetadataIndex: _FlatIndex}
@@ -358,17 +360,17 @@ def read_metadata(data: bytes, path: str) -> Metadata:
         UnsafeError: it names a class or function that no checkpoint needs, or leads out of the checkpoint.
         CorruptError: it is not what was saved, not DCP's metadata, or contradicts itself.
     """
-    return read_with_note(data, path)[0]
+    return read_sealed(data, path)[0]
 
 
-def read_with_note(data: bytes, path: str) -> tuple[Metadata, bytes]:
-    """Return, besides, the custom metadata, encoded.
+def read_sealed(data: bytes, path: str) -> tuple[Metadata, Seal]:
+    """Return, besides, what stands behind the pickle.
 
     Raises:
         UnsafeError, CorruptError: see `read_metadata`.
     """
     try:
-        pickled, note = open_seal(data)
+        pickled, seal = open_seal(data)
     except SealError as error:
         raise CorruptError(path, "", str(error)) from error
     try:
@@ -381,7 +383,7 @@ def read_with_note(data: bytes, path: str) -> tuple[Metadata, bytes]:
         raise CorruptError(path, "", f"not a checkpoint's metadata: {error}") from error
     except Exception as error:  # a damaged pickle can raise almost anything
         raise CorruptError(path, "", f"not a checkpoint's metadata: {type(error).__name__}") from error
-    return metadata, note
+    return metadata, seal
 
 
 def _check(metadata: Any, path: str) -> None:
@@ -393,41 +395,47 @@ def _check(metadata: Any, path: str) -> None:
         raise DamagedError("it names no values")
     if type(fields.get("storage_data")) is not dict:
         raise CorruptError(path, "", "says of no value where it is stored")
+    sound: set[tuple[int, ...]] = set()  # ids of what has been checked: equal tensors share their shapes
     for fqn, entry in metadata.state_dict_metadata.items():
         if type(fqn) is not str:
             raise DamagedError(f"a name that is a {type(fqn).__name__}")
+        if isinstance(entry, BytesStorageMetadata):
+            continue
         try:
-            if isinstance(entry, TensorStorageMetadata):
-                sound = _is_tensor(entry)
-            else:
-                sound = isinstance(entry, BytesStorageMetadata)
+            is_sound = _is_sound(entry, sound)
         except (AttributeError, KeyError, TypeError):
-            sound = False
-        if not sound:
+            is_sound = False
+        if not is_sound:
             raise CorruptError(path, _shown(fqn), "the metadata does not say what it is")
     _check_places(metadata, path)
     _check_rest(fields, path)
 
 
-def _is_tensor(entry: TensorStorageMetadata) -> bool:
-    fields = entry.__dict__
-    size, chunks = fields["size"], fields["chunks"]
-    if type(size) is not torch.Size or type(chunks) is not list or type(entry.properties.dtype) is not torch.dtype:
+def _is_sound(entry: object, sound: set[tuple[int, ...]]) -> bool:
+    if not isinstance(entry, TensorStorageMetadata):
         return False
+    fields = entry.__dict__
+    size, chunks, properties = fields["size"], fields["chunks"], fields["properties"]
+    if type(chunks) is not list:
+        return False
+    if (id(properties),) not in sound:
+        if not isinstance(properties, TensorProperties) or type(properties.dtype) is not torch.dtype:
+            return False
+        sound.add((id(properties),))
     for chunk in chunks:
         if not isinstance(chunk, ChunkStorageMetadata):
             return False
         parts = chunk.__dict__
         offsets, sizes = parts["offsets"], parts["sizes"]
-        if type(offsets) is not torch.Size or type(sizes) is not torch.Size:
-            return False
-        if not len(size) == len(offsets) == len(sizes):
-            return False
-        if offsets + sizes == size:  # the last chunk, or the only one
+        ids = id(size), id(offsets), id(sizes)
+        if ids in sound:
             continue
+        if not type(size) is type(offsets) is type(sizes) is torch.Size or not len(size) == len(offsets) == len(sizes):
+            return False
         if any(offset + length > whole for offset, length, whole in zip(offsets, sizes, size, strict=True)):
             return False
-    return isinstance(entry.properties, TensorProperties)
+        sound.add(ids)
+    return type(size) is torch.Size
 
 
 def _check_places(metadata: Metadata, path: str) -> None:

@@ -3,8 +3,11 @@
 Unpickling ends before it, so stock readers do not see it; it is committed in the same instant as the checkpoint, and
 the custom metadata is read without unpickling anything:
 
-    pickle of DCP's Metadata | custom metadata, as JSON | CRC32 of the pickle | length of the JSON |
-    CRC32 of the JSON and these two numbers | MARK
+    pickle of DCP's Metadata | custom metadata, as JSON | a CRC32 for each data file, of the table at its end |
+    CRC32 of the pickle | length of the JSON | number of data files | CRC32 of all since the pickle | MARK
+
+The table at the end of a data file has the CRC32 of each item in it: what is an item as it was saved, and yet not the
+one that belongs there, is found by that.
 
 The pickle itself says that a seal follows (`CLAIM` is one of its last bytes), so that a seal whose own mark is damaged
 is missed. Files of aiodcp 0.1 before this have `OLD_MARK` and no checksums; those of others have neither.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +28,8 @@ CLAIM = "sealed behind this pickle"
 TAIL_NBYTES = 4096
 """Of a file's last bytes: what to read at first, to have the custom metadata of almost any checkpoint."""
 
-_NUMBERS = struct.Struct("<3I")
+_NUMBERS = struct.Struct("<4I")
+_CRC = struct.Struct("<I")
 _LENGTH = struct.Struct("<I")
 FOOT_NBYTES = _NUMBERS.size + len(MARK)
 _OLD_FOOT_NBYTES = _LENGTH.size + len(OLD_MARK)
@@ -43,11 +47,13 @@ class Seal:
         nbytes: of it; 0 if there is nothing.
         note: the custom metadata, encoded.
         crc: of the pickle; None if it was not noted.
+        tables: CRC32s of the tables at the ends of data files, in the order of the files' names.
     """
 
     nbytes: int = 0
     note: bytes = b""
     crc: int | None = None
+    tables: tuple[int, ...] = ()
 
 
 def encode_note(note: Mapping[str, Any]) -> bytes:
@@ -68,17 +74,19 @@ def decode_note(note: bytes) -> dict[str, Any]:
     return decoded if isinstance(decoded, dict) else {}
 
 
-def seal(pickled: bytes, note: bytes) -> bytes:
-    """Return the content of `.metadata`."""
+def seal(pickled: bytes, note: bytes, tables: Sequence[int] = ()) -> bytes:
+    """Return the content of `.metadata`, given the CRC32s of the data files' tables in the order of their names."""
+    between = note + b"".join(map(_CRC.pack, tables))
     crc = zlib.crc32(pickled)
-    own = zlib.crc32(_NUMBERS.pack(crc, len(note), 0), zlib.crc32(note))
-    return b"".join((pickled, note, _NUMBERS.pack(crc, len(note), own), MARK))
+    own = zlib.crc32(_NUMBERS.pack(crc, len(note), len(tables), 0), zlib.crc32(between))
+    return b"".join((pickled, between, _NUMBERS.pack(crc, len(note), len(tables), own), MARK))
 
 
 def seal_nbytes(tail: bytes) -> int:
     """Return how many of a file's last bytes are its seal, from its last `FOOT_NBYTES` or more; 0 if it has none."""
     if tail.endswith(MARK) and len(tail) >= FOOT_NBYTES:
-        return FOOT_NBYTES + int(_NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)[1])
+        _, note_nbytes, files, _ = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
+        return FOOT_NBYTES + int(note_nbytes) + _CRC.size * int(files)
     if tail.endswith(OLD_MARK) and len(tail) >= _OLD_FOOT_NBYTES:
         return _OLD_FOOT_NBYTES + int(_LENGTH.unpack_from(tail, len(tail) - _OLD_FOOT_NBYTES)[0])
     return 0
@@ -99,15 +107,16 @@ def read_seal(tail: bytes) -> Seal:
         raise SealError(f"the custom metadata would have {nbytes} bytes")
     if tail.endswith(OLD_MARK):
         return Seal(nbytes=nbytes, note=tail[len(tail) - nbytes : len(tail) - _OLD_FOOT_NBYTES])
-    note = tail[len(tail) - nbytes : len(tail) - FOOT_NBYTES]
-    crc, length, own = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
-    if zlib.crc32(_NUMBERS.pack(crc, length, 0), zlib.crc32(note)) != own:
+    between = tail[len(tail) - nbytes : len(tail) - FOOT_NBYTES]
+    crc, length, files, own = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
+    if zlib.crc32(_NUMBERS.pack(crc, length, files, 0), zlib.crc32(between)) != own:
         raise SealError("the custom metadata is not what was saved: its CRC32 is another one")
-    return Seal(nbytes=nbytes, note=note, crc=crc)
+    tables = tuple(each for (each,) in _CRC.iter_unpack(between[length:]))
+    return Seal(nbytes=nbytes, note=between[:length], crc=crc, tables=tables)
 
 
-def open_seal(data: bytes) -> tuple[memoryview, bytes]:
-    """Return the pickle and the custom metadata of a whole file, compared with their checksums.
+def open_seal(data: bytes) -> tuple[memoryview, Seal]:
+    """Return the pickle of a whole file, and what stands behind it, compared with their checksums.
 
     Raises:
         SealError: one of them is not what was saved.
@@ -116,4 +125,4 @@ def open_seal(data: bytes) -> tuple[memoryview, bytes]:
     pickled = memoryview(data)[: len(data) - found.nbytes]
     if found.crc is not None and zlib.crc32(pickled) != found.crc:
         raise SealError("it is not what was saved: its CRC32 is another one")
-    return pickled, found.note
+    return pickled, found

@@ -51,6 +51,7 @@ class ValueRead:
         file: where it lies.
         offset: bytes, where in the file.
         nbytes: its length.
+        crc: what its file's table says of it; None if there is none.
     """
 
     fqn: str
@@ -58,6 +59,7 @@ class ValueRead:
     file: str
     offset: int
     nbytes: int
+    crc: int | None = None
 
 
 @dataclass(slots=True)
@@ -75,6 +77,7 @@ class TensorRead:
         part: (offsets, lengths) of what is wanted of the chunk; None for all of it.
         into: where that goes: the caller's tensor, or a view of a part of it.
         bare: whether only the rows of the payload that hold the part are read, too few to compare a checksum.
+        crc: what its file's table says of it; None if there is none.
     """
 
     fqn: str
@@ -87,6 +90,7 @@ class TensorRead:
     part: tuple[torch.Size, torch.Size] | None
     into: torch.Tensor
     bare: bool
+    crc: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ from ._names import METADATA_NAME, data_file
 from ._note import seal
 from ._prepare import KEPT_PLANS, Plans, Prepared, agree_on_plan, numbers_of
 from ._ranks import PART, Operation
-from ._transfer import Job, Transfer, write_errors
+from ._transfer import Job, Tail, Transfer, write_errors
 from .errors import ArgumentError, one_error
 from .storage import Storage
 
@@ -49,6 +49,7 @@ class Written:
 
     job: Job
     prepared: Prepared
+    tables: Sequence[int]  # CRC32s of the tables in the data files, by rank; known to the coordinator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +127,7 @@ class Saver:
 
         async def have_stage() -> None:
             tail, _ = _lay_tail(prepared, taken)
-            await self._transfers[""].make_room(prepared.plan, len(tail), pin=is_on_device(taken.values))
+            await self._transfers[""].make_room(prepared.plan, tail.nbytes, pin=is_on_device(taken.values))
 
         await operation.together("stage", have_stage)
 
@@ -279,33 +280,41 @@ class Saver:
         compares = operation.size > 1 and self._on_disagreement != "ignore"
         seed = int(attempt.save_id[:8], 16)
 
-        async def write(prepared: Prepared) -> tuple[list[Item], int]:
+        async def write(prepared: Prepared) -> tuple[list[Item], int, int]:
             nonlocal voting
             tail, places = _lay_tail(prepared, job.taken)
-            room = await transfer.make_room(prepared.plan, len(tail), pin=bool(job.crossing))
+            room = await transfer.make_room(prepared.plan, tail.nbytes, pin=bool(job.crossing))
             attempt.files.append(file)
             attempt.written = False
-            digest = await transfer.run(job, prepared.plan, room, tail, file, seed=seed if compares else None)
+            digest, table_crc = await transfer.run(
+                job, prepared.plan, room, tail, file, seed=seed if compares else None
+            )
             attempt.written = True
             voting = time.perf_counter()
-            return places, digest
+            return places, digest, table_crc
 
         prepared = kept or await self._plans.make(operation, name, job.taken, job.planner)
         captured = job.timeline.between("capture")
         assert captured is not None
         job.timeline.add("plan", captured[1])
-        (places, _), answer = await operation.together(
+        tables: list[int] = []
+
+        def decide(table: list[Row]) -> list[int]:
+            tables[:] = [row[2] for row in table]
+            return [any(row[0] for row in table), not agree([row[1] for row in table])]
+
+        (places, _, _), answer = await operation.together(
             "write",
             lambda: write(prepared),
-            facts=lambda written: [prepared.places.get(operation.rank) != written[0], written[1]],
-            decide=lambda table: [any(row[0] for row in table), not agree([row[1] for row in table])],
+            facts=lambda written: [prepared.places.get(operation.rank) != written[0], *written[1:]],
+            decide=decide,
         )
         if answer[0]:
             await self._plans.share_places(operation, prepared, places)
         if compares and answer[1]:
             await self._plans.compare(operation, prepared, self._on_disagreement)
         job.timeline.add("vote", voting)
-        return Written(job=job, prepared=prepared)
+        return Written(job=job, prepared=prepared, tables=tables)
 
     async def _commit(
         self, operation: Operation, attempt: Attempt, parts: Sequence[Written], note: Callable[[], bytes]
@@ -320,7 +329,8 @@ class Saver:
             await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
             places = [[part.prepared.places[rank] for rank in range(operation.size)] for part in parts]
             with write_errors(self._storage.locate(place, METADATA_NAME)):
-                content = seal(record.render(place, save_id, places), note())
+                tables = record.in_order_of_files(save_id, [part.tables for part in parts])
+                content = seal(record.render(place, save_id, places), note(), tables)
                 await commit(self._storage, place, content, record.files(save_id))
             return record
 
@@ -374,15 +384,17 @@ def _agree_on_part(table: list[Row]) -> list[int]:
     return agree_on_plan(table)
 
 
-def _lay_tail(prepared: Prepared, taken: Capture) -> tuple[bytes, list[Item]]:
+def _lay_tail(prepared: Prepared, taken: Capture) -> tuple[Tail, list[Item]]:
     """Join the frozen values, and tell where in the file each lies."""
     pieces: list[bytes] = []
+    crcs: list[int] = []
     items: list[Item] = []
     position = 0
     for place in prepared.plan.frozen:
         data = taken.frozen[place].archive()
         items.append(Item(offset=prepared.layout.tail + position, nbytes=len(data)))
+        crcs.append(zlib.crc32(data))
         filled = round_up(len(data), ALIGNMENT)
         pieces.append(data.ljust(filled, b"\0"))
         position += filled
-    return b"".join(pieces), items
+    return Tail(data=b"".join(pieces), crcs=crcs, items=len(prepared.layout.frames) + len(items)), items

@@ -27,7 +27,7 @@ from .errors import CheckpointError, ClosedError, DeadlockError, LoadError, Rank
 
 LOOK_S = 1.0  # how often closing looks whether anything moves
 END_GIVEN_UP_S = 10.0  # for what is given up to end: a copy or a write under way is waited for
-LOOP_GONE_S = 10.0  # for which an event loop may stand between two calls of `run_until_complete`
+LOOP_GONE_S = 5.0  # for which an event loop may stand between two calls of `run_until_complete`
 EXIT_STILL_S = 60.0  # after which what does not move holds up the end of the interpreter no longer
 
 # The joint checkpoints in whose blocks the caller is: what it asks for there cannot wait for their end.

@@ -10,6 +10,7 @@ from typing import Any
 
 from ._decode import Check
 from ._inspect import name_of, read
+from ._note import decode_note
 from ._tables import plural, size, table
 from .errors import ArgumentError
 from .metadata import (
@@ -26,7 +27,7 @@ def show(checkpoint_id: str, fqn: str | None = None) -> dict[str, Any]:
     Raises:
         ArgumentError: there is nothing of that name.
     """
-    metadata, note = read(checkpoint_id)
+    metadata, seal = read(checkpoint_id)
     stored: dict[str, list[tuple[MetadataIndex, StorageInfo]]] = {}
     for index, info in metadata.storage_data.items():
         stored.setdefault(index.fqn, []).append((index, info))
@@ -34,7 +35,7 @@ def show(checkpoint_id: str, fqn: str | None = None) -> dict[str, Any]:
     if not names and fqn is not None:
         raise ArgumentError("fqn", f"{checkpoint_id} holds nothing that is named {fqn!r}")
     rows = [_describe(name, metadata.state_dict_metadata[name], stored.get(name, [])) for name in names]
-    result = {"checkpoint_id": checkpoint_id, "custom_metadata": note, "values": rows}
+    result = {"checkpoint_id": checkpoint_id, "custom_metadata": decode_note(seal.note), "values": rows}
     if names == [fqn] and isinstance(metadata.state_dict_metadata[names[0]], BytesStorageMetadata):
         [(_, info)] = stored[names[0]]
         result["value"] = repr(_decode(checkpoint_id, names[0], info))

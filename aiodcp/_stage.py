@@ -51,12 +51,15 @@ class Copies:
         picked = self.pick(values)
         return tuple(copyable(source) for source in picked) if self.odd else picked
 
-    def checksum(self, memory: memoryview, crc32: Checksum) -> None:
-        """Compute the CRC32 of each record, and write it into the two places of its frame."""
+    def checksum(self, memory: memoryview, crc32: Checksum) -> list[int]:
+        """Compute the CRC32 of each record, and write it into the two places of its frame; return them."""
+        crcs = []
         for payload, head, foot in zip(self.payloads, self.heads, self.feet, strict=True):
             crc = crc32(payload, 0)
             CRC.pack_into(memory, head, crc)
             CRC.pack_into(memory, foot, crc)
+            crcs.append(crc)
+        return crcs
 
 
 def plan_copies(arena: Arena, layout: Layout, records: Sequence[int], leaves: Sequence[int], shift: int = 0) -> Copies:
@@ -154,14 +157,13 @@ class Stage:
             self._mirrored[number] = mirror.places(self._stretch(number), self._copies[number].targets)
         return self._mirrored.get(number, [])
 
-    def checksum(self, number: int, crc32: Checksum) -> None:
-        """Compute the CRC32 of each record of a segment, and write it into the two places of its frame."""
-        self._copies[number].checksum(self.arena.memory, crc32)
+    def checksum(self, number: int, crc32: Checksum) -> list[int]:
+        """Compute the CRC32 of each record of a segment, and write it into the two places of its frame; return them."""
+        return self._copies[number].checksum(self.arena.memory, crc32)
 
     def put_tail(self, tail: bytes) -> None:
-        """Lay the frozen values behind the last segment; they are complete with their checksums."""
-        filled = tail.ljust(round_up(len(tail), BLOCK), b"\0")  # nothing of an earlier save behind it
-        self.arena.memory[self.layout.tail : self.layout.tail + len(filled)] = filled
+        """Lay the file's last blocks behind the last segment."""
+        self.arena.memory[self.layout.tail : self.layout.tail + len(tail)] = tail
 
     def holds(self, tail_nbytes: int) -> bool:
         """Whether a tail of so many bytes fits."""
@@ -173,9 +175,9 @@ class Stage:
         return segment.start, self.arena.memory[segment.start : segment.stop]
 
     def tail_range(self, nbytes: int) -> tuple[int, memoryview]:
-        """Return where the tail begins in the file, and its bytes, filled up to a whole block."""
+        """Return where the tail begins in the file, and its bytes."""
         start = self.layout.tail
-        return start, self.arena.memory[start : start + round_up(nbytes, BLOCK)]
+        return start, self.arena.memory[start : start + nbytes]
 
 
 def stage_nbytes(layout: Layout, tail_nbytes: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ._capture import Capture
 from ._comparison import Comparison
 from ._devices import Crossing, wait_for
 from ._engine import Threads, in_thread
+from ._item_tables import CRC_NBYTES, pack_table
 from ._layout import BLOCK, round_up
 from ._milestone import MilestoneSource, ProgressLog
 from ._plan import SavePlan
@@ -80,6 +82,31 @@ class Job:
             raise TornSnapshotError(changed)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """What lies behind the tensors in a data file: frozen values, and the table of all items' CRC32s.
+
+    Attributes:
+        data: the values, each complete with its checksums.
+        crcs: of each of them.
+        items: of the file, tensors and values.
+    """
+
+    data: bytes
+    crcs: Sequence[int]
+    items: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of whole blocks: 0 if there is no item."""
+        return round_up(len(self.data) + CRC_NBYTES * self.items, BLOCK)
+
+    def render(self, crcs: Sequence[int]) -> tuple[bytes, int]:
+        """Return its bytes, given the CRC32s of the tensors, and the CRC32 of the table, which is at their end."""
+        table = pack_table([*crcs, *self.crcs])
+        return self.data.ljust(self.nbytes - len(table), b"\0") + table, zlib.crc32(table)
+
+
 class Transfer:
     """The host memory of one `Checkpointer`, kept from save to save, and the way of a save through it."""
 
@@ -126,61 +153,66 @@ class Transfer:
             self._room = None
 
     async def run(
-        self, job: Job, plan: SavePlan, room: Room, tail: bytes, file: str, *, seed: int | None = None
-    ) -> int:
+        self, job: Job, plan: SavePlan, room: Room, tail: Tail, file: str, *, seed: int | None = None
+    ) -> tuple[int, int]:
         """Stage, checksum and write everything into a durable file.
 
         Args:
             job: the save.
             plan: what of it this rank writes.
             room: host memory for that.
-            tail: the frozen values.
+            tail: what lies behind the tensors.
             file: its name.
             seed: for the comparison with other ranks, if they are to be compared.
 
         Returns:
-            The digest for that.
+            The digest for that, and the CRC32 of the file's table.
 
         Raises:
             SaveError: that failed; the file is not there.
 
         Cancellation: takes effect after the copy or write under way.
         """
-        job.log.report("stage", total=plan.share.layout.tail + round_up(len(tail), BLOCK))
+        job.log.report("stage", total=plan.share.layout.tail + tail.nbytes)
+        table_crc = 0
         comparing = _Comparing(job, plan.comparison, seed)
         with one_error():
             async with anyio.create_task_group() as group:
                 group.start_soon(comparing.run, self._threads)
-                if not plan.staged and not tail:  # all that this rank holds is written by others
+                if not tail.items:  # all that this rank holds is written by others
                     await in_thread(self._threads.staging, comparing.wait)
                     job.check_torn()
                     job.log.report("write")
                     job.let_go()
                 elif isinstance(room, Stage):
-                    await self._run_whole(job, plan, room, tail, file, comparing)
+                    table_crc = await self._run_whole(job, plan, room, tail, file, comparing)
                 else:
-                    await self._run_windows(job, plan, room, tail, file, comparing)
-        return comparing.digest
+                    table_crc = await self._run_windows(job, plan, room, tail, file, comparing)
+        return comparing.digest, table_crc
 
     # --- the whole file in memory
 
     async def _run_whole(
-        self, job: Job, plan: SavePlan, stage: Stage, tail: bytes, file: str, comparing: _Comparing
-    ) -> None:
+        self, job: Job, plan: SavePlan, stage: Stage, tail: Tail, file: str, comparing: _Comparing
+    ) -> int:
+        crcs: list[list[int]] = [[] for _ in stage.layout.segments]
+        table_crc = 0
         ready = [Event() for _ in stage.layout.segments]
         staged = Event()
 
         async def write_file() -> None:  # anew, if need be: the bytes are there
+            nonlocal table_crc
             before = job.log.latest.bytes_written
             try:
                 with one_error(), self._write_errors(job, file):
                     async with self._storage.create(job.checkpoint_id, file) as writer:
                         async with anyio.create_task_group() as writing:
                             for number, event in enumerate(ready):
-                                writing.start_soon(self._write_segment, job, stage, number, event, writer)
+                                writing.start_soon(self._write_segment, job, stage, number, event, writer, crcs)
                         await staged.wait()
-                        if tail:
-                            await self._write(job, writer, *stage.tail_range(len(tail)))
+                        rendered, table_crc = tail.render([crc for each in crcs for crc in each])
+                        stage.put_tail(rendered)
+                        await self._write(job, writer, *stage.tail_range(len(rendered)))
             except WriteError:
                 job.log.report(written=before - job.log.latest.bytes_written)
                 raise
@@ -188,13 +220,14 @@ class Transfer:
         async with anyio.create_task_group() as staging:
             staging.start_soon(self._stage_all, job, plan, stage, tail, ready, staged, comparing)
             await self._storage.persist(write_file, job.checkpoint_id, file)
+        return table_crc
 
     async def _stage_all(
         self,
         job: Job,
         plan: SavePlan,
         stage: Stage,
-        tail: bytes,
+        tail: Tail,
         ready: Sequence[Event],
         staged: Event,
         comparing: _Comparing,
@@ -229,8 +262,7 @@ class Transfer:
                     with _copy_errors(stage.layout.tail):
                         wait_for(events)
                     arrive(number, began_s)
-                stage.put_tail(tail)
-                job.log.report("write", staged=round_up(len(tail), BLOCK))
+                job.log.report("write", staged=tail.nbytes)
                 if queued:
                     job.check_torn()
                 job.staged.reach()
@@ -249,18 +281,20 @@ class Transfer:
         for event in (*ready, staged):
             event.set()
 
-    async def _write_segment(self, job: Job, stage: Stage, number: int, ready: Event, writer: Writer) -> None:
+    async def _write_segment(
+        self, job: Job, stage: Stage, number: int, ready: Event, writer: Writer, crcs: list[list[int]]
+    ) -> None:
         await ready.wait()
         async with self._turns:
             with job.timeline.record("checksum"):
-                await in_thread(self._threads.compute, stage.checksum, number, self._checksum)
+                crcs[number] = await in_thread(self._threads.compute, stage.checksum, number, self._checksum)
             await self._write(job, writer, *stage.file_range(number))
 
     # --- a part of it at a time
 
     async def _run_windows(
-        self, job: Job, plan: SavePlan, windows: Windows, tail: bytes, file: str, comparing: _Comparing
-    ) -> None:
+        self, job: Job, plan: SavePlan, windows: Windows, tail: Tail, file: str, comparing: _Comparing
+    ) -> int:
         free = [Event() for _ in range(windows.slots)]
         for event in free:
             event.set()
@@ -289,13 +323,15 @@ class Transfer:
                         writing.start_soon(write, number, ranges)
                     job.log.report("write")
                     job.let_go()
-                    for start in range(0, len(tail), windows.slot_nbytes):
+                    rendered, table_crc = tail.render(windows.crcs)
+                    for start in range(0, len(rendered), windows.slot_nbytes):
                         number = len(windows) + start // windows.slot_nbytes
                         await take_slot(number)
-                        piece = tail[start : start + windows.slot_nbytes]
+                        piece = rendered[start : start + windows.slot_nbytes]
                         memory = await in_thread(self._threads.staging, windows.put, number, piece)
                         job.log.report(staged=len(memory))
                         writing.start_soon(write, number, [(windows.layout.tail + start, memory)])
+        return table_crc
 
     def _fill(self, job: Job, plan: SavePlan, windows: Windows, number: int, comparing: _Comparing) -> list[FileRange]:
         """Bring one window into its slot, complete."""

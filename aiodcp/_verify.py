@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import torch
 from ._chunks import is_whole
 from ._decode import check_records
 from ._inspect import read
+from ._item_tables import ItemTables, is_the_item
 from ._names import METADATA_NAME
 from ._tables import plural
 from .errors import CorruptError, UnsafeError
@@ -57,16 +59,24 @@ def verify(checkpoint_id: str, advance: Callable[[int], None], total: Callable[[
         PermissionError: it may not be read.
     """
     try:
-        metadata, _ = read(checkpoint_id)
+        metadata, seal = read(checkpoint_id)
+        tables = ItemTables(metadata, seal.tables)
     except CorruptError as error:
         return [Problem(fqn="", file=METADATA_NAME, problem=error.problem)]
+    except ValueError:
+        return [Problem(fqn="", file=METADATA_NAME, problem="it names more or fewer files than were written")]
     problems = list(_uncovered(metadata))
+    crcs: dict[str, dict[int, int]] = {}
+    for file in sorted({info.relative_path for info in metadata.storage_data.values()}):
+        crcs[file], problem = _table(checkpoint_id, file, tables)
+        problems += [Problem(fqn="", file=file, problem=problem)] if problem else []
     items = sorted(metadata.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset))
     total(sum(info.length for _, info in items))
 
     def check(item: tuple[MetadataIndex, StorageInfo]) -> Problem | None:
         index, info = item
-        problem = _damage(checkpoint_id, info, _payload_nbytes(metadata, index))
+        crc = crcs[info.relative_path].get(info.offset)
+        problem = _damage(checkpoint_id, info, _payload_nbytes(metadata, index), crc)
         advance(info.length)
         return Problem(fqn=index.fqn, file=info.relative_path, problem=problem) if problem else None
 
@@ -111,7 +121,24 @@ def _payload_nbytes(metadata: Metadata, index: MetadataIndex) -> int | None:
     return None
 
 
-def _damage(checkpoint_id: str, info: StorageInfo, payload_nbytes: int | None) -> str:
+def _table(checkpoint_id: str, file: str, tables: ItemTables) -> tuple[dict[int, int], str]:
+    """Return a file's table of its items, or what is wrong with it; neither, if the file tells by itself."""
+    nbytes = tables.nbytes(file)
+    if not nbytes:
+        return {}, ""
+    try:
+        with open_inside(checkpoint_id, file) as opened:
+            opened.seek(max(0, os.fstat(opened.fileno()).st_size - nbytes))
+            return tables.read(file, opened.read()), ""
+    except ValueError as error:
+        return {}, str(error)
+    except (PermissionError, UnsafeError):
+        raise
+    except OSError:
+        return {}, ""
+
+
+def _damage(checkpoint_id: str, info: StorageInfo, payload_nbytes: int | None, crc: int | None) -> str:
     """Say what is wrong with an item; empty if nothing is."""
     if getattr(info, "transform_descriptors", None):
         return f"is stored through the extensions {info.transform_descriptors}, which this reader has not"
@@ -120,11 +147,14 @@ def _damage(checkpoint_id: str, info: StorageInfo, payload_nbytes: int | None) -
             nbytes = os.fstat(file.fileno()).st_size
             if info.offset + info.length > nbytes:
                 return f"the file has {nbytes} bytes, the value ends at {info.offset + info.length}"
-            with zipfile.ZipFile(_Window(file, info.offset, info.length)) as archive:
+            window = _Window(file, info.offset, info.length)
+            with zipfile.ZipFile(window) as archive:
                 check_records(archive.infolist(), info.length)
                 damaged = archive.testzip()
                 if damaged is not None:
                     return f"the CRC32 of {damaged} is not the one it was saved with"
+                if crc is not None and not is_the_item(crc, lambda: _crc_of(window), archive.infolist()):
+                    return "is whole, and is not what was saved there"
                 sizes = {each.filename.partition("/")[2]: each.file_size for each in archive.infolist()}
     except FileNotFoundError:
         return MISSING
@@ -140,6 +170,11 @@ def _damage(checkpoint_id: str, info: StorageInfo, payload_nbytes: int | None) -
     if payload_nbytes is not None and held < payload_nbytes:
         return f"holds {held} bytes, its shape and dtype ask for {payload_nbytes}"
     return ""
+
+
+def _crc_of(window: _Window) -> int:
+    window.seek(0)
+    return zlib.crc32(window.read())
 
 
 class _Window(io.RawIOBase):

@@ -121,6 +121,7 @@ class Windows:
         self._lent: dict[int, list[memoryview]] = {}  # blocks that were held back, by the window that writes them
         self._carried = b""
         self._crc = 0
+        self.crcs: list[int] = [0] * len(layout.frames)
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -172,7 +173,8 @@ class Windows:
         memory[window.start + shift : window.first + shift] = self._carried
         self._blank_gaps(window, shift)
         put_frames(memory, self.layout, window.whole, shift)
-        self._copies[number].checksum(memory, crc32)
+        for record, crc in zip(window.whole, self._copies[number].checksum(memory, crc32), strict=True):
+            self.crcs[record] = crc
         ranges: list[FileRange] = []
         hole = (window.stop, window.stop)
         for part in window.parts:
@@ -220,6 +222,7 @@ class Windows:
             self._crc = crc32(memory[offset + start + shift : offset + stop + shift], self._crc)
         if part.stop < head + frame.nbytes:
             return []
+        self.crcs[part.record] = self._crc
         foot = bytearray(frame.foot)
         CRC.pack_into(foot, frame.foot_crc, self._crc)
         begin = max(part.start, head + frame.nbytes)

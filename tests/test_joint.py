@@ -657,12 +657,12 @@ async def test_participants_larger_than_the_budget_share_its_memory_one_after_th
     most: list[int] = []
     run = Transfer.run
 
-    async def counted(*args: Any, **options: Any) -> int:
+    async def counted(*args: Any, **options: Any) -> tuple[int, int]:
         running.append(1)
         most.append(len(running))
-        digest = await run(*args, **options)
+        result = await run(*args, **options)
         running.pop()
-        return digest
+        return result
 
     monkeypatch.setattr(Transfer, "run", counted)
     async with Checkpointer(max_host_bytes=MIN_NBYTES) as checkpointer:

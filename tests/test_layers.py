@@ -30,7 +30,7 @@ LAYERS = [
         "storage._claims",
     ],
     ["_blocking", "_devices", "_guard", "_judge", "_metadata_reader", "_timeline", "storage.memory", "storage.local"],
-    ["metadata"],
+    ["_item_tables", "metadata"],
     ["_arena", "_archive", "_callbacks", "_engine", "_progress", "storage"],
     ["_milestone"],
     ["_preempt", "_skips"],

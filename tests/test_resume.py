@@ -362,7 +362,7 @@ async def test_nothing_but_errors_of_the_tree_leaves_a_load(monkeypatch: pytest.
         def fail(*args: Any, error: Exception = error) -> None:
             raise error
 
-        for name in ("plan_load", "copy_in", "settle_values", "read_metadata"):
+        for name in ("plan_load", "copy_in", "settle_values", "read_sealed"):
             with monkeypatch.context() as patch:
                 patch.setattr(_load, name, fail)
                 with pytest.raises(aiodcp.LoadError):

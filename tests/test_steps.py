@@ -67,15 +67,16 @@ def test_a_seal_of_before_the_checksums_is_read() -> None:
     note = json.dumps({"a": 1}).encode()
     pickled, found = open_seal(b"pickle." + note + len(note).to_bytes(4, "little") + OLD_MARK)
     assert bytes(pickled) == b"pickle."
-    assert decode_note(found) == {"a": 1}
+    assert decode_note(found.note) == {"a": 1}
     assert bytes(open_seal(b"a pickle of others.")[0]) == b"a pickle of others."
 
 
 def test_every_bit_of_a_seal_is_checked() -> None:
     pickled = b"pickle " + CLAIM.encode() + b"."
-    good = seal(pickled, encode_note({"a": 1}))
+    good = seal(pickled, encode_note({"a": 1}), [1, 1 << 31])
     assert bytes(open_seal(good)[0]) == pickled
     assert read_seal(good[-seal_nbytes(good) :]).note == b'{"a":1}'
+    assert open_seal(good)[1].tables == (1, 1 << 31)
     for bit in range(8 * len(good)):
         damaged = bytearray(good)
         damaged[bit // 8] ^= 1 << bit % 8

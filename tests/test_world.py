@@ -60,7 +60,7 @@ def test_each_rank_stages_its_part_balanced_by_what_it_holds_besides(world: Worl
     results = world.run(4, _bytes_of_each, tmp_path)
     whole = 4 * 120_000
     staged = [each[0] for each in results]
-    assert sum(staged) <= 1.1 * whole
+    assert sum(staged) <= 1.1 * whole + 4 * 4096  # and the last block of each file
     assert max(staged) <= 1.1 * sum(staged) / 4
     lopsided = [each[1] for each in results]
     assert lopsided[0] >= 80_000
