@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
-from weakref import WeakMethod, finalize, ref
+from weakref import finalize, ref
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -57,7 +57,7 @@ class Guards:
 
     def __init__(self, on_step: Callable[[torch.optim.Optimizer, bool], None]) -> None:
         """Call `on_step` whenever an optimizer is about to change its parameters, with whether it is guarded."""
-        self._on_step = WeakMethod(on_step)  # the hook is the process's, and keeps no Checkpointer alive
+        self._on_step = on_step
         self._guards: list[Guard] = []
         self._pid = os.getpid()
         self._handle: RemovableHandle | None = None
@@ -69,7 +69,7 @@ class Guards:
         the first optimizer of the process has made already.
         """
         if self._handle is None and (asked or "torch._dynamo" in sys.modules):
-            guards = ref(self)
+            guards = ref(self)  # the hook is the process's, and keeps no Checkpointer alive
 
             def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if (there := guards()) is not None:
@@ -91,10 +91,9 @@ class Guards:
         self._guards.clear()
 
     def _hook(self, optimizer: torch.optim.Optimizer) -> None:
-        on_step = self._on_step()
-        if on_step is None or os.getpid() != self._pid:  # forgotten, or forked: nothing is staged here
+        if os.getpid() != self._pid:  # forked: nothing is staged here
             return
         if any(guard.covers(optimizer) for guard in self._guards):
-            on_step(optimizer, True)
+            self._on_step(optimizer, True)
         elif not optimizer._optimizer_step_pre_hooks:  # the caller's own, called after this one, may wait as well
-            on_step(optimizer, False)
+            self._on_step(optimizer, False)

@@ -233,6 +233,24 @@ def _as_data(value: Any) -> Any:
     return value
 
 
+def test_a_pickle_with_tuples_in_tuples_or_indices_out_of_proportion_is_not_harmless() -> None:
+    text = b"X\x01\x00\x00\x00aq\x00"
+    doubled = b"".join(b"h%ch%c\x86q%c" % (number, number, number + 1) for number in range(60))
+    nested = b"h\x00" + b"h\x00\x86" * 60
+    for harmful in (
+        doubled,
+        nested,
+        b"\x85" * 100,
+        b"h\x00\x85\x85\x85",
+        b"2\x86",
+        b"(h\x00\x85tt",
+        b"r\x00\x00\x10\x00",
+    ):
+        assert not is_harmless(b"\x80\x02}" + text + harmful + b"K\x01s.")
+    for harmless in (b"", b"h\x00\x86", b"(h\x00h\x00h\x00h\x00t", b"h\x00\x85\x85", b"]q\x01"):
+        assert is_harmless(b"\x80\x02}" + text + harmless + b"K\x01s.")
+
+
 def test_tuples_are_taken_out_of_the_memo_unless_one_is_used_twice() -> None:
     for value in ({"a": ("b", "c"), "d": ("b",), "e": (1, 2, 3, 4), "f": ()}, [1, ("x", "x")], {}):
         pickled = pickle.dumps(value, protocol=2)

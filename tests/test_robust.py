@@ -196,12 +196,13 @@ def test_the_soft_limit_of_open_files_is_raised_and_the_hard_one_named(monkeypat
 def _chain_of_indices() -> bytes:
     """Each index is the name and the offset of the next: to hash the last takes 2^60 calls. Nothing else is odd."""
     begin = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadataIndex\nq\x00X\x03\x00\x00\x00fqnq\x01"
-    begin += b"X\x06\x00\x00\x00offsetq\x02X\x05\x00\x00\x00indexq\x03]q\x04]q\x05"
+    begin += b"X\x06\x00\x00\x00offsetq\x02X\x05\x00\x00\x00indexq\x03"
+    begin += b"X\x01\x00\x00\x00aq\x04X\x01\x00\x00\x00bq\x05"
     links = b""
     for number in range(6, 66):
         before = b"h%c" % (number - 1)
         links += b"h\x00)\x81q%c}(h\x01%sh\x02%sh\x03Nub" % (number, before, before)
-    return begin + b"}(" + links + b"Nu."
+    return begin + links.replace(b"h\x00", b"0h\x00", 0) + b"}(h%cNu." % 65
 
 
 def _bombs(good: bytes) -> dict[str, bytes]:

@@ -129,6 +129,13 @@ def raising_filter() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("raising_filter")
+async def test_a_filter_that_raises_in_the_callers_thread_stops_nobody_either() -> None:
+    async with CheckpointManager("root", checkpointer=Checkpointer(storage=MemoryStorage())) as manager:
+        await (await manager.save(1, {"w": torch.ones(3)}))
+    assert manager.steps() == [1]
+
+
+@pytest.mark.usefixtures("raising_filter")
 async def test_a_filter_that_raises_in_a_thread_of_ours_stops_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     token = request.set("here, and in no thread")
     told: list[str] = []

@@ -78,3 +78,23 @@ async def test_the_pauses_end_with_what_they_are_for() -> None:
         await asyncio.sleep(0.001)
     await asyncio.sleep(5 * _turns.PAUSE_PERIOD_S)
     assert len(calls) <= 5
+
+
+async def test_many_who_wait_on_one_loop_have_one_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Awaited:
+        over = False
+
+        def done(self) -> bool:
+            return self.over
+
+    loop = asyncio.get_running_loop()
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    waiting = [Awaited() for _ in range(300)]
+    for each in waiting:
+        _turns.give_turns(loop, each)
+    until = loop.time() + 10 * _turns.PAUSE_PERIOD_S
+    while loop.time() < until:
+        await asyncio.sleep(_turns.PAUSE_PERIOD_S)
+    assert 1 <= len(pauses) <= 11
+    Awaited.over = True
