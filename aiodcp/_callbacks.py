@@ -22,12 +22,18 @@ class CallbackThread:
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._home = os.getpid()
         self._lock = threading.Lock()
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._pid = 0  # of the process in which the thread runs; 0 when there is none
 
     def call(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
         """Have `function` called soon; what it raises is logged. From any thread; never blocks."""
+        if self._home != os.getpid():  # forked: what is waiting is the parent's, and the lock may be held for ever
+            self._begin()
         with self._lock:
             self._calls.append((function, args))
             if self._pid == os.getpid():

@@ -19,6 +19,9 @@ from ._steps import Step, in_order, list_steps, read_step, remove_leftovers, rem
 from .errors import ClosedError, LoadError, NotACheckpointError, ReadError
 from .storage import Storage
 
+RECHECKED = 64  # steps of which it is looked before each save whether others have saved them anew: the newest
+PAST_UNREADABLE = 1 << 20
+
 
 class Catalog:
     """One rank's view. What is committed is taken in by the engine's thread, all else is the caller's."""
@@ -32,7 +35,7 @@ class Catalog:
         self._known: tuple[Step, ...] = ()
         self.unreadable: dict[int, str] = {}  # steps that are there and cannot be read, and why
         self._last_number = 0  # of a commit
-        self._others_saved_at = 0.0  # of steps without a number, the last
+        self._seen: list[Step] = []  # of others, not known here, and there when it was last looked
         self._numbers: dict[int, int] = {}  # by step, the number that is on the way to storage
         self._damaged: set[int] = set()
         self._changes: list[Step | int] = []  # what was taken in, and numbers of what was doomed, since the beginning
@@ -70,8 +73,15 @@ class Catalog:
                     log.warning("%s cannot be read, and counts as no step: %s", step_place(self.root, step), why)
             self.unreadable = dict(seen["unreadable"])
             found = {
-                step: Step(step=step, commit_number=number, others_saved_at=others, saved_at=at, metrics=metrics)
-                for step, number, others, at, metrics in seen["steps"]
+                step: Step(
+                    step=step,
+                    commit_number=number,
+                    after=frozenset(after),
+                    uncounted=frozenset(uncounted),
+                    saved_at=at,
+                    metrics=metrics,
+                )
+                for step, number, after, uncounted, at, metrics in seen["steps"]
             }
             for change in self._changes[mark:]:
                 if isinstance(change, Step):
@@ -81,20 +91,42 @@ class Catalog:
             self._set(found.values())
             self.has_looked = True
 
-    def count_commit(self, step: int) -> dict[str, int | float]:
+    def count_commit(self, step: int) -> dict[str, int | list[int]]:
         """Return what is noted of the order of a commit that is made now, later than anything that is known."""
         with self._lock:
-            self._last_number += 1
+            # An unreadable step may have a number that is not known: it is left behind by far.
+            self._last_number += PAST_UNREADABLE if self.unreadable else 1
             self._numbers[step] = self._last_number
-            return {"commit_number": self._last_number, "others_saved_at": self._others_saved_at}
+            after, uncounted = self._there(step)
+            return {
+                "commit_number": self._last_number,
+                "committed_after": sorted(after),
+                "uncounted": sorted(uncounted),
+            }
+
+    def _there(self, step: int) -> tuple[frozenset[int], frozenset[int]]:
+        """Return the steps that are there, but for one that is being saved, and of these those without a number."""
+        there = [each for each in (*self._known, *self._seen) if each.step != step]
+        unknown = frozenset(self.unreadable) - {step}
+        return (
+            unknown.union(each.step for each in there),
+            unknown.union(each.step for each in there if not each.commit_number),
+        )
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Know of a step that is committed now."""
         with self._lock:
             number = self._numbers.pop(step, self._last_number + 1)
-            others = self._others_saved_at
+            after, uncounted = self._there(step)
             self._add(
-                Step(step=step, commit_number=number, others_saved_at=others, saved_at=time.time(), metrics=metrics)
+                Step(
+                    step=step,
+                    commit_number=number,
+                    after=after,
+                    uncounted=uncounted,
+                    saved_at=time.time(),
+                    metrics=metrics,
+                )
             )
 
     def _add(self, step: Step) -> None:
@@ -105,13 +137,7 @@ class Catalog:
 
     def _set(self, steps: Iterable[Step]) -> None:
         self._known = tuple(sorted(steps, key=lambda each: each.step))
-        self._count(self._known)
-
-    def _count(self, steps: Iterable[Step]) -> None:
-        for each in steps:
-            self._last_number = max(self._last_number, each.commit_number)
-            others = each.others_saved_at if each.commit_number else each.saved_at
-            self._others_saved_at = max(self._others_saved_at, others)
+        self._last_number = max((self._last_number, *(each.commit_number for each in self._known)))
 
     def mark_for_removal(self, *, removes: bool) -> None:
         """Forget the steps that are not to be kept; `prune` removes them, on the rank that does so."""
@@ -157,21 +183,32 @@ class Catalog:
         """Look which steps are complete, and return that for `learn`."""
         found = await list_steps(self.storage, self.root, but=set(self._removing))
         steps = [
-            [each.step, each.commit_number, each.others_saved_at, each.saved_at, dict(each.metrics)]
+            [
+                each.step,
+                each.commit_number,
+                sorted(each.after),
+                sorted(each.uncounted),
+                each.saved_at,
+                dict(each.metrics),
+            ]
             for each in found.steps
         ]
         return json.dumps({"steps": steps, "unreadable": list(found.unreadable.items())}).encode()
 
     async def look_for_others(self) -> None:
-        """Count commits that others have made since: the next one is later than those, too."""
-        known = {each.step for each in self._known} | self.unreadable.keys() | self._removing.keys()
+        """Look what others have committed since: the next commit is later than that, too."""
+        known = [each.step for each in self.newest]
         try:
-            found = await list_steps(self.storage, self.root, but=known)
+            found = await list_steps(self.storage, self.root, but={*known[RECHECKED:], *self._removing})
         except ReadError as error:
             log.warning("whether others save to the same place is not known: %s", error)
             return
         with self._lock:
-            self._count(found.steps)
+            now = {each.step: each for each in found.steps}
+            known_steps = {each.step for each in self._known}
+            self._seen = [each for each in found.steps if each.step not in known_steps]
+            self._set([now.get(each.step, each) for each in self._known])
+            self._last_number = max((self._last_number, *(each.commit_number for each in found.steps)))
 
     async def look_again(self, step: int) -> bool:
         """After a save that failed, tell whether it was committed all the same; then the step is known."""

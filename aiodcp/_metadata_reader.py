@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from struct import Struct
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -320,9 +319,9 @@ class _Unpickler(pickle.Unpickler):
         found = _find(module, name, self._path)
         if found in _MADE:
             return self._copies.setdefault(found, type(found.__name__, (_CHECKED.get(found, found),), {}))
-        if isinstance(found, FunctionType):
-            return lambda *arguments: found(*arguments)
-        return found  # of C: nothing can be set
+        if (function := _CALLED.get(found)) is not None:
+            return lambda *arguments: function(*arguments)
+        return found  # a dtype: nothing can be set
 
 
 class _AnyProperties(TensorProperties):

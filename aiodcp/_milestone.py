@@ -168,9 +168,13 @@ class MilestoneSource:
     def _is_forked(self) -> bool:
         return os.getpid() != self._pid
 
-    def _refuse_for_ever(self, *, blocking: bool) -> None:
-        if self._is_forked():
+    def refuse_forked(self) -> None:
+        """Raise `ClosedError` if it is still to come in the process that this one was forked from."""
+        if self._state != "settled" and self._is_forked():
             raise ClosedError(FORKED)
+
+    def _refuse_for_ever(self, *, blocking: bool) -> None:
+        self.refuse_forked()
         self._check(blocking)
 
     def _block(self, timeout: float | None) -> bool:
@@ -261,7 +265,11 @@ class Handle(Coroutine[Any, Any, None]):
         """Have `function` called with this object when it is done, in the thread `aiodcp-callbacks`.
 
         What it raises is logged. A failure counts as seen when the function asks for it, by `exception` or `result`.
+
+        Raises:
+            ClosedError: it will never be done in this process, which was forked.
         """
+        self._source.refuse_forked()
         self._source.when_done(lambda _: callbacks.call(self._call_when_settled, function))
 
     def _call_when_settled(self, function: Callable[[Self], object]) -> None:
@@ -269,6 +277,11 @@ class Handle(Coroutine[Any, Any, None]):
         function(self)
 
     # --- as a coroutine: a task has one of its own, and drives it
+
+    @property
+    def __name__(self) -> str:
+        """What a task that runs this calls its coroutine."""
+        return self._source.name
 
     def send(self, value: None) -> Any:
         """Go on, for the task that runs this as its coroutine."""

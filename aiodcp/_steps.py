@@ -30,7 +30,8 @@ class Step:
         step: its number.
         commit_number: larger than those of all steps that were there when it was committed; 0 if none was noted, as
             by others than a manager.
-        others_saved_at: the largest `saved_at` of steps without a number that were there when it was committed.
+        after: steps that were there when it was committed, as far as was known.
+        uncounted: of these, those without a number, as far as was known.
         saved_at: when it was committed, in seconds of `time.time()`: as noted of it, or else when its `.metadata` was
             written; 0 if the storage cannot tell. For people: clocks of two hosts differ.
         metrics: what was noted of it, by name.
@@ -38,7 +39,8 @@ class Step:
 
     step: int
     commit_number: int = 0
-    others_saved_at: float = 0.0
+    after: frozenset[int] = frozenset()
+    uncounted: frozenset[int] = frozenset()
     saved_at: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -130,10 +132,15 @@ async def read_step(storage: Storage, root: str, step: int) -> Step:
     return Step(
         step=step,
         commit_number=number if type(number) is int and 0 < number < 1 << 63 else 0,
-        others_saved_at=_number(note.get("others_saved_at")) or 0.0,
+        after=_numbers_in(note.get("committed_after")),
+        uncounted=_numbers_in(note.get("uncounted")),
         saved_at=_number(note.get("saved_at")) or modified_at or 0.0,
         metrics=metrics_of(note),
     )
+
+
+def _numbers_in(noted: object) -> frozenset[int]:
+    return frozenset(each for each in noted if type(each) is int) if isinstance(noted, list) else frozenset()
 
 
 def metrics_of(note: Mapping[str, Any]) -> dict[str, float]:
@@ -155,14 +162,14 @@ def _number(value: object) -> float | None:
 def in_order(steps: Sequence[Step]) -> list[Step]:
     """Return steps in the order in which they were committed: a run may have gone back to an earlier one.
 
-    Numbers say it, and no clock. A step without a number comes after those that did not know of it.
+    Numbers say it, and no clock. A step without a number comes after those that were committed without knowing of it.
     """
     numbered = sorted((each for each in steps if each.commit_number), key=lambda each: (each.commit_number, each.step))
 
     def place(step: Step) -> tuple[int, float, int]:
         if step.commit_number:
             return step.commit_number, 0.0, step.step
-        before = (each.commit_number for each in numbered if each.others_saved_at < step.saved_at)
+        before = (each.commit_number for each in numbered if step.step not in each.uncounted)
         return max(before, default=0), step.saved_at or 1.0, step.step
 
     return sorted(steps, key=place)

@@ -779,4 +779,5 @@ def check_note(custom_metadata: Mapping[str, Any] | None) -> bytes:
 
 def _digest(checkpoint_id: object) -> int:
     """A number by which ranks compare where they save to."""
-    return int.from_bytes(blake2b(str(checkpoint_id).encode(), digest_size=8).digest(), "little", signed=True)
+    name = str(checkpoint_id).encode("utf-8", "surrogatepass")  # a path need not be UTF-8
+    return int.from_bytes(blake2b(name, digest_size=8).digest(), "little", signed=True)

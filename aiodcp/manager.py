@@ -52,7 +52,8 @@ RESERVED = {
     "saved_at",
     "metrics",
     "commit_number",
-    "others_saved_at",
+    "committed_after",
+    "uncounted",
 }  # of the custom metadata of a step: the manager's own
 
 if TYPE_CHECKING:  # at run time TypeVars have no defaults before Python 3.13
@@ -651,8 +652,7 @@ class CheckpointManager(Blocking, Generic[SaveT]):
 
         Raises:
             NotACheckpointError: the step is not there, or not complete.
-            ReadError: a step with a higher number than all others is there and cannot be read, and `fall_back` is
-                false; or none can.
+            ReadError: a step is there that may be the latest and cannot be read, and `fall_back` is false; or none can.
             LoadError: see `Checkpointer.load`.
         """
         if step not in ("latest", "best"):
@@ -666,7 +666,7 @@ class CheckpointManager(Blocking, Generic[SaveT]):
         await self.refresh()
         numbers = [each.step for each in self._catalog.newest]
         if step == "latest":
-            self._refuse_to_pass_over(numbers, fall_back=fall_back)
+            self._refuse_to_pass_over(fall_back=fall_back)
         if isinstance(step, int):
             numbers = [step, *(numbers[numbers.index(step) + 1 :] if step in numbers else ())]
         elif step == "best":
@@ -688,11 +688,17 @@ class CheckpointManager(Blocking, Generic[SaveT]):
                     self._report.fell_back(number, error)
         return None
 
-    def _refuse_to_pass_over(self, readable: Sequence[int], *, fall_back: bool) -> None:
+    def _refuse_to_pass_over(self, *, fall_back: bool) -> None:
         """Refuse to take an older step for the latest because the latest cannot be read."""
-        unreadable = self._catalog.unreadable
-        if unreadable and (not readable or (max(unreadable) > max(readable) and not fall_back)):
-            step = max(unreadable)
+        unreadable, last = self._catalog.unreadable, next(iter(self._catalog.newest), None)
+        if last is None:
+            suspects = list(unreadable)
+        elif last.commit_number:  # those that it knew of are older
+            suspects = [step for step in unreadable if step not in last.after]
+        else:
+            suspects = [step for step in unreadable if step > last.step]
+        if suspects and (last is None or not fall_back):
+            step = max(suspects)
             raise ReadError(self.path(step), f"it may be the latest step, and cannot be read: {unreadable[step]}")
 
     # --- without an event loop

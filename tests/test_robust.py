@@ -40,6 +40,7 @@ from aiodcp import (
     UnsafeError,
     WriteError,
     _line,
+    _metadata_reader,
     _plain_data,
 )
 from aiodcp._metadata_reader import read_metadata
@@ -642,3 +643,95 @@ async def test_a_step_that_another_manager_saves_anew_outlives_its_removal(fault
 
 def test_no_handler_is_left_on_the_log() -> None:
     assert not logging.getLogger("aiodcp").handlers
+
+
+async def _newest(root: Path) -> tuple[int, float]:
+    async with CheckpointManager(root) as manager:
+        state = {"w": torch.zeros(1)}
+        restored = await manager.restore(state)
+        assert restored == manager.latest
+        return int(restored or 0), float(state["w"])
+
+
+async def _step(manager: CheckpointManager, step: int, value: float | None = None) -> None:
+    await (await manager.save(step, {"w": torch.tensor([float(step if value is None else value)])}))
+
+
+async def test_a_copy_of_a_root_has_the_same_newest_step_and_retention_keeps_it(tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(1)}, checkpoint_id=str(tmp_path / "a" / "step-1"), no_dist=True)
+    async with CheckpointManager(tmp_path / "a") as manager:
+        for step in (2, 3):
+            await _step(manager, step)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)  # without the times
+    for root in (tmp_path / "a", tmp_path / "b"):
+        assert await _newest(root) == (3, 3.0)
+    async with CheckpointManager(tmp_path / "b", keep_last=2) as manager:
+        await _step(manager, 4)
+    async with CheckpointManager(tmp_path / "b") as manager:
+        assert manager.steps() == [3, 4]
+
+
+async def test_a_known_step_that_others_save_anew_is_counted(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path / "a") as one:
+        await _step(one, 1)
+        async with CheckpointManager(tmp_path / "a") as other:
+            for value in (11, 12, 13):
+                await _step(other, 1, value)
+        await _step(one, 2)
+    assert await _newest(tmp_path / "a") == (2, 2.0)
+    async with CheckpointManager(tmp_path / "b") as manager:
+        await _step(manager, 1)
+        await _step(manager, 2)
+        dcp.save({"w": torch.full((1,), 7.0)}, checkpoint_id=str(tmp_path / "b" / "step-1"), no_dist=True)
+        await _step(manager, 3)
+    assert await _newest(tmp_path / "b") == (3, 3.0)
+    async with Checkpointer() as checkpointer:  # and nobody counts it
+        await (await checkpointer.save({"w": torch.full((1,), 9.0)}, tmp_path / "b" / "step-2"))
+    assert await _newest(tmp_path / "b") == (2, 9.0)
+
+
+async def test_the_number_of_a_step_that_cannot_be_read_is_not_used_again(tmp_path: Path) -> None:
+    async with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            await _step(manager, step)
+    path = tmp_path / "step-3" / ".metadata"
+    path.rename(path.with_name("kept"))
+    path.mkdir()
+    async with CheckpointManager(tmp_path) as manager:
+        await _step(manager, 2, 22)
+    path.rmdir()
+    path.with_name("kept").rename(path)
+    assert await _newest(tmp_path) == (2, 22.0)
+
+
+async def test_a_latest_step_that_cannot_be_read_is_not_passed_over_also_if_the_run_had_gone_back(
+    tmp_path: Path,
+) -> None:
+    async with CheckpointManager(tmp_path) as manager:
+        for step in (10, 20, 30, 15):
+            await _step(manager, step)
+    path = tmp_path / "step-15" / ".metadata"
+    path.write_bytes(path.read_bytes()[:-12] + bytes(12))
+    async with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(ReadError, match="it may be the latest"):
+            await manager.restore({"w": torch.zeros(1)})
+        assert await manager.restore({"w": torch.zeros(1)}, fall_back=True) == 30
+
+
+def test_a_refused_file_leaves_nothing_behind_in_the_process() -> None:
+    """A state with slots sets attributes of whatever it is given to: here of the classes that metadata names."""
+    attributes = b"}q\x01(X\x07\x00\x00\x00plantedK\x01u"
+    for module, name in _metadata_reader._GLOBALS:
+        named = f"c{module}\n{name}\n".encode()
+        with pytest.raises(CheckpointError):
+            read_metadata(b"\x80\x02" + attributes + named + b"Nh\x01\x86b.", "m")
+        assert not hasattr(_metadata_reader._GLOBALS[module, name], "planted"), name
+
+
+async def test_a_place_whose_name_is_not_utf_8_is_one_like_any_other(tmp_path: Path) -> None:
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    async with Checkpointer() as checkpointer:
+        await (await checkpointer.save(STATE, place))
+        target = blank(STATE)
+        await checkpointer.load(target, place)
+    assert torch.equal(target["w"], STATE["w"])  # type: ignore[arg-type]
