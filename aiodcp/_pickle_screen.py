@@ -33,21 +33,21 @@ def _harmless(high: int) -> re.Pattern[bytes]:
     }
     # Atoms, and a tuple of the last of them; one around that holds the arguments of a call.
     names[b"run"] = (
-        rb"(?:%(atom)s(?:\x85\x85?+|%(atom)s(?:[\x85\x86]\x85?+|%(atom)s++(?:[\x85-\x87]\x85?+)?+)?+)?+)?+" % names
+        rb"(?:%(atom)s(?:\x85\x85?+|%(atom)s(?:[\x85\x86]\x85?+|%(atom)s++(?:[\x85-\x87]\x85?+)?+)?+)?+)" % names
     )
     names[b"class"] = rb"(?:%s|%s(?:%s)?+)" % (_GET, _GLOBAL, put)
     # The properties of a tensor: a tuple with the results of calls.
     names[b"state"] = rb"\((?:%(class)s%(atom)s\x85R%(put)s|%(atom)s){1,8}+t%(put)sb" % names
     tokens = [
-        rb"\)\x81%(put)s(?:\}%(put)s(?:\(%(run)s)?+|%(state)s)?+",  # a record
-        rb"%(atom)s(?:\x85\x85?+|%(atom)s(?:[\x85\x86]\x85?+|%(atom)s++(?:[\x85-\x87]\x85?+)?+)?+)?+",
-        rb"u(?:\(%(run)s)?+",  # the items of a dict, and the next thousand of them
+        rb"\)\x81%(put)s(?:\}%(put)s(?:\(%(run)s?+)?+|%(state)s)?+",  # a record
+        rb"%(run)s",
+        rb"u(?:\(%(run)s?+)?+",  # the items of a dict, and the next thousand of them
         rb"[bas]",
-        rb"\}%(put)s(?:\(%(run)s)?+",
+        rb"\}%(put)s(?:\(%(run)s?+)?+",
         rb"R%(put)s",
         rb"\(%(atom)s++t\x85?+",  # a tuple of any length
-        rb"\]%(put)s(?:\(%(run)s)?+",
-        rb"e(?:\(%(run)s)?+",
+        rb"\]%(put)s(?:\(%(run)s?+)?+",
+        rb"e(?:\(%(run)s?+)?+",
     ]
     return re.compile(rb"\x80\x02(?:%s)*+\." % (rb"|".join(tokens) % names), re.DOTALL)
 

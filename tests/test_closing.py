@@ -89,6 +89,23 @@ async def test_leaving_gives_up_a_storage_that_never_answers_and_says_what_it_wa
 
 
 @pytest.mark.usefixtures("impatient")
+async def test_leaving_gives_up_a_copy_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a device that hangs: the thread that stages waits for it, and cannot be interrupted."""
+    answer = threading.Event()
+
+    def hang(*arguments: object) -> list[torch.Event]:
+        answer.wait(60)
+        return []
+
+    monkeypatch.setattr("aiodcp._stage.Stage.copy", hang)
+    with pytest.raises(SaveError, match=r"nothing has moved for 0 s: saving ckpt"):
+        async with Checkpointer(storage=MemoryStorage(), timeout=0.2) as checkpointer:
+            ckpt = await checkpointer.save(STATE, "ckpt")
+    assert ckpt.staged.done()
+    answer.set()
+
+
+@pytest.mark.usefixtures("impatient")
 async def test_a_load_that_is_stuck_is_let_go_when_another_task_closes() -> None:
     storage = Stuck("get")
     checkpointer = Checkpointer(storage=storage, timeout=0.2)

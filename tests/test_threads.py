@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -133,6 +135,15 @@ async def test_a_filter_that_raises_in_the_callers_thread_stops_nobody_either() 
     async with CheckpointManager("root", checkpointer=Checkpointer(storage=MemoryStorage())) as manager:
         await (await manager.save(1, {"w": torch.ones(3)}))
     assert manager.steps() == [1]
+
+
+@pytest.mark.usefixtures("raising_filter")
+async def test_a_signal_is_heard_although_the_log_raises() -> None:
+    async with CheckpointManager(
+        "root", checkpointer=Checkpointer(storage=MemoryStorage()), signals=[signal.SIGTERM]
+    ) as manager:
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.wait_for(manager.preempted, 30)
 
 
 @pytest.mark.usefixtures("raising_filter")
