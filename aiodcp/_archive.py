@@ -33,6 +33,7 @@ class StoredTensor:
         offset: elements, where in the storage it begins.
         start, stop: bytes, where in the archive the storage lies.
         has_checksums: whether the archive has CRC32s; torch can be told to write none.
+        crc: of the storage.
     """
 
     dtype: torch.dtype
@@ -42,6 +43,7 @@ class StoredTensor:
     start: int
     stop: int
     has_checksums: bool
+    crc: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ def find_tensor(archive: memoryview, crc32: Callable[[memoryview, int], int] | N
         start=storage.start,
         stop=storage.start + storage.nbytes,
         has_checksums=has_checksums,
+        crc=storage.crc,
     )
 
 

@@ -6,21 +6,32 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from weakref import finalize
 
 import torch
 
+from ._free_memory import free_nbytes
 from ._log import log
 from .errors import StageError
 
 # Bytes populated by one system call: a thread that is wanted back is late by a tenth of a second at most.
 # Measured: first touch of a fresh VM's memory, 2.3 s a GiB on 4 KiB pages and as much on huge ones.
 POPULATE_NBYTES = 64 << 20
+# Bytes registered by one call, at least: current drivers refuse more than 512 GiB at once, and what succeeds of many
+# calls stays pinned. Measured on an H200: 4 GiB take 0.2 s in one piece as in pieces of 64 MiB.
+PIN_NBYTES = 256 << 20
 _REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: for all devices
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the constant is not in Python's mmap. Source: madvise(2)
 
+_ERRORS = {  # Source: cudaError_t in the CUDA runtime's reference
+    1: "invalid value",
+    2: "out of memory: of what the driver may pin, which is no matter of `ulimit -l`",
+    801: "not supported on this system",
+}
+
+_pinned_for_ever: list[mmap.mmap] = []
 _warned = False  # of memory that cannot be pinned: told once
 
 _libc = ctypes.CDLL(None, use_errno=True)  # mmap.madvise() holds the GIL while it populates; this does not
@@ -46,6 +57,7 @@ class Arena:
         except OSError as error:
             raise StageError(nbytes, f"no host memory, {free} bytes are free: {error}") from error
         self.nbytes = nbytes
+        self._mapping = mapping
         self.memory = memoryview(mapping)
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
         self.address = self.tensor.data_ptr()
@@ -55,30 +67,43 @@ class Arena:
         _libc.madvise(self.address, nbytes, mmap.MADV_HUGEPAGE)
         _libc.madvise(self.address, nbytes, mmap.MADV_DONTFORK)
 
-    def pin(self) -> None:
+    def pin(self, device: torch.device | None, borders: Sequence[int] = ()) -> None:
         """Register the memory with CUDA, so that devices copy from and to it by themselves. Releases the GIL.
 
-        Where the system refuses to lock so much memory a warning says so, once, and copies are slower.
+        In a thread of the library, whose current device this makes `device`. Where CUDA refuses, a warning says so,
+        once, and copies are slower.
+
+        Args:
+            device: any of those that copy.
+            borders: where pieces may end, ascending: CUDA refuses a copy that crosses the end of one.
         """
-        if self._pin_tried or not torch.cuda.is_available():
+        if self._pin_tried or device is None or device.type != "cuda":
             return
         self._pin_tried = True
+        torch.accelerator.set_device_index(device.index)
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        code = int(cudart.cudaHostRegister(self.address, self.nbytes, _REGISTER_PORTABLE))
-        if code == 0:
+        pinned = 0
+        for start, stop in pieces_of(self.nbytes, borders):
+            code = int(cudart.cudaHostRegister(self.address + start, stop - start, _REGISTER_PORTABLE))
+            if code:
+                break
+            pinned += stop - start
             # Before the memory is unmapped: that is when the last tensor that shares it goes, and this goes first.
-            finalize(self, _unpin, self.address).atexit = False
+            finalize(self, _unpin, self._mapping, self.address + start, device, os.getpid()).atexit = False
+        else:
             return
         with suppress(RuntimeError):  # takes CUDA's note of the error, which the next kernel would be blamed for
-            torch.zeros(1, device="cuda")
+            torch.zeros(1, device=device)
         global _warned
         if not _warned:
             _warned = True
             log.warning(
-                "%d bytes of host memory could not be pinned (cudaHostRegister: error %d; see `ulimit -l`): copies "
-                "from and to CUDA devices take longer",
+                "only %d of %d bytes of host memory could be pinned (cudaHostRegister: error %d, %s): copies from and "
+                "to CUDA devices take longer",
+                pinned,
                 self.nbytes,
                 code,
+                _ERRORS.get(code, "see cudaError_t in CUDA's documentation"),
             )
 
     def populate(self) -> None:
@@ -97,19 +122,34 @@ class Arena:
             raise StageError(self.nbytes, problem)
 
 
-def _unpin(address: int) -> None:
-    code = int(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]
-    if code != 0:
-        log.warning("pinned host memory could not be released (cudaHostUnregister: error %d)", code)
+def pieces_of(nbytes: int, borders: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut memory into pieces of `PIN_NBYTES` at least, which end at borders."""
+    start = 0
+    for border in (*borders, nbytes):
+        if border > start and (border == nbytes or (border - start >= PIN_NBYTES and nbytes - border >= PIN_NBYTES)):
+            yield start, border
+            start = border
 
 
-def free_nbytes() -> int:
-    """Return the bytes of memory that can be had, the page cache's included. Source: proc(5), MemAvailable."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return 1024 * int(rest.split()[0])
-    raise StageError(0, "/proc/meminfo does not tell how much memory is free")
+def _unpin(mapping: mmap.mmap, address: int, device: torch.device, pid: int) -> None:
+    """Release a piece of `mapping`; if that fails, keep the memory for ever.
+
+    Memory that is mapped at the same address later would count as pinned, and a device would go on with the old pages:
+    seen on an H200, where saves were all zeros.
+    """
+    if os.getpid() != pid:  # forked: the memory is the parent's, and CUDA does not work here
+        return
+    try:
+        with torch.accelerator.device_index(device.index):  # in whatever thread the last reference went
+            code = int(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        problem = repr(error)
+    else:
+        if code == 0:
+            return
+        problem = f"cudaHostUnregister: error {code}"
+    _pinned_for_ever.append(mapping)
+    log.warning("pinned host memory cannot be given back: %s", problem)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -252,7 +252,7 @@ async def run_shape(
     state = shape.make(device)
     arena = Arena(-(-shape.nbytes // 4096) * 4096)
     arena.populate()
-    arena.pin()
+    arena.pin(device)
     systems = _systems(device)
     costs: dict[str, list[Cost]] = {name: [] for name in systems}
     copies: list[float] = []

@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -28,10 +30,12 @@ from .metadata import ContainerNotes
 
 Path = tuple[str | int, ...]
 StateDict = dict[str, Any]
+KnownNames = dict[Path, tuple[tuple[Any, ...], list[str], list[Path]]]  # of a mapping: its keys, fqns, paths
 
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _NEVER_STATEFUL = {*PLAIN_TENSORS, DTensor, dict, list, tuple, int, float, str, bytes, bool, type(None)}
 _SCALARS = {int, float, str, bytes, bool, type(None)}
+MANY = 64  # tensors, from which on it is quicker to compare their keys with known ones than to make their names
 SHOWN = 80  # characters of a name that is too long
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 QUANTIZED = {torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4}
@@ -68,6 +72,7 @@ class Capture:
         frozen: for every leaf that is not staged, by place, its pickle; framed as `torch.save` does it or still bare.
         sharded: the leaves that are sharded, by place.
         parts: of each leaf with any number of parts, by place, where among the values its first part is.
+        devices: where the tensors are that are staged.
         notes: what the names do not say of the containers.
         planned: the plan of the caller's own planner, whose items are the leaves.
     """
@@ -78,8 +83,25 @@ class Capture:
     frozen: dict[int, Frozen]
     sharded: dict[int, DTensor | ShardedTensor]
     parts: dict[int, int]
+    devices: set[torch.device]
     notes: ContainerNotes = field(default_factory=ContainerNotes)
     planned: SavePlan | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each of `values`; of parts that of their leaf."""
+        if not self.parts:
+            return self.fqns
+        starts = {start: self.fqns[place] for place, start in self.parts.items()}
+        names = list(self.fqns)
+        for place in range(len(names), len(self.values)):
+            names.append(starts.get(place, names[-1]))
+        return names
+
+    def name_on(self, device: torch.device) -> str:
+        """Return the name of a tensor on `device`."""
+        on_it = (isinstance(value, torch.Tensor) and value.device == device for value in self.values)
+        return next(compress(self.names, on_it))
 
     def leaf(self, place: int) -> Any:
         """Return a leaf as it stands in the state dict."""
@@ -130,29 +152,32 @@ class PerRank:
         return f"PerRank({self.value!r})"
 
 
-def capture(state_dict: Mapping[str, Any], rank: int = 0, *, may_be_empty: bool = False) -> Capture:
+def capture(
+    state_dict: Mapping[str, Any], rank: int = 0, *, may_be_empty: bool = False, names: KnownNames | None = None
+) -> Capture:
     """Take `state_dict` apart.
 
     Args:
         state_dict: of the caller.
         rank: whose it is.
         may_be_empty: whether another rank may hold all of it.
+        names: see `flatten`.
 
     Raises:
         ArgumentError: it is no mapping.
         CaptureError: it is empty, a `state_dict()` raised, or a leaf cannot be saved.
     """
-    leaves = flatten(call_stateful(state_dict), rank)
+    leaves = flatten(call_stateful(state_dict), rank, names)
     fqns, values = leaves.fqns, leaves.values
     if not fqns and not leaves.notes.empty and not may_be_empty:
         raise nothing_to_save()
-    sharded = {
-        place: value for place, value in enumerate(values) if type(value) not in PLAIN_TENSORS and is_sharded(value)
-    }
+    odd, devices = _find_odd(values)
+    sharded = {place: values[place] for place in odd if is_sharded(values[place])}
     parts: dict[int, int] = {}
     frozen: dict[int, Frozen] = {}
     for place, value in sharded.items():
         held = local_parts(fqns[place], value)
+        devices |= {part.device for part in held}
         if isinstance(value, DTensor) and not holds_shards(value):
             [values[place]] = held
             if not is_plain(held[0]) and not held[0].is_meta:
@@ -161,17 +186,7 @@ def capture(state_dict: Mapping[str, Any], rank: int = 0, *, may_be_empty: bool 
             parts[place] = len(values)
             values[place] = None
             values += held
-    frozen |= {
-        place: freeze(fqns[place], value)
-        for place, value in enumerate(values[: len(fqns)])
-        # A tensor whose elements lie in a dense buffer that the staging copy understands is only referred to. The
-        # test is spelt out: a call for each of 10,000 tensors is half of the time for which the caller is held.
-        if type(value) not in PLAIN_TENSORS
-        or value.layout is not torch.strided
-        or value.dtype in QUANTIZED
-        or value.is_meta
-        if place not in sharded
-    }
+    frozen |= {place: freeze(fqns[place], values[place]) for place in odd if place not in sharded}
     return Capture(
         fqns=fqns,
         paths=leaves.paths,
@@ -179,8 +194,27 @@ def capture(state_dict: Mapping[str, Any], rank: int = 0, *, may_be_empty: bool 
         frozen=frozen,
         sharded=sharded,
         parts=parts,
+        devices=devices,
         notes=leaves.notes,
     )
+
+
+def _find_odd(values: Sequence[Any]) -> tuple[list[int], set[torch.device]]:
+    """Return the places of all values but tensors that are only referred to (see `is_plain`), and where those are.
+
+    What all tensors are asked, `map` asks: a line of Python for each of 20,000 takes four times as long, and the caller
+    is held meanwhile.
+    """
+    odd = [place for place, value in enumerate(values) if type(value) not in PLAIN_TENSORS]
+    tensors = [value for value in values if type(value) in PLAIN_TENSORS] if odd else values
+    devices = set(map(attrgetter("device"), tensors))
+    if (
+        not {torch.strided}.issuperset(map(attrgetter("layout"), tensors))
+        or not QUANTIZED.isdisjoint(map(attrgetter("dtype"), tensors))
+        or any(device.type == "meta" for device in devices)
+    ):
+        odd = [place for place, value in enumerate(values) if type(value) not in PLAIN_TENSORS or not is_plain(value)]
+    return odd, devices
 
 
 def nothing_to_save() -> CaptureError:
@@ -242,7 +276,7 @@ def call_stateful(state_dict: Mapping[str, Any]) -> StateDict:
         problem = f'is a mapping, such as {{"model": model}}, not {type(state_dict).__name__}'
         raise ArgumentError("state_dict", problem)
     called: StateDict = dict(state_dict)
-    for key in sorted(called, key=str):
+    for key in sorted([key for key, value in called.items() if type(value) not in _NEVER_STATEFUL], key=str):
         value = called[key]
         stateful = value.value if type(value) is PerRank else value
         if is_stateful(stateful):
@@ -285,12 +319,18 @@ def short_names(module: torch.nn.Module, names: Iterable[str]) -> dict[str, str]
     return short if len(set(short.values())) == len(short) else None
 
 
-def flatten(state_dict: Mapping[str, Any], rank: int = 0) -> Leaves:
+def flatten(state_dict: Mapping[str, Any], rank: int = 0, names: KnownNames | None = None) -> Leaves:
     """Return names, paths and leaves, in the order of the state dict.
+
+    Args:
+        state_dict: what to walk.
+        rank: whose it is.
+        names: those of the state before, and then of this one: large mappings have the same in the next save.
 
     Raises:
         CaptureError: it is nested deeper than Python's recursion limit, or contains itself.
     """
+    names = {} if names is None else names
     fqns: list[str] = []
     paths: list[Path] = []
     values: list[Any] = []
@@ -317,7 +357,7 @@ def flatten(state_dict: Mapping[str, Any], rank: int = 0) -> Leaves:
                         notes.int_keys.append((*path, step))
                     elif "param_groups" in value and "state" in value:
                         optimizers.append((*path, step))
-                    walk(f"{prefix}{key}.", (*path, step), value.items(), listed=False)
+                    walk_mapping(f"{prefix}{key}.", (*path, step), value)
                     continue
                 if isinstance(value, list) and not _is_leaf(value):
                     walk(f"{prefix}{key}.", (*path, step), enumerate(value), listed=True)
@@ -326,8 +366,20 @@ def flatten(state_dict: Mapping[str, Any], rank: int = 0) -> Leaves:
             paths.append((*path, step))
             values.append(value)
 
+    def walk_mapping(prefix: str, path: Path, mapping: Mapping[Any, Any]) -> None:
+        if len(mapping) < MANY or not PLAIN_TENSORS.issuperset(map(type, mapping.values())):
+            walk(prefix, path, mapping.items(), listed=False)
+            return
+        keys = tuple(mapping)
+        if names.get(path, ((),))[0] != keys:
+            names[path] = keys, [f"{prefix}{key}" for key in keys], [(*path, str(key)) for key in keys]
+        _, known_fqns, known_paths = names[path]
+        fqns.extend(known_fqns)
+        paths.extend(known_paths)
+        values.extend(mapping.values())
+
     try:
-        walk("", (), state_dict.items(), listed=False)
+        walk_mapping("", (), state_dict)
     except RecursionError as error:
         raise CaptureError(f"{here[:SHOWN]}...", "is nested too deeply, or contains itself") from error
     return Leaves(fqns, paths, values, notes, optimizers, per_rank)

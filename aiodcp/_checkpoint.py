@@ -7,7 +7,7 @@ from contextlib import suppress
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from traceback import walk_tb
 
-from ._devices import Crossing
+from ._devices import DeviceCopies
 from ._engine import Engine
 from ._log import log
 from ._milestone import Handle, Milestone, MilestoneSource, Progress, ProgressLog
@@ -41,8 +41,7 @@ class Checkpoint(Handle):
         self._log = ProgressLog(engine.activity.moved)
         self._operation: Operation | None = None
         self._watch: Watch | None = None
-        self._crossing = Crossing()
-        self._fenced = False
+        self._device_copies = DeviceCopies()
         self._queued = MilestoneSource("queued")
         self._blocked_by: Callable[[], str] = lambda: ""
 
@@ -75,24 +74,25 @@ class Checkpoint(Handle):
         Tensors on devices may still be on their way then: the thread's current streams wait for the copies, so that
         kernels queued from now on run after them, and `staged` comes later. For tensors in host memory, and until all
         copies are queued, the thread itself waits. A save that fails lets go too; the milestones tell the failure.
+        Call it on every stream that changes the tensors.
 
         Raises:
-            SaveError: it would wait for a participant that is not ready, and may need this very thread.
+            SaveError: it would wait for a participant that is not ready, and may need this very thread. Or the
+                current stream captures a graph, which cannot wait for what is outside of it.
         """
-        if self._staged.done() or self._fenced or self._engine.is_forked:
+        if self._staged.done() or self._engine.is_forked:
             return
         if name := self._blocked_by():
             raise SaveError(f"staging waits for the participant {name!r}, which is not ready: add it after this one")
         watch = self._watch
         with self.timeline.record("fence"):
-            if not self._crossing:
+            if not self._device_copies:
                 self._staged.settle()
                 return
             self._queued.settle()
+            self._device_copies.fence()
             if watch is not None:
                 watch.close()
-            self._crossing.fence()
-            self._fenced = True
 
     def cancel(self) -> None:
         """Ask for the save to stop. Returns at once; from any thread.
@@ -143,7 +143,9 @@ def _let_go(error: BaseException | None) -> None:
 
     But not coroutines of others: an error of `capture` has the caller's in its traceback, and clearing ends it.
     """
-    while error is not None:
+    seen: set[int] = set()  # an error that is raised again while it is handled is in its own chain
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         for frame, _ in walk_tb(error.__traceback__):
             ours = frame.f_globals.get("__name__", "").startswith(f"{__package__}.")
             if ours or not frame.f_code.co_flags & (CO_COROUTINE | CO_GENERATOR | CO_ASYNC_GENERATOR):

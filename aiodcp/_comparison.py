@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from ._arena import memory_of
 from ._capture import Capture
-from ._devices import Crossing, wait_for
+from ._device_gather import picker
+from ._devices import DeviceCopies
 from ._layout import ALIGNMENT, NOT_COPIED, copyable, round_up
-from ._stage import default_checksum, picker
+from ._stage import default_checksum
 from .errors import CaptureError
 
 OnDisagreement = Literal["warn", "raise", "ignore"]
@@ -203,12 +204,12 @@ class Comparison:
     _values: list[list[bytes]] = field(default_factory=list)  # frozen ones of the last save, by group
     _layout: _Layout | None = None
 
-    def digest(self, taken: Capture, crossing: Crossing, seed: int) -> int:
+    def digest(self, taken: Capture, device_copies: DeviceCopies, seed: int) -> int:
         """Return this rank's number for a capture. Blocks. The caller must not change the tensors meanwhile.
 
         Args:
             taken: what was captured.
-            crossing: brings tensors from devices; started.
+            device_copies: brings tensors from devices; started.
             seed: moves the samples; the same on all ranks.
 
         Raises:
@@ -218,7 +219,7 @@ class Comparison:
             self._layout = self._lay_out(taken)
         layout = self._layout
         if layout.targets:
-            self._copy(layout, taken, crossing, seed)
+            self._copy(layout, taken, device_copies, seed)
         self._values = [[] for _ in self.weights]
         for number, (source, group) in enumerate(zip(self.sources, self.groups, strict=True)):
             if self.frozen[number] and number not in self._excluded:
@@ -247,7 +248,7 @@ class Comparison:
         """Compare the items of these names no longer."""
         self._excluded.update(number for number, fqn in enumerate(self.fqns) if fqn in fqns)
 
-    def _copy(self, layout: _Layout, taken: Capture, crossing: Crossing, seed: int) -> None:
+    def _copy(self, layout: _Layout, taken: Capture, device_copies: DeviceCopies, seed: int) -> None:
         with torch.no_grad():
             pieces = [*layout.pick(taken.values)]
             pieces += [_sample(taken.values[self.sources[number]], seed) for number in layout.sampled]
@@ -258,7 +259,12 @@ class Comparison:
                     raise CaptureError(self.fqns[number], "its storage has been freed")
         if layout.odd:
             pieces = [copyable(each) for each in pieces]
-        wait_for(crossing.copy(layout.targets, pieces))
+        try:
+            device_copies.wait_for(device_copies.copy(layout.targets, pieces))
+        except BaseException:
+            self._layout = None  # a device may still write into it
+            device_copies.drain(layout)
+            raise
         for number in self._excluded & layout.payloads.keys():
             layout.payloads[number][:] = bytes(layout.payloads[number].nbytes)
 

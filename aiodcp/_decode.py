@@ -45,8 +45,11 @@ class Check:
         """Compare a payload with the CRC32 at `place` of `head`."""
         if self.crc32 is None:
             return
-        crc = self.crc32(payload, 0)
-        if crc != int.from_bytes(head[place : place + 4], "little"):
+        self.compare(read, self.crc32(payload, 0), int.from_bytes(head[place : place + 4], "little"))
+
+    def compare(self, read: TensorRead, crc: int, stored: int) -> None:
+        """Compare a payload's CRC32 with the one that is stored with it, and with the one in its file's table."""
+        if crc != stored:
             raise self._damaged(read.fqn, read.file)
         if read.crc not in (None, crc):
             raise self._another(read.fqn, read.file)

@@ -46,9 +46,11 @@ class Threads:
         staging: one thread, which copies tensors and waits for devices.
         compute: checksums, plans, pickles.
         files: reads and writes.
+        given_up: set when what these threads wait for is not waited for any longer.
     """
 
     def __init__(self, copy_threads: int, compute_threads: int, io_threads: int) -> None:
+        self.given_up = threading.Event()
         self.staging = WorkerThreads(1, f"{NAME}-stage", partial(_limit_torch, copy_threads))
         self.compute = WorkerThreads(compute_threads, f"{NAME}-compute", partial(_limit_torch, 1))
         self.files = WorkerThreads(io_threads, f"{NAME}-io")

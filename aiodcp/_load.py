@@ -20,14 +20,15 @@ import anyio
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-from ._archive import find_tensor
+from ._archive import StoredTensor, find_tensor
 from ._arena import memory_of
 from ._dcp import gc_held_off
 from ._decode import Check
-from ._devices import Crossing
+from ._devices import DeviceCopies
 from ._engine import Threads, in_thread
 from ._item_tables import ItemTables
 from ._judge import Row
+from ._large_reads import LargeRead, in_windows
 from ._log import log
 from ._matching import Rename, StoredNames, join_marks, pack_marks, unwanted
 from ._metadata_reader import read_sealed
@@ -46,7 +47,7 @@ from ._reads import (
     settle_values,
 )
 from ._resolve import Resolution, Resolver, groups_needed, names_wanted, note_left_out, refuse
-from ._spans import DIRECT_NBYTES, Scratch, Span, copy_in, reads_direct, spans_of, without_overlaps
+from ._spans import DIRECT_NBYTES, SPAN_NBYTES, Scratch, Span, copy_in, reads_direct, spans_of, without_overlaps
 from ._stage import Checksum
 from ._targets import LoadTargets, allocate_optimizers
 from .errors import (
@@ -265,9 +266,11 @@ class _Flow:
 
         async def read_tensors() -> None:
             with _read_errors(self._storage.locate(self._checkpoint_id)), _memory_errors():
-                await self._narrow(plan.tensors)
-                targets.crossing.start()
-                await self._read_tensors(plan.tensors, targets.crossing)
+                stored = await self._find_stored(plan.tensors)
+                if targets.device_copies:
+                    await in_thread(self._threads.compute, _begin_copies, targets.device_copies)
+                await self._read_tensors(plan.tensors, stored, targets.device_copies)
+            targets.device_copies.end()
             if targets.planner is not None:
                 loaded, targets.loaded = targets.loaded, {}
                 await in_thread(self._threads.compute, commit_loaded, targets.planner, plan, loaded)
@@ -505,15 +508,19 @@ class _Flow:
             await in_thread(self._threads.compute, decode, span, memory)
         return loaded
 
-    async def _narrow(self, reads: Sequence[TensorRead]) -> None:
-        """Of large archives of `torch.save` of which a part is wanted, find out where its rows are, to read only those.
+    async def _find_stored(self, reads: Sequence[TensorRead]) -> dict[int, StoredTensor]:
+        """Find out where in large archives of `torch.save` the elements are, to read a part or a window at a time.
 
         An archive's directory is at its end, and the headers before the tensor's bytes are at its beginning.
+
+        Returns:
+            Of those that are wanted whole, by their number, where the tensor lies.
         """
+        found: dict[int, StoredTensor] = {}
         limit = anyio.Semaphore(READS_AT_ONCE)
         readers = self._readers
 
-        async def narrow(read: TensorRead) -> None:
+        async def look(number: int, read: TensorRead) -> None:
             sparse = mmap.mmap(-1, read.nbytes)  # memory is taken for what is touched
             async with limit:
                 with memoryview(sparse) as archive:
@@ -521,22 +528,41 @@ class _Flow:
                     await readers[read.file].read_into(read.offset, [ends[0]])
                     await readers[read.file].read_into(read.offset + read.nbytes - ENDS_NBYTES, [ends[1]])
                     stored = find_tensor(archive, None)
-            if stored is not None and stored.start < ENDS_NBYTES:
+            if stored is None or stored.start >= ENDS_NBYTES:
+                return
+            if read.part is None:
+                found[number] = stored
+            else:
                 read_rows(read, stored.dtype, stored.sizes, stored.strides, stored.start, stored.offset)
 
         async with anyio.create_task_group() as group:
-            for read in reads:
-                if read.frame is None and read.part is not None and read.nbytes >= DIRECT_NBYTES:
-                    group.start_soon(narrow, read)
+            for number, read in enumerate(reads):
+                if read.frame is None and read.nbytes >= (SPAN_NBYTES if read.part is None else DIRECT_NBYTES):
+                    group.start_soon(look, number, read)
+        return found
 
-    async def _read_tensors(self, reads: Sequence[TensorRead], crossing: Crossing) -> None:
+    async def _read_tensors(
+        self, reads: Sequence[TensorRead], stored: dict[int, StoredTensor], device_copies: DeviceCopies
+    ) -> None:
         readers, check, shown = self._readers, self._check, self._shown
         with gc_held_off():
             direct = without_overlaps([read for read in reads if reads_direct(read)], reads)
             apart = set(map(id, direct))
+            large = [
+                found
+                for number, read in enumerate(reads)
+                if read.nbytes > SPAN_NBYTES
+                and id(read) not in apart
+                and (found := in_windows(read, stored.get(number))) is not None
+            ]
+            apart |= {id(each.read) for each in large}
             spans = spans_of([read for read in reads if id(read) not in apart] if apart else reads)
-        shown.total(sum(read.nbytes for read in direct) + sum(span.stop - span.start for span in spans))
-        scratch = Scratch(pin=bool(crossing))
+        shown.total(
+            sum(read.nbytes for read in direct)
+            + sum(span.stop - span.start for span in spans)
+            + sum(window.nbytes for each in large for window in each.windows)
+        )
+        scratch = Scratch(self._threads, pin_for=device_copies.first_device)
         limit = anyio.Semaphore(READS_AT_ONCE)
 
         async def read_direct(read: TensorRead) -> None:
@@ -558,8 +584,18 @@ class _Flow:
             async with limit, scratch.take(span.stop - span.start) as arena:
                 memory = arena.memory[: span.stop - span.start]
                 await readers[span.file].read_into(span.start, [memory])
-                await in_thread(self._threads.compute, copy_in, span, arena, check, crossing)
+                await in_thread(self._threads.compute, copy_in, span, arena, check, device_copies)
                 shown.advance(span.stop - span.start)
+
+        async def read_window(each: LargeRead, number: int) -> None:  # begun in order, so the one before is under way
+            window = each.windows[number]
+            async with limit, scratch.take(window.nbytes) as arena:
+                await readers[each.read.file].read_into(window.start, [arena.memory[: window.nbytes]])
+                if each.is_compared and number:
+                    await each.windows[number - 1].checked.wait()
+                await in_thread(self._threads.compute, each.fill, number, arena, check, device_copies)
+                window.checked.set()
+                shown.advance(window.nbytes)
 
         with one_error():
             async with anyio.create_task_group() as group:
@@ -567,6 +603,16 @@ class _Flow:
                     group.start_soon(read_direct, read)
                 for span in spans:
                     group.start_soon(read_span, span)
+                for each in large:
+                    if not each.is_compared and not each.read.bare:
+                        self._note_unchecked()
+                    for number in range(len(each.windows)):
+                        group.start_soon(read_window, each, number)
+
+
+def _begin_copies(device_copies: DeviceCopies) -> None:
+    device_copies.start()
+    device_copies.wait_for_marks()  # a copy that the caller queued may be on its way to a host tensor
 
 
 def _agree_on_start(table: list[Row]) -> list[int]:

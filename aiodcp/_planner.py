@@ -67,6 +67,7 @@ def capture_planned(state_dict: Mapping[str, Any], planner: SavePlanner, *, is_c
         frozen=frozen,
         sharded={},
         parts={},
+        devices={value.device for value in values if isinstance(value, torch.Tensor)},
         planned=plan,
     )
 

@@ -28,7 +28,7 @@ from ._commit import (
     remove_files,
 )
 from ._comparison import OnDisagreement, agree
-from ._devices import is_on_device
+from ._devices import HOST
 from ._engine import Threads
 from ._judge import Row
 from ._layout import ALIGNMENT, round_up
@@ -127,7 +127,8 @@ class Saver:
 
         async def have_stage() -> None:
             tail, _ = _lay_tail(prepared, taken)
-            await self._transfers[""].make_room(prepared.plan, tail.nbytes, pin=is_on_device(taken.values))
+            device = next((each for each in taken.devices if each.type not in HOST), None)
+            await self._transfers[""].make_room(prepared.plan, tail.nbytes, pin_for=device)
 
         await operation.together("stage", have_stage)
 
@@ -283,7 +284,7 @@ class Saver:
         async def write(prepared: Prepared) -> tuple[list[Item], int, int]:
             nonlocal voting
             tail, places = _lay_tail(prepared, job.taken)
-            room = await transfer.make_room(prepared.plan, tail.nbytes, pin=bool(job.crossing))
+            room = await transfer.make_room(prepared.plan, tail.nbytes, pin_for=job.device_copies.first_device)
             attempt.files.append(file)
             attempt.written = False
             digest, table_crc = await transfer.run(

@@ -201,6 +201,7 @@ class Service:
 
     def abandon(self, error: CheckpointError) -> None:
         """Let go everybody who waits for what does not end."""
+        self.engine.threads.given_up.set()
         for fail in list(self._fail.values()):
             failure = SaveError(str(error))
             failure.__cause__ = error

@@ -19,7 +19,8 @@ from ._capture import PLAIN_TENSORS
 from ._chunks import cut
 from ._dcp import gc_held_off
 from ._decode import Check, unpack
-from ._devices import Crossing, wait_for
+from ._devices import DeviceCopies
+from ._engine import Threads, in_thread
 from ._layout import ALIGNMENT, NOT_COPIED, copyable
 from ._reads import TensorRead
 from .errors import LoadError
@@ -42,8 +43,9 @@ class Span:
 class Scratch:
     """Memory for spans, used again and again within one load: memory that was touched before is quicker."""
 
-    def __init__(self, *, pin: bool) -> None:
-        self._pin = pin
+    def __init__(self, threads: Threads, *, pin_for: torch.device | None) -> None:
+        self._threads = threads
+        self._pin_for = pin_for
         self._free: list[Arena] = []
 
     @asynccontextmanager
@@ -54,16 +56,17 @@ class Scratch:
             self._free.remove(arena)
         else:
             self._free.clear()  # too small: not kept beside the larger one
-            arena = Arena(max(nbytes, SPAN_NBYTES))
-            if self._pin:
-                arena.pin()
-        try:
-            yield arena
-        finally:
-            self._free.append(arena)
+            arena = await in_thread(self._threads.compute, self._make, max(nbytes, SPAN_NBYTES))
+        yield arena
+        self._free.append(arena)  # but not after a failure: a device may be using it
+
+    def _make(self, nbytes: int) -> Arena:
+        arena = Arena(nbytes)
+        arena.pin(self._pin_for)
+        return arena
 
 
-def copy_in(span: Span, arena: Arena, check: Check, crossing: Crossing) -> None:
+def copy_in(span: Span, arena: Arena, check: Check, device_copies: DeviceCopies) -> None:
     """Check the items of a span that has been read into `arena`, and copy them to their targets."""
     memory = arena.memory
     typed: dict[torch.dtype, torch.Tensor] = {}
@@ -108,7 +111,11 @@ def copy_in(span: Span, arena: Arena, check: Check, crossing: Crossing) -> None:
         except Exception as error:
             raise LoadError(f"{read.fqn}: a {type(into).__name__} cannot be filled in place: {error!r}") from error
     if targets:
-        wait_for(crossing.copy(targets, sources))  # before the memory is used again, and before the caller looks
+        try:  # before the memory is used again, and before the caller looks
+            device_copies.wait_for(device_copies.copy(targets, sources))
+        except BaseException:
+            device_copies.drain(arena, targets)
+            raise
 
 
 def reads_direct(read: TensorRead) -> bool:

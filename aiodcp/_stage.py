@@ -9,15 +9,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
 
 from ._arena import Arena
-from ._devices import Crossing
+from ._device_gather import SMALL_NBYTES, Gather, GatherBuffer, Tensors, picker
+from ._devices import DeviceCopies
 from ._layout import BLOCK, NOT_COPIED, Layout, copyable, round_up
-from ._mirror import SMALL_NBYTES, Mirror
 
 CRC = struct.Struct("<I")
 
@@ -119,10 +118,15 @@ class Stage:
             plan_copies(self.arena, layout, range(segment.first, segment.stop_record), leaves)
             for segment in layout.segments
         ]
-        self._mirror: tuple[torch.device, Mirror] | None = None
-        self._mirrored: dict[int, list[torch.Tensor]] = {}  # by segment, where in the mirror its tensors are gathered
+        self._buffer: tuple[torch.device, GatherBuffer] | None = None
+        self._gathers: dict[int, Gather] = {}  # by segment, of those that consist of small tensors
 
-    def copy(self, number: int, values: Sequence[Any], crossing: Crossing) -> list[torch.Event]:
+    @property
+    def borders(self) -> list[int]:
+        """Where in the arena copies end and begin: none crosses one."""
+        return [segment.start for segment in self.layout.segments]
+
+    def copy(self, number: int, values: Sequence[Any], device_copies: DeviceCopies) -> list[torch.Event]:
         """Copy segment `number` from the leaves of a state dict. Blocks; releases the GIL while bytes move.
 
         Returns:
@@ -130,32 +134,34 @@ class Stage:
         """
         copies = self._copies[number]
         sources = copies.sources(values)
-        places = self._places(number, crossing) if crossing and self._is_small(number) else []
-        if not places or self._mirror is None or self._mirror[1].memory is None:
-            return crossing.copy(copies.targets, sources)
-        return crossing.copy_through(self._mirror[1].memory, places, self._stretch(number), copies.targets, sources)
+        if device_copies and self._is_small(number):
+            gather = self._gather(number, sources, device_copies)
+            if gather is not None:
+                return device_copies.gather(gather, sources)
+        return device_copies.copy(copies.targets, sources)
 
     def _is_small(self, number: int) -> bool:
         segment = self.layout.segments[number]
         return segment.stop - segment.start < SMALL_NBYTES * (segment.stop_record - segment.first)
 
-    def _stretch(self, number: int) -> torch.Tensor:
-        segment = self.layout.segments[number]
-        return self.arena.tensor[segment.start : segment.stop]
-
-    def _places(self, number: int, crossing: Crossing) -> list[torch.Tensor]:
-        """Return where in the mirror a segment's tensors are gathered; none if there cannot be a mirror."""
-        device = crossing.device
+    def _gather(self, number: int, sources: Tensors, device_copies: DeviceCopies) -> Gather | None:
+        """Return how a segment's tensors are gathered; None if there cannot be a gather buffer."""
+        device = device_copies.device
         if device is None:
-            return []
-        if self._mirror is None or self._mirror[0] != device:
+            return None
+        if self._buffer is None or self._buffer[0] != device:
             small = [s.stop - s.start for n, s in enumerate(self.layout.segments) if self._is_small(n)]
-            self._mirror = device, crossing.mirror(max(small))
-            self._mirrored.clear()
-        mirror = self._mirror[1]
-        if number not in self._mirrored and mirror.memory is not None:
-            self._mirrored[number] = mirror.places(self._stretch(number), self._copies[number].targets)
-        return self._mirrored.get(number, [])
+            self._buffer = device, device_copies.gather_buffer(max(small))
+            self._gathers.clear()
+        memory = self._buffer[1].memory
+        if memory is None:
+            return None
+        known = self._gathers.get(number)
+        if known is None or not known.fits(sources):
+            segment = self.layout.segments[number]
+            stretch = self.arena.tensor[segment.start : segment.stop]
+            self._gathers[number] = known = Gather(memory, stretch, self._copies[number].targets, sources)
+        return known
 
     def checksum(self, number: int, crc32: Checksum) -> list[int]:
         """Compute the CRC32 of each record of a segment, and write it into the two places of its frame; return them."""
@@ -183,15 +189,6 @@ class Stage:
 def stage_nbytes(layout: Layout, tail_nbytes: int) -> int:
     """Return how many bytes a `Stage` takes."""
     return layout.tail + round_up(max(tail_nbytes, 1), BLOCK)
-
-
-def picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
-    if not places:
-        return lambda values: ()
-    if len(places) == 1:
-        [place] = places
-        return lambda values: (values[place],)
-    return itemgetter(*places)
 
 
 def default_checksum() -> Checksum:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ._capture import Path, PerRank, call_stateful, flatten, is_stateful, per_rank_key, refuse_nested, short_names
-from ._devices import CopyStreams, Crossing
+from ._capture import (
+    Leaves,
+    Path,
+    PerRank,
+    call_stateful,
+    flatten,
+    held_parts,
+    is_stateful,
+    per_rank_key,
+    refuse_nested,
+    short_names,
+)
+from ._devices import CopyStreams, DeviceCopies
 from ._matching import LoadReport
 from ._optimizer_state import allocate, find_optimizer, is_optimizer_state, keys_of, parameters_of
 from ._structure import find, like, rebuild
@@ -50,7 +62,7 @@ class LoadTargets:
         fqns, paths: names of the leaves, and the keys that lead to them.
         values: what is there now: tensors to fill, and anything else.
         sources: by which name they are stored; None for a value that stays.
-        crossing: brings tensors to devices.
+        device_copies: brings tensors to devices.
         as_stored: places whose stored value need not fit what is there.
         holders: of places whose value is put into a container when all is read, that container, and the key there.
         rebuilt: paths of containers that are made anew.
@@ -69,7 +81,7 @@ class LoadTargets:
     fqns: list[str]
     paths: list[Path]
     values: list[Any]
-    crossing: Crossing
+    device_copies: DeviceCopies
     sources: list[str | None] = field(default_factory=list)
     as_stored: set[int] = field(default_factory=set)
     holders: dict[int, tuple[Any, Any]] = field(default_factory=dict)
@@ -92,7 +104,7 @@ class LoadTargets:
             fqns=list(self.fqns),
             paths=list(self.paths),
             values=list(self.values),
-            crossing=self.crossing,
+            device_copies=self.device_copies,
             planner=self.planner,
         )
 
@@ -202,7 +214,7 @@ def find_targets(
         for path in leaves.optimizers
         if is_optimizer_state(state := find(states, path)[0])
     ]
-    parameters = [
+    parameters: list[torch.Tensor] = [
         each for owner in owners.values() if isinstance(owner, torch.optim.Optimizer) for each in _params(owner)
     ]
     return LoadTargets(
@@ -213,9 +225,28 @@ def find_targets(
         fqns=leaves.fqns,
         paths=leaves.paths,
         values=leaves.values,
-        crossing=streams.begin([*leaves.values, *parameters], leaves.fqns),
+        device_copies=_begin_copies(leaves, parameters, streams),
         planner=planner,
     )
+
+
+def _begin_copies(leaves: Leaves, parameters: Sequence[torch.Tensor], streams: CopyStreams) -> DeviceCopies:
+    """Begin the copies to all that is filled, as this rank holds it."""
+    held = [
+        part
+        for value in leaves.values
+        if isinstance(value, torch.Tensor)
+        for part in (held_parts(value) if isinstance(value, ShardedTensor) else (value,))
+    ]
+
+    def name_on(device: torch.device) -> str:
+        for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
+            parts = held_parts(value) if isinstance(value, ShardedTensor) else [value]
+            if any(isinstance(part, torch.Tensor) and part.device == device for part in parts):
+                return fqn
+        return "a parameter of an optimizer"
+
+    return streams.begin({part.device for part in (*held, *parameters)}, name_on)
 
 
 def _object_in(value: object) -> object | None:

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from ._capture import Capture
 from ._comparison import Comparison
-from ._devices import Crossing, wait_for
+from ._device_gather import picker
+from ._devices import DeviceCopies
 from ._engine import Threads, in_thread
 from ._item_tables import CRC_NBYTES, pack_table
 from ._layout import BLOCK, round_up
@@ -53,7 +54,7 @@ class Job:
     """One save: what was captured, by whose planner, where it goes, and whom to tell.
 
     Attributes:
-        crossing: brings tensors from devices.
+        device_copies: brings tensors from devices.
         watch: sees whether the captured tensors change before they are staged; None not to look.
         note: returns the custom metadata, encoded; called at the commit.
         queued: reached when all copies from devices are queued, or no tensor must be waited for.
@@ -61,7 +62,7 @@ class Job:
 
     taken: Capture
     planner: SavePlanner | None
-    crossing: Crossing
+    device_copies: DeviceCopies
     watch: Watch | None
     checkpoint_id: str
     note: Callable[[], bytes]
@@ -125,20 +126,22 @@ class Transfer:
         self._max_host_nbytes = max_host_nbytes
         self._checksum = checksum
         self._room: tuple[SavePlan, Room] | None = None
+        self._is_lost = False  # a device may still write into it
         self._turns = anyio.Semaphore(AT_ONCE)
 
-    async def make_room(self, plan: SavePlan, tail_nbytes: int, *, pin: bool) -> Room:
-        """Have host memory for a plan's file, with a tail of frozen values of so many bytes.
+    async def make_room(self, plan: SavePlan, tail_nbytes: int, *, pin_for: torch.device | None) -> Room:
+        """Have host memory for a plan's file, with a tail of frozen values of so many bytes; pinned for a device.
 
         Raises:
             StageError: there is not enough of it.
         """
-        if self._room is None or self._room[0] is not plan or not self._room[1].holds(tail_nbytes):
+        if self._room is None or self._room[0] is not plan or not self._room[1].holds(tail_nbytes) or self._is_lost:
             self._room = None  # first give back the memory of the old one
             self._room = plan, await in_thread(self._threads.staging, self._make_room, plan, tail_nbytes)
+            self._is_lost = False
         room = self._room[1]
-        if pin:
-            await in_thread(self._threads.staging, room.arena.pin)
+        if pin_for is not None:
+            await in_thread(self._threads.staging, room.arena.pin, pin_for, room.borders)
         return room
 
     def _make_room(self, plan: SavePlan, tail_nbytes: int) -> Room:
@@ -176,18 +179,21 @@ class Transfer:
         job.log.report("stage", total=plan.share.layout.tail + tail.nbytes)
         table_crc = 0
         comparing = _Comparing(job, plan.comparison, seed)
-        with one_error():
-            async with anyio.create_task_group() as group:
-                group.start_soon(comparing.run, self._threads)
-                if not tail.items:  # all that this rank holds is written by others
-                    await in_thread(self._threads.staging, comparing.wait)
-                    job.check_torn()
-                    job.log.report("write")
-                    job.let_go()
-                elif isinstance(room, Stage):
-                    table_crc = await self._run_whole(job, plan, room, tail, file, comparing)
-                else:
-                    table_crc = await self._run_windows(job, plan, room, tail, file, comparing)
+        try:
+            with one_error():
+                async with anyio.create_task_group() as group:
+                    group.start_soon(comparing.run, self._threads)
+                    if not tail.items:  # all that this rank holds is written by others
+                        await in_thread(self._threads.staging, comparing.wait)
+                        job.check_torn()
+                        job.log.report("write")
+                        job.let_go()
+                    elif isinstance(room, Stage):
+                        table_crc = await self._run_whole(job, plan, room, tail, file, comparing)
+                    else:
+                        table_crc = await self._run_windows(job, plan, room, tail, file, comparing)
+        finally:
+            job.device_copies.end()
         return comparing.digest, table_crc
 
     # --- the whole file in memory
@@ -243,14 +249,14 @@ class Transfer:
                 loop.call_soon_threadsafe(ready[number].set)
 
         def copy() -> None:
-            with _crossing(job, plan):
+            with self._copying(job, plan, stage):
                 queued: list[tuple[int, float, list[torch.Event]]] = []
                 for number in range(len(ready)):
                     if stop.is_set():
                         return
                     began_s = time.perf_counter()
                     with _copy_errors(stage.layout.tail):
-                        events = stage.copy(number, job.taken.values, job.crossing)
+                        events = stage.copy(number, job.taken.values, job.device_copies)
                     if events:
                         queued.append((number, began_s, events))
                     else:
@@ -260,7 +266,7 @@ class Transfer:
                 job.queued.reach()
                 for number, began_s, events in queued:
                     with _copy_errors(stage.layout.tail):
-                        wait_for(events)
+                        job.device_copies.wait_for(events)
                     arrive(number, began_s)
                 job.log.report("write", staged=tail.nbytes)
                 if queued:
@@ -335,16 +341,16 @@ class Transfer:
 
     def _fill(self, job: Job, plan: SavePlan, windows: Windows, number: int, comparing: _Comparing) -> list[FileRange]:
         """Bring one window into its slot, complete."""
-        with _crossing(job, plan, first=number == 0):
+        with self._copying(job, plan, windows, first=number == 0):
             began_s = time.perf_counter()
             with _copy_errors(windows.layout.tail):
-                events = windows.copy(number, job.taken.values, job.crossing)
+                events = windows.copy(number, job.taken.values, job.device_copies)
             if number == len(windows) - 1:
                 comparing.wait()
                 job.check_torn()
                 job.queued.reach()
             with _copy_errors(windows.layout.tail):
-                wait_for(events)
+                job.device_copies.wait_for(events)
             if number == len(windows) - 1 and events:
                 job.check_torn()
             job.timeline.add("stage", began_s)
@@ -358,6 +364,25 @@ class Transfer:
         with self._write_errors(job), job.timeline.record("write"):
             await writer.write(offset, data)
         job.log.report(written=data.nbytes)
+
+    @contextmanager
+    def _copying(self, job: Job, plan: SavePlan, room: Room, *, first: bool = True) -> Iterator[None]:
+        """Copy within the block; whatever happens, no device uses the memory after it, or it is never freed."""
+        values = job.taken.values
+        if first and not all(map(torch.Tensor.data_ptr, picker(plan.staged)(values))):
+            for place, item in zip(plan.staged, plan.share.staged, strict=True):
+                if values[place].data_ptr() == 0 and values[place].numel():  # to copy it would crash the process
+                    raise CaptureError(item.index.fqn, "its storage has been freed")
+        self._is_lost = bool(job.device_copies)
+        try:
+            with _copy_errors(0):
+                if first:
+                    job.device_copies.start()
+            yield
+        finally:
+            with _copy_errors(room.arena.nbytes):
+                job.device_copies.drain(room)
+            self._is_lost = False
 
     @contextmanager
     def _write_errors(self, job: Job, file: str = "") -> Iterator[None]:
@@ -383,9 +408,9 @@ class _Comparing:
             self._over.set()
 
     def _compare(self, seed: int) -> int:
-        self._job.crossing.start()
         with _copy_errors(0):
-            return self._comparison.digest(self._job.taken, self._job.crossing, seed)
+            self._job.device_copies.start()
+            return self._comparison.digest(self._job.taken, self._job.device_copies, seed)
 
     def wait(self) -> None:
         """Block until the tensors are not read any more."""
@@ -399,21 +424,6 @@ def write_errors(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(path, str(error)) from error
-
-
-@contextmanager
-def _crossing(job: Job, plan: SavePlan, *, first: bool = True) -> Iterator[None]:
-    """Copy within the block; whatever happens, no device uses the memory after it."""
-    values = job.taken.values
-    if first:
-        for place, item in zip(plan.staged, plan.share.staged, strict=True):
-            if values[place].data_ptr() == 0 and values[place].numel():  # to copy it would crash the process
-                raise CaptureError(item.index.fqn, "its storage has been freed")
-        job.crossing.start()
-    try:
-        yield
-    finally:
-        job.crossing.drain()
 
 
 @contextmanager

@@ -23,13 +23,14 @@ class Watch:
         self._taken = taken
         self._whole = {place: value for place, value in taken.sharded.items() if isinstance(value, DTensor)}
         self._versions = self._read(taken.values)
-        self._count = len(taken.values)
-        self._stepped: dict[str, None] = {}
+        self._names_of_values = taken.names
+        self._stepping: list[torch.Tensor] = []  # parameters of which optimizers have begun to step
         self._closed: list[str] | None = None
 
     def close(self) -> None:
         """Watch no longer: what changes from now on may do so."""
         self._closed = self.changed()
+        self._stepping.clear()
 
     def changed(self) -> list[str]:
         """Return the names of the tensors that have changed, in the order of the state dict."""
@@ -37,30 +38,35 @@ class Watch:
             return self._closed
         values = list(self._taken.values)  # emptied when all is staged, perhaps by another thread and just now
         now = self._read(values)
-        if (now == self._versions and not self._stepped) or not values:
+        if (now == self._versions and not self._stepping) or not values:
             return []
         names = self._names()
         changed = {name for name, one, other in zip(names, now, self._versions, strict=True) if one != other}
-        changed |= self._stepped.keys()
+        changed |= self._stepped(names, values)
         return [fqn for place, fqn in enumerate(self._taken.fqns) if fqn in changed and place not in self._taken.frozen]
 
     def begins_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count the captured parameters of an optimizer as changed."""
-        if self._closed is not None:
-            return
-        names = {
-            value.untyped_storage().data_ptr(): name
-            for name, value in zip(self._names(), list(self._taken.values), strict=False)
-            if isinstance(value, torch.Tensor) and is_plain(value)
+        """Count the captured parameters of an optimizer as changed.
+
+        In the thread of the training: which of the parameters are captured is found out later.
+        """
+        if self._closed is None:
+            for group in optimizer.param_groups:
+                self._stepping += [parameter for parameter in group["params"] if parameter.grad is not None]
+
+    def _stepped(self, names: list[str], values: list[Any]) -> set[str]:
+        """Return the names of the captured tensors that share memory with parameters that are stepped."""
+        memory: set[int] = set()
+        for parameter in self._stepping:
+            held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+            if is_plain(held):
+                memory.add(held.untyped_storage().data_ptr())
+        memory.discard(0)  # where nothing is stored, nothing changes
+        return {
+            name
+            for name, value in zip(names, values, strict=False)
+            if isinstance(value, torch.Tensor) and is_plain(value) and value.untyped_storage().data_ptr() in memory
         }
-        names.pop(0, None)  # where nothing is stored, nothing changes
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-                if parameter.grad is not None and is_plain(held):
-                    name = names.get(held.untyped_storage().data_ptr())
-                    if name is not None:
-                        self._stepped[name] = None
 
     def _read(self, values: list[Any]) -> list[int]:
         """Return the versions of all values, and of `DTensor`s beside those of their local tensors: 0.1 us each."""
@@ -72,12 +78,7 @@ class Watch:
 
     def _names(self) -> list[str]:
         """Return the name of each value, in the order of `_read`."""
-        fqns = self._taken.fqns
-        starts = {start: fqns[place] for place, start in self._taken.parts.items()}  # the parts follow all leaves
-        names = list(fqns)
-        for place in range(len(fqns), self._count):
-            names.append(starts.get(place, names[-1]))
-        return [*names, *(fqns[place] for place in self._whole)]
+        return [*self._names_of_values, *(self._taken.fqns[place] for place in self._whole)]
 
 
 def _version_of(value: Any) -> int:

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
 
 from ._arena import Arena
-from ._devices import Crossing
+from ._devices import DeviceCopies
 from ._layout import BLOCK, LAST_SEGMENT_NBYTES, Layout, copyable, round_up
 from ._stage import CRC, Checksum, Copies, plan_copies, put_frames
+from ._strips import strips_of
 
 SLOTS = 4  # one is filled, one is written, and neither has to wait for the other's jitter
 MIN_NBYTES = 1 << 20
@@ -126,6 +126,11 @@ class Windows:
     def __len__(self) -> int:
         return len(self._windows)
 
+    @property
+    def borders(self) -> list[int]:
+        """Where in the arena copies end and begin: none crosses one."""
+        return [number * self.slot_nbytes for number in range(self.slots)]
+
     def _shift(self, number: int) -> int:
         return number % self.slots * self.slot_nbytes - self._windows[number].start
 
@@ -136,7 +141,7 @@ class Windows:
         """Return how much of the file a window brings."""
         return self._windows[number].stop - self._windows[number].first
 
-    def copy(self, number: int, values: Sequence[Any], crossing: Crossing) -> list[torch.Event]:
+    def copy(self, number: int, values: Sequence[Any], device_copies: DeviceCopies) -> list[torch.Event]:
         """Copy window `number` from the leaves of a state dict into its slot, which must be free. Blocks.
 
         Returns:
@@ -148,7 +153,7 @@ class Windows:
             for target, source in self._strips(part, values[self._leaves[part.record]], self._shift(number)):
                 targets.append(target)
                 sources.append(source)
-        return crossing.copy(targets, sources) if targets else []
+        return device_copies.copy(targets, sources) if targets else []
 
     def _strips(self, part: Part, source: torch.Tensor, shift: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         frame, offset = self.layout.frames[part.record], self.layout.offsets[part.record]
@@ -251,23 +256,3 @@ class Windows:
         memory = self.arena.memory[start : start + round_up(len(data), BLOCK)]
         memory[:] = data.ljust(len(memory), b"\0")
         return memory
-
-
-def strips_of(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:
-    """Cut elements `start` to `stop`, in row-major order, out of a tensor: views of it, few and as large as can be."""
-    if start >= stop:
-        return
-    if tensor.is_contiguous():
-        yield tensor.view(-1)[start:stop]
-        return
-    row = prod(tensor.shape[1:])
-    first, last = -(-start // row), stop // row
-    if first > last:  # all of it lies within one row
-        yield from strips_of(tensor[last], start - last * row, stop - last * row)
-        return
-    if start < first * row:
-        yield from strips_of(tensor[first - 1], start - (first - 1) * row, row)
-    if first < last:
-        yield tensor[first:last]
-    if last * row < stop:
-        yield from strips_of(tensor[last], 0, stop - last * row)

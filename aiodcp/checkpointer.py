@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from ._blocking import Blocking, blocking
-from ._capture import Capture, capture
+from ._capture import Capture, KnownNames, capture
 from ._checkpoint import RETOLD_LENGTH, Checkpoint, EarlierFailureError
 from ._commit import remove_files
 from ._comparison import OnDisagreement
@@ -168,6 +168,7 @@ class Checkpointer(Blocking):
         self._loader: Loader
         self._guards: Guards
         self._streams: CopyStreams
+        self._names: KnownNames = {}
         self._trace = Trace()
 
     def __repr__(self) -> str:
@@ -197,7 +198,7 @@ class Checkpointer(Blocking):
             max_host_nbytes=self._max_host_bytes,
             checksum=self._checksum,
         )
-        self._streams = CopyStreams()
+        self._streams = CopyStreams(self._service.engine.activity, threads.given_up)
         self._saver = Saver(
             self._storage,
             threads,
@@ -389,11 +390,12 @@ class Checkpointer(Blocking):
         checkpoint._log.restart()
         with checkpoint.timeline.record("capture"), _capture_errors():
             if planner is None:
-                taken = capture(state_dict, self._service.rank, may_be_empty=self._service.line is not None)
+                may_be_empty = self._service.line is not None
+                taken = capture(state_dict, self._service.rank, may_be_empty=may_be_empty, names=self._names)
             else:
                 taken = capture_planned(state_dict, planner, is_coordinator=self._service.skips.decides)
             self._warn_unsafe(taken)
-            checkpoint._crossing = self._streams.begin(taken.values, taken.fqns)
+            checkpoint._device_copies = self._streams.begin(taken.devices, taken.name_on)
             if self._check_torn:
                 checkpoint._watch = Watch(taken)
                 self._guards.arm()
@@ -402,7 +404,7 @@ class Checkpointer(Blocking):
         return Job(
             taken=taken,
             planner=planner,
-            crossing=checkpoint._crossing,
+            device_copies=checkpoint._device_copies,
             watch=checkpoint._watch,
             checkpoint_id=checkpoint.checkpoint_id,
             note=note,
@@ -554,7 +556,8 @@ class Checkpointer(Blocking):
         self._service.check_open()
         self._service.refuse_inside("a preparation")
         may_be_empty = self._service.line is not None
-        take = self._take(lambda: capture(state_dict, self._service.rank, may_be_empty=may_be_empty))
+        rank, names = self._service.rank, self._names
+        take = self._take(lambda: capture(state_dict, rank, may_be_empty=may_be_empty, names=names))
         operation = self._service.operation(Kind.PREPARE, ClosedError("the preparation was cancelled"))
 
         async def prepare_in_turn() -> None:

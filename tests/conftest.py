@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ import torch
 from aiodcp import MemoryStorage
 from aiodcp.storage import Reader, Writer
 
+from .support.devices import Driver, install
 from .worlds import World
 
 HELD_AT_MOST_S = 30.0
@@ -158,6 +160,16 @@ def world() -> Iterator[World]:
     made = World()
     yield made
     made.close()
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    """Two devices, for all of the process."""
+    driver = install(monkeypatch)
+    yield driver
+    gc.collect()  # what is pinned is released while the devices are there
+    driver.close()
+    assert not driver.violations
 
 
 @pytest.fixture

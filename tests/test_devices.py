@@ -1,297 +1,651 @@
-"""The order of things when tensors come from a device, on a double of one: a queue is a thread that can be stopped."""
+"""Saves and loads of tensors on devices, on a double of two of them that keeps CUDA's rules."""
 
 from __future__ import annotations
 
 import asyncio
-import queue
+import gc
+import logging
+import os
 import threading
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
-from aiodcp import ArgumentError, Checkpointer, SaveCancelled, StageError, TornSnapshotError
-from aiodcp._devices import CopyStreams, Crossing
+import aiodcp._arena
+import aiodcp._devices
+import aiodcp._service
+from aiodcp import (
+    ArgumentError,
+    CaptureError,
+    Checkpointer,
+    CorruptError,
+    SaveCancelled,
+    SaveError,
+    StageError,
+    TornSnapshotError,
+)
+from aiodcp._arena import Arena, _unpin, pieces_of
+from aiodcp._devices import CopyStreams
 from aiodcp._windows import MIN_NBYTES
 
 from .conftest import FaultyStorage, assert_equal, blank
+from .support.devices import Driver
 from .test_cancel import _engine_has_turned
 
 
-class Stream:
-    """Runs what is queued, in order, in a thread of its own; `go` lets it."""
-
-    def __init__(self) -> None:
-        self.go = threading.Event()
-        self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
-            self.go.wait(30)
-            work()
-
-    def submit(self, work: Callable[[], object]) -> None:
-        self._queue.put(work)
-
-    def close(self) -> None:
-        self.go.set()
-        self._queue.put(None)
-        self._thread.join(30)
+def _state(devices: Driver, index: int = 0) -> dict[str, torch.Tensor]:
+    return {f"w{n}": devices.put(torch.full((5 << 20,), float(n)), index) for n in range(4)}  # 80 MiB: many segments
 
 
-class Event:
-    """Reached when a stream comes to it."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.reached = threading.Event()
-        stream.submit(self.reached.set)
-
-    def synchronize(self) -> None:
-        assert self.reached.wait(30)
+def _on_host(devices: Driver, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(tensor.shape, dtype=tensor.dtype).copy_(tensor) for name, tensor in state.items()}
 
 
-class Device:
-    """One device: the caller's stream, the copy stream, and crossings that use them as the real ones do theirs."""
-
-    def __init__(self) -> None:
-        self.compute, self.copies = Stream(), Stream()
-        self.compute.go.set()
-        self.queued = threading.Event()
-        self.error: Exception | None = None
-        self.log: list[str] = []
-
-    def begin(self, *_: object) -> Crossing:
-        return _Crossing(self)
-
-    def close(self) -> None:
-        self.compute.close()
-        self.copies.close()
-
-
-class _Crossing(Crossing):
-    def __init__(self, device: Device) -> None:
-        super().__init__()
-        self._device = device
-        self._mark = Event(device.compute)
-
-    def __bool__(self) -> bool:
-        return True
-
-    def start(self) -> None:
-        self._device.log.append("start")
-        self._device.copies.submit(self._mark.synchronize)
-
-    def copy(self, targets: Any, sources: Any) -> list[Any]:
-        if self._device.error is not None and self._device.log[-1] == "copy":  # the second one
-            raise self._device.error
-        self._device.log.append("copy")
-
-        def move() -> None:
-            with torch.no_grad():
-                torch._foreach_copy_(list(targets), [source.data for source in sources])
-
-        self._device.copies.submit(move)
-        self._copied = [Event(self._device.copies)]  # type: ignore[list-item]
-        self._device.queued.set()
-        return self._copied
-
-    def fence(self) -> None:
-        for event in self._copied:
-            self._device.compute.submit(event.synchronize)
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    made = Device()
-    monkeypatch.setattr(CopyStreams, "begin", made.begin)
-    yield made
-    made.close()
-
-
-def _state() -> dict[str, torch.Tensor]:
-    return {f"w{n}": torch.full((5 << 20,), float(n)) for n in range(4)}  # 80 MiB: several segments
-
-
-def _step(device: Device, state: dict[str, torch.Tensor]) -> None:
-    """Change every tensor as an optimizer on a device does: counted now, done when the stream comes to it."""
+def _step(devices: Driver, state: dict[str, torch.Tensor]) -> None:
     for tensor in state.values():
-        torch.autograd.graph.increment_version(tensor)
-        device.compute.submit(partial(tensor.data.add_, 100))
+        devices.queue(tensor, lambda memory: memory.add_(100))
+
+
+async def _queued(ckpt: Any) -> None:
+    await asyncio.to_thread(ckpt._queued.wait_in_thread, 30)
+
+
+# --- the order of things
 
 
 async def test_staged_comes_with_the_last_copy_and_nothing_is_written_before_it_is_there(
-    device: Device, faulty: FaultyStorage
+    devices: Driver, faulty: FaultyStorage
 ) -> None:
-    state = _state()
+    state = _state(devices)
+    kept = _on_host(devices, state)
+    devices.hold_copies()
     async with Checkpointer(storage=faulty) as checkpointer:
         ckpt = await checkpointer.save(state, "a")
-        await asyncio.to_thread(ckpt._queued.wait_in_thread, 30)
+        await _queued(ckpt)
         assert not ckpt.staged.done()
         assert "write" not in faulty.calls
         assert ckpt.progress.bytes_staged == 0
-        device.copies.go.set()
+        devices.let_copies_go()
         await ckpt.staged
         for tensor in state.values():
             tensor.add_(1)  # allowed from here on
         await ckpt.uploaded
-        target = blank(state)
-        device.copies.go.set()
+        target = blank(kept)
         await checkpointer.load(target, "a")
-    assert_equal(target, _state())
+    assert_equal(target, kept)
 
 
-async def test_a_fence_holds_the_stream_and_not_the_host(device: Device, faulty: FaultyStorage) -> None:
-    state = _state()
+async def test_a_fence_holds_the_stream_and_not_the_host(devices: Driver, faulty: FaultyStorage) -> None:
+    state = _state(devices)
+    kept = _on_host(devices, state)
+    devices.hold_copies()
     async with Checkpointer(storage=faulty) as checkpointer:
         ckpt = await checkpointer.save(state, "a")
         ckpt.fence()  # returns, while the copies are stopped
         ckpt.fence()
         assert not ckpt.staged.done()
-        _step(device, state)
-        device.copies.go.set()
+        _step(devices, state)
+        devices.let_copies_go()
         await ckpt.uploaded
-        target = blank(state)
+        target = blank(kept)
         await checkpointer.load(target, "a")
-        assert_equal(target, _state())
-        after = Event(device.compute)
-        after.synchronize()
+        assert_equal(target, kept)
+        devices.compute[0].synchronize()
         assert float(state["w1"][0]) == 101.0
+
+
+async def test_a_fence_holds_every_stream_that_asks_for_it(devices: Driver, faulty: FaultyStorage) -> None:
+    state = {"w": devices.put(torch.zeros(1000))}
+    side = devices.side_stream()
+    devices.hold_copies()
+    async with Checkpointer(storage=faulty) as checkpointer:
+        ckpt = await checkpointer.save(state, "a")
+        ckpt.fence()
+        with side:
+            ckpt.fence()
+            devices.queue(state["w"], lambda memory: memory.fill_(7), side)
+        devices.let_copies_go()
+        await ckpt.uploaded
+        target = {"w": torch.ones(1000)}
+        await checkpointer.load(target, "a")
+        assert float(target["w"].sum()) == 0
+        side.synchronize()
+        assert float(state["w"][0]) == 7.0
 
 
 class QueuedSGD(torch.optim.Optimizer):
     """Queues its step on the device, as an optimizer of parameters on one does."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], device: Device) -> None:
+    def __init__(self, parameters: list[torch.nn.Parameter], devices: Driver) -> None:
         super().__init__(parameters, {})
-        self._device = device
+        self._devices = devices
 
     def step(self) -> None:  # type: ignore[override]
         for parameter in self.param_groups[0]["params"]:
-            torch.autograd.graph.increment_version(parameter)
-            self._device.compute.submit(partial(parameter.data.sub_, 1))
+            self._devices.queue(parameter, lambda memory: memory.sub_(1))
 
 
-async def test_a_guarded_optimizer_is_queued_behind_the_copies(device: Device, faulty: FaultyStorage) -> None:
-    weight = torch.nn.Parameter(torch.zeros(1000))
+async def test_a_guarded_optimizer_is_queued_behind_the_copies(devices: Driver, faulty: FaultyStorage) -> None:
+    weight = torch.nn.Parameter(devices.put(torch.zeros(1000)))
     weight.grad = torch.ones(1000)
-    optimizer = QueuedSGD([weight], device)
+    optimizer = QueuedSGD([weight], devices)
+    devices.hold_copies()
     async with Checkpointer(storage=faulty) as checkpointer:
         checkpointer.guard(optimizer)
         ckpt = await checkpointer.save({"w": weight}, "a")
         optimizer.step()
         optimizer.step()
         assert not ckpt.staged.done()
-        device.copies.go.set()
+        devices.let_copies_go()
         await ckpt.uploaded
         target = {"w": torch.ones(1000)}
         await checkpointer.load(target, "a")
         assert_equal(target, {"w": torch.zeros(1000)})
-        Event(device.compute).synchronize()
+        devices.compute[0].synchronize()
         assert float(weight.detach()[0]) == -2.0
 
 
-async def test_a_change_without_a_fence_is_torn(device: Device, faulty: FaultyStorage) -> None:
-    state = _state()
+@pytest.mark.parametrize("fenced_late", [False, True])
+async def test_a_change_before_a_fence_is_torn(devices: Driver, faulty: FaultyStorage, fenced_late: bool) -> None:
+    state = _state(devices)
+    devices.hold_copies()
     async with Checkpointer(storage=faulty) as checkpointer:
         ckpt = await checkpointer.save(state, "a")
-        await asyncio.to_thread(ckpt._queued.wait_in_thread, 30)
-        _step(device, {"w2": state["w2"]})
-        device.copies.go.set()
+        await _queued(ckpt)
+        _step(devices, {"w2": state["w2"]})
+        if fenced_late:
+            ckpt.fence()
+        devices.let_copies_go()
         with pytest.raises(TornSnapshotError) as caught:
-            await ckpt.staged
+            await ckpt.uploaded
         assert caught.value.fqns == ("w2",)
         assert not faulty.files.get("a")
 
 
-async def test_a_fence_after_the_change_does_not_hide_it(device: Device, faulty: FaultyStorage) -> None:
-    state = _state()
+async def test_what_was_queued_before_the_save_is_in_it(devices: Driver, faulty: FaultyStorage) -> None:
+    state = _state(devices)
+    devices.compute[0].go.clear()
     async with Checkpointer(storage=faulty) as checkpointer:
-        ckpt = await checkpointer.save(state, "a")
-        await asyncio.to_thread(ckpt._queued.wait_in_thread, 30)
-        _step(device, {"w2": state["w2"]})
-        ckpt.fence()
-        device.copies.go.set()
-        with pytest.raises(TornSnapshotError):
-            await ckpt.uploaded
-
-
-async def test_what_was_queued_before_the_save_is_in_it(device: Device, faulty: FaultyStorage) -> None:
-    state = _state()
-    device.compute.go.clear()
-    device.copies.go.set()
-    async with Checkpointer(storage=faulty) as checkpointer:
-        device.compute.submit(lambda: state["w1"].data.fill_(9))
+        devices.queue(state["w1"], lambda memory: memory.fill_(9))
         ckpt = await checkpointer.save(state, "a")
         ckpt.fence()
         assert not ckpt.staged.done()
-        device.compute.go.set()
+        devices.compute[0].go.set()
         await ckpt.uploaded
-        target = blank(state)
+        target = {"w1": torch.zeros(5 << 20)}
         await checkpointer.load(target, "a")
     assert float(target["w1"][-1]) == 9.0
-    assert device.log[:2] == ["start", "copy"]
 
 
-async def test_a_save_that_is_cancelled_ends_when_no_copy_uses_its_memory_any_more(
-    device: Device, faulty: FaultyStorage
+async def test_memory_that_is_freed_and_used_again_at_once_is_saved_as_it_was(
+    devices: Driver, faulty: FaultyStorage
 ) -> None:
+    devices.hold_copies()
     async with Checkpointer(storage=faulty) as checkpointer:
-        ckpt = await checkpointer.save(_state(), "a")
-        await asyncio.to_thread(ckpt._queued.wait_in_thread, 30)
-        ckpt.cancel()
-        await asyncio.to_thread(_engine_has_turned, checkpointer)
-        assert not ckpt.uploaded.done()
-        device.copies.go.set()
-        with pytest.raises(SaveCancelled):
-            await ckpt.uploaded
-
-
-async def test_a_copy_that_cannot_be_queued_fails_the_save_and_lets_a_fence_go(
-    device: Device, faulty: FaultyStorage
-) -> None:
-    device.error = RuntimeError("CUDA error: out of memory")
-    async with Checkpointer(storage=faulty) as checkpointer:
-        ckpt = await checkpointer.save(_state(), "a")
-        assert await asyncio.to_thread(device.queued.wait, 30)
-        await asyncio.to_thread(_engine_has_turned, checkpointer)
-        assert not ckpt.uploaded.done()  # the first segment is still being copied into the arena
-        device.copies.go.set()
+        state = {"w": devices.put(torch.full((1 << 20,), 3.0))}
+        ckpt = await checkpointer.save(state, "a")
         ckpt.fence()
-        with pytest.raises(StageError, match="out of memory"):
-            await ckpt.uploaded
-        device.error = None
-        await (await checkpointer.save(_state(), "a")).uploaded
+        address = state.pop("w").data_ptr()
+        junk = devices.put(torch.full((1 << 20,), -1.0))
+        assert junk.data_ptr() != address
+        devices.let_copies_go()
+        await ckpt.uploaded
+        junk = devices.put(torch.full((1 << 20,), -1.0))
+        assert junk.data_ptr() == address  # so the double does use it again
+        target = {"w": torch.zeros(1 << 20)}
+        await checkpointer.load(target, "a")
+    assert float(target["w"].min()) == 3.0
 
 
-async def test_windows_wait_for_the_device_too(device: Device, faulty: FaultyStorage) -> None:
-    state = {name: tensor[: 1 << 19].clone() for name, tensor in _state().items()}
-    device.copies.go.set()
+async def test_windows_wait_for_the_device_too(devices: Driver, faulty: FaultyStorage) -> None:
+    state = {f"w{n}": devices.put(torch.full((1 << 19,), float(n))) for n in range(4)}
     async with Checkpointer(storage=faulty, max_host_bytes=MIN_NBYTES) as checkpointer:
         for number in range(3):
             ckpt = await checkpointer.save(state, str(number))
             ckpt.fence()
-            _step(device, state)
+            _step(devices, state)
             await ckpt.uploaded
-        target = blank(state)
+        target = {name: torch.zeros(1 << 19) for name in state}
         for number in range(3):
             await checkpointer.load(target, str(number))
             assert [float(tensor[-1]) for tensor in target.values()] == [100.0 * number + n for n in range(4)]
 
 
+async def test_each_device_of_a_state_is_copied_in_its_own_order(devices: Driver, faulty: FaultyStorage) -> None:
+    state = {f"on{index}": devices.put(torch.zeros(1 << 20), index) for index in range(2)}
+    devices.compute[1].go.clear()
+    async with Checkpointer(storage=faulty) as checkpointer:
+        ckpt = await checkpointer.save(state, "a")
+        ckpt.fence()
+        _step(devices, state)
+        devices.compute[1].go.set()
+        await ckpt.uploaded
+        target = {name: torch.ones(1 << 20) for name in state}
+        await checkpointer.load(target, "a")
+        assert [float(tensor.sum()) for tensor in target.values()] == [0.0, 0.0]
+
+
+# --- host tensors beside those on a device
+
+
+async def test_a_pinned_tensor_that_a_queued_copy_is_on_its_way_to_is_saved_when_it_has_come(
+    devices: Driver, faulty: FaultyStorage
+) -> None:
+    device = devices.put(torch.full((1000,), 5.0))
+    host = devices.pin(torch.zeros(1000))
+    devices.compute[0].go.clear()
+    async with Checkpointer(storage=faulty) as checkpointer:
+        await checkpointer.prepare({"device": device, "host": host})
+        host.copy_(device, non_blocking=True)
+        devices.asked_whether_pinned = 0
+        ckpt = await checkpointer.save({"device": device, "host": host}, "a")
+        await asyncio.to_thread(_until, lambda: devices.asked_whether_pinned or ckpt._queued.done())
+        devices.compute[0].go.set()
+        await ckpt.uploaded
+        target = {"device": torch.zeros(1000), "host": torch.zeros(1000)}
+        await checkpointer.load(target, "a")
+    assert float(target["host"].min()) == 5.0
+
+
+async def test_a_fence_waits_for_no_device_where_a_state_has_plain_host_tensors(
+    devices: Driver, faulty: FaultyStorage
+) -> None:
+    state = {"device": devices.put(torch.zeros(1000)), "step": torch.tensor(1.0)}
+    devices.compute[0].go.clear()
+    async with Checkpointer(storage=faulty) as checkpointer:
+        ckpt = await checkpointer.save(state, "a")
+        ckpt.fence()
+        state["step"] += 1
+        devices.compute[0].go.set()
+        await ckpt.uploaded
+        target = {"step": torch.tensor(0.0)}
+        await checkpointer.load(target, "a")
+    assert float(target["step"]) == 1.0
+
+
+async def test_a_load_is_not_undone_by_a_copy_that_was_queued_before(devices: Driver, faulty: FaultyStorage) -> None:
+    async with Checkpointer(storage=faulty) as checkpointer:
+        await (await checkpointer.save({"a": torch.ones(1000), "b": torch.ones(1000)}, "a")).uploaded
+        target = {"a": devices.pin(torch.zeros(1000)), "b": devices.put(torch.zeros(1000))}
+        devices.compute[0].go.clear()
+        target["a"].copy_(target["b"], non_blocking=True)
+        loading = asyncio.ensure_future(checkpointer.load(target, "a"))
+        await asyncio.to_thread(_engine_has_turned, checkpointer)
+        devices.compute[0].go.set()
+        await loading
+        devices.compute[0].synchronize()
+    assert float(target["a"].min()) == float(target["b"].min()) == 1.0
+
+
+# --- threads and contexts
+
+
+@pytest.mark.parametrize("nbytes", [1000, 4 << 20])
+async def test_no_thread_makes_a_context_on_another_device(
+    devices: Driver, tmp_path: Path, nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiodcp._arena, "PIN_NBYTES", 4 << 20)
+    state = {f"w{n}": devices.put(torch.full((nbytes // 4,), float(n)), 1) for n in range(6)}
+    state["step"] = torch.tensor(1.0)
+    async with Checkpointer() as checkpointer:
+        await checkpointer.prepare(state)
+        ckpt = await checkpointer.save(state, tmp_path)
+        ckpt.fence()
+        await ckpt.uploaded
+        target = {f"w{n}": devices.put(torch.zeros(nbytes // 4), 1) for n in range(6)}
+        await checkpointer.load(target, tmp_path)
+    del ckpt
+    gc.collect()
+    assert not devices.registered
+    assert devices.contexts == {1}
+    assert devices.thread.index == 0
+    assert_equal(_on_host(devices, target), {f"w{n}": torch.full((nbytes // 4,), float(n)) for n in range(6)})
+
+
+async def test_no_thread_spins_while_it_waits_for_a_device(devices: Driver, faulty: FaultyStorage) -> None:
+    state = _state(devices)
+    async with Checkpointer(storage=faulty) as checkpointer:
+        await (await checkpointer.save(state, "a")).uploaded
+        await checkpointer.load(state, "a")
+    assert devices.spins == 0
+
+
+# --- many tensors
+
+
+def _many(devices: Driver) -> dict[str, torch.Tensor]:
+    dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.uint16, torch.complex32, torch.float8_e8m0fnu]
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for number in range(300):
+        data = torch.randint(256, (8 * (number % 7 + 1),), generator=generator, dtype=torch.uint8)
+        state[f"w{number}"] = devices.put(data.view(dtypes[number % len(dtypes)]))
+    state["turned"] = devices.put(torch.arange(12.0).view(3, 4)).t()
+    state["empty"] = devices.put(torch.zeros(0, 3))
+    state["host"] = torch.arange(5)
+    return state
+
+
+async def test_many_small_tensors_of_all_dtypes_and_strides_cross_in_a_few_calls(
+    devices: Driver, faulty: FaultyStorage
+) -> None:
+    state = _many(devices)
+    kept = _on_host(devices, state)
+    async with Checkpointer(storage=faulty) as checkpointer:
+        for number in range(2):
+            devices.launches = 0
+            await (await checkpointer.save(state, str(number))).uploaded
+            assert devices.launches <= 2 + 6 + 1 + 1  # there and back, a dtype each, what is turned, what is empty
+            target = blank(kept)
+            await checkpointer.load(target, str(number))
+            assert_equal(target, kept)
+
+
+async def test_tensors_that_move_between_saves_are_gathered_from_where_they_are(
+    devices: Driver, faulty: FaultyStorage
+) -> None:
+    state = {f"w{n}": devices.put(torch.full((10,), float(n))) for n in range(20)}
+    async with Checkpointer(storage=faulty) as checkpointer:
+        for name in ("none", "w3", "w7"):
+            if name in state:
+                state[name] = torch.full((10,), -1.0)
+            kept = _on_host(devices, state)
+            await (await checkpointer.save(state, name)).uploaded
+            target = blank(kept)
+            await checkpointer.load(target, name)
+            assert_equal(target, kept)
+        state = {name: devices.put(torch.zeros(10).copy_(tensor), 1) for name, tensor in state.items()}
+        await (await checkpointer.save(state, "moved")).uploaded
+        target = blank(kept)
+        await checkpointer.load(target, "moved")
+        assert_equal(target, kept)
+
+
+# --- pinned memory
+
+
+async def test_memory_is_pinned_in_pieces_that_no_copy_crosses(
+    devices: Driver, faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiodcp._arena, "PIN_NBYTES", 4 << 20)
+    state = _state(devices) | {f"small{n}": devices.put(torch.full((100,), float(n))) for n in range(50)}
+    kept = _on_host(devices, state)
+    for options in ({}, {"max_host_bytes": 32 << 20}):
+        async with Checkpointer(storage=faulty, **options) as checkpointer:  # type: ignore[arg-type]
+            await checkpointer.prepare(state)
+            assert len(devices.registered) > 2
+            await (await checkpointer.save(state, "a")).uploaded
+            target = blank(kept)
+            await checkpointer.load(target, "a")
+            assert_equal(target, kept)
+        gc.collect()
+        assert not devices.registered
+
+
+async def test_what_could_be_pinned_stays_pinned_and_the_rest_is_told_once(
+    devices: Driver,
+    faulty: FaultyStorage,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(aiodcp._arena, "PIN_NBYTES", 8 << 20)
+    monkeypatch.setattr(aiodcp._arena, "_warned", False)
+    devices.refuses = lambda address, nbytes: sum(devices.registered.values()) + nbytes > 50 << 20
+    state = _state(devices)
+    kept = _on_host(devices, state)
+    with caplog.at_level(logging.WARNING, "aiodcp"):
+        for name in ("a", "b"):
+            async with Checkpointer(storage=faulty) as checkpointer:
+                await (await checkpointer.save(state, name)).uploaded
+                assert 0 < sum(devices.registered.values()) <= 50 << 20
+                target = blank(kept)
+                await checkpointer.load(target, name)
+                assert_equal(target, kept)
+            gc.collect()
+    [warning] = [record.getMessage() for record in caplog.records if "could be pinned" in record.getMessage()]
+    assert "error 2, out of memory" in warning
+
+
+def test_pieces_cover_all_memory_and_end_at_borders() -> None:
+    mib = 1 << 20
+    borders = [0, 16 * mib, 48 * mib, 112 * mib, 240 * mib, 368 * mib, 5000 * mib]
+    pieces = list(pieces_of(5300 * mib, borders))
+    assert pieces == [(0, 368 * mib), (368 * mib, 5000 * mib), (5000 * mib, 5300 * mib)]
+    assert list(pieces_of(100, [])) == [(0, 100)]
+    assert list(pieces_of(5000 * mib + 4096, borders)) == [(0, 368 * mib), (368 * mib, 5000 * mib + 4096)]
+
+
+def test_pinned_memory_is_not_released_in_a_forked_process(devices: Driver) -> None:
+    arena = Arena(1 << 20)
+    arena.pin(torch.device("cuda", 1))
+    _unpin(arena._mapping, arena.address, torch.device("cuda", 1), os.getpid() + 1)
+    assert devices.registered == {arena.address: 1 << 20}
+    del arena
+    gc.collect()
+    assert not devices.registered
+
+
+def test_memory_that_cannot_be_released_is_never_mapped_again(
+    devices: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(aiodcp._arena, "_pinned_for_ever", kept)
+    arena = Arena(1 << 20)
+    arena.pin(torch.device("cuda", 1))
+    address = arena.address
+    devices.unregister_code = 4
+    del arena
+    gc.collect()
+    assert torch.frombuffer(kept[0], dtype=torch.uint8).data_ptr() == address
+    assert "error 4" in caplog.text
+    arenas = [Arena(1 << 20) for _ in range(10)]
+    assert address not in {each.address for each in arenas}
+
+
+# --- loads
+
+
+async def test_a_load_takes_a_few_windows_of_pinned_memory_and_never_on_the_loop(
+    devices: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"w{n}": torch.randn(6 << 20, generator=torch.Generator().manual_seed(n)) for n in range(4)}  # 24 MiB each
+    async with Checkpointer() as checkpointer:
+        await (await checkpointer.save(state, tmp_path / "ours")).uploaded
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            await asyncio.to_thread(dcp.save, state, checkpoint_id=tmp_path / "theirs")
+        for name in ("ours", "theirs"):
+            target = {each: devices.put(torch.zeros(6 << 20), 1) for each in state}
+            await checkpointer.load(target, tmp_path / name)
+            assert_equal(_on_host(devices, target), state)
+    assert 0 < devices.peak_registered <= 3 * (16 << 20)
+    assert not [name for name in devices.pinned_by if "engine" in name]
+
+
+async def test_damage_far_into_a_large_tensor_is_found_on_the_way_to_a_device(devices: Driver, tmp_path: Path) -> None:
+    async with Checkpointer() as checkpointer:
+        await (await checkpointer.save({"w": torch.zeros(6 << 20)}, tmp_path)).uploaded
+        [file] = tmp_path.glob("*.distcp")
+        with file.open("r+b") as opened:
+            opened.seek(20 << 20)
+            opened.write(b"\1")
+        with pytest.raises(CorruptError, match=r"\(w\): its CRC32"):
+            await checkpointer.load({"w": devices.put(torch.zeros(6 << 20))}, tmp_path)
+        await checkpointer.load({"w": devices.put(torch.zeros(6 << 20))}, tmp_path, check_crc=False)
+
+
+# --- graphs
+
+
+async def test_a_save_and_a_load_while_a_graph_is_captured_are_refused_by_name(
+    devices: Driver, faulty: FaultyStorage
+) -> None:
+    state = {"host": torch.zeros(3), "model": {"w": devices.put(torch.zeros(3), 1)}}
+    async with Checkpointer(storage=faulty) as checkpointer:
+        devices.capturing.append(devices.compute[1])
+        with pytest.raises(CaptureError, match=r"model\.w: is on cuda:1, whose current stream captures a graph"):
+            await checkpointer.save(state, "a")
+        devices.capturing.clear()
+        await (await checkpointer.save(state, "a")).uploaded
+        devices.capturing.append(devices.compute[1])
+        with pytest.raises(CaptureError, match=r"model\.w: is on cuda:1, whose current stream captures a graph"):
+            await checkpointer.load(state, "a")
+
+
+async def test_a_fence_in_a_capture_is_refused(devices: Driver, faulty: FaultyStorage) -> None:
+    state = {"w": devices.put(torch.zeros(1000))}
+    devices.hold_copies()
+    async with Checkpointer(storage=faulty) as checkpointer:
+        ckpt = await checkpointer.save(state, "a")
+        devices.capturing.append(devices.compute[0])
+        with pytest.raises(SaveError, match="cuda:0 captures a graph"):
+            ckpt.fence()
+        devices.capturing.clear()
+        devices.let_copies_go()
+        await ckpt.uploaded
+
+
+# --- what fails
+
+
+async def test_a_save_that_is_cancelled_ends_when_no_copy_uses_its_memory_any_more(
+    devices: Driver, faulty: FaultyStorage
+) -> None:
+    devices.hold_copies()
+    async with Checkpointer(storage=faulty) as checkpointer:
+        ckpt = await checkpointer.save(_state(devices), "a")
+        await _queued(ckpt)
+        ckpt.cancel()
+        await asyncio.to_thread(_engine_has_turned, checkpointer)
+        assert not ckpt.uploaded.done()
+        devices.let_copies_go()
+        with pytest.raises(SaveCancelled):
+            await ckpt.uploaded
+
+
+async def test_copies_that_were_queued_before_one_that_failed_are_waited_for(
+    devices: Driver, faulty: FaultyStorage
+) -> None:
+    state = {f"w{n}": devices.put(torch.zeros(1 << 20)) for n in range(4)}
+    failed = threading.Event()
+
+    def fail(number: int) -> None:
+        if number == 2:
+            failed.set()
+            raise RuntimeError("CUDA error: out of memory")
+
+    devices.on_copy = fail
+    devices.hold_copies()
+    async with Checkpointer(storage=faulty, keep_buffers=False) as checkpointer:
+        ckpt = await checkpointer.save(state, "a")
+        assert await asyncio.to_thread(failed.wait, 30)
+        await asyncio.to_thread(_engine_has_turned, checkpointer)
+        assert not ckpt.uploaded.done()  # two tensors are still being copied into the arena
+        devices.let_copies_go()
+        ckpt.fence()
+        with pytest.raises(StageError, match="out of memory"):
+            await ckpt.uploaded
+        devices.on_copy = lambda number: None
+        await (await checkpointer.save(state, "a")).uploaded
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aiodcp._service, "LOOK_S", 0.02)
+    monkeypatch.setattr(aiodcp._service, "END_GIVEN_UP_S", 0.2)
+    monkeypatch.setattr(aiodcp._devices, "UNKNOWN_S", 0.2)
+
+
+@pytest.fixture
+def in_use(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is never to be freed."""
+    kept: list[Any] = []
+    monkeypatch.setattr(aiodcp._devices, "_in_use", kept)
+    return kept
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_closing_gives_up_a_device_that_hangs_and_never_frees_what_it_may_use(
+    devices: Driver, faulty: FaultyStorage, in_use: list[Any]
+) -> None:
+    state = {"w": devices.put(torch.zeros(1 << 20))}
+    devices.hold_copies()
+    with pytest.raises(SaveError, match=r"closed without waiting any longer for: .*copies on cuda:0"):
+        async with Checkpointer(storage=faulty, timeout=0.2) as checkpointer:
+            ckpt = await checkpointer.save(state, "a")
+            await _queued(ckpt)
+    await asyncio.to_thread(_until, lambda: in_use)
+    gc.collect()
+    assert in_use[0].arena.address in devices.registered
+    devices.let_copies_go()
+    devices.copies[0].synchronize()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_memory_of_copies_that_a_device_does_not_tell_of_is_never_freed(
+    devices: Driver, faulty: FaultyStorage, in_use: list[Any]
+) -> None:
+    state = {"w": devices.put(torch.zeros(1 << 20))}
+    async with Checkpointer(storage=faulty) as checkpointer:
+        await (await checkpointer.save(state, "a")).uploaded
+        for error in ("query_error", "record_error"):
+            failure = RuntimeError("CUDA error: unspecified launch failure")
+            devices.on_copy = lambda _, error=error, failure=failure: setattr(devices, error, failure)  # type: ignore[misc]
+            devices.hold_copies()
+            ckpt = await checkpointer.save(state, "b")
+            with pytest.raises(StageError, match=r"CUDA error|does not tell"):
+                await ckpt.uploaded
+            devices.on_copy = lambda _: None
+            setattr(devices, error, None)
+            devices.let_copies_go()
+            await (await checkpointer.save(state, "c")).uploaded
+            target = {"w": torch.ones(1 << 20)}
+            await checkpointer.load(target, "c")
+            assert float(target["w"].sum()) == 0
+    assert len({id(room.arena) for room in in_use}) == len(in_use) == 2
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_device_that_does_not_tell_for_a_moment_is_asked_again(
+    devices: Driver, faulty: FaultyStorage, in_use: list[Any]
+) -> None:
+    """As while another thread captures a graph."""
+    state = {"w": devices.put(torch.zeros(1 << 20))}
+    devices.hold_copies()
+    async with Checkpointer(storage=faulty) as checkpointer:
+        ckpt = await checkpointer.save(state, "a")
+        await _queued(ckpt)
+        devices.query_error = RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        await asyncio.to_thread(_until, lambda: devices.queries_refused > 1)
+        devices.query_error = None
+        devices.let_copies_go()
+        with pytest.raises(StageError, match="capturing"):
+            await ckpt.uploaded
+        await (await checkpointer.save(state, "a")).uploaded
+    assert not in_use
+
+
+def _until(reached: Callable[[], Any]) -> None:
+    pause = threading.Event()
+    for _ in range(30_000):
+        if reached():
+            return
+        pause.wait(0.001)
+    raise AssertionError("it has not come to that")
+
+
 def test_a_device_that_torch_has_no_streams_for_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("here it has")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     streams = CopyStreams()
-    assert not streams.begin([torch.zeros(2), torch.zeros(2, device="meta"), 3], ["a", "b", "c"])
-
-    class OnDevice(torch.Tensor):
-        device = torch.device("cuda", 0)
-
-    on_device = torch.zeros(2).as_subclass(OnDevice)
-    with pytest.raises(ArgumentError, match=r"state_dict: model\.w is on cuda:0"):
-        streams.begin([torch.zeros(2), on_device], ["a", "model.w"])
+    devices = [torch.device(name) for name in ("cpu", "meta", "cuda:0")]
+    assert not streams.begin(devices[:2], str)
+    with pytest.raises(ArgumentError, match=r"model\.w is on cuda:0, which torch.accelerator does not know"):
+        streams.begin(devices, lambda device: "model.w")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    with pytest.raises(ArgumentError, match=r"state_dict: model\.w is on cuda:0, which gives no stream to copy on"):
+        streams.begin(devices, lambda device: "model.w")

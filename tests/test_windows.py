@@ -15,10 +15,11 @@ import torch.distributed.checkpoint as dcp
 import aiodcp._transfer
 from aiodcp import ArgumentError, Checkpointer, SaveCancelled, StageError, TornSnapshotError, WriteError
 from aiodcp._arena import Arena
-from aiodcp._devices import Crossing
+from aiodcp._devices import DeviceCopies
 from aiodcp._layout import BLOCK, Layout, lay_out
 from aiodcp._stage import Stage
-from aiodcp._windows import MIN_NBYTES, Windows, plan_windows, strips_of
+from aiodcp._strips import strips_of
+from aiodcp._windows import MIN_NBYTES, Windows, plan_windows
 
 from .conftest import FaultyStorage, Gate, assert_equal, blank, make_state
 from .worlds import World
@@ -39,7 +40,7 @@ def _whole(layout: Layout, tensors: list[torch.Tensor]) -> bytes:
     """The file as it is made where memory holds all of it."""
     stage = Stage(layout, range(len(tensors)), 0)
     for number in range(len(layout.segments)):
-        stage.copy(number, tensors, Crossing())
+        stage.copy(number, tensors, DeviceCopies())
         stage.checksum(number, zlib.crc32)
     return bytes(stage.arena.memory[: layout.tail])
 
@@ -53,7 +54,7 @@ def _in_windows(layout: Layout, tensors: list[torch.Tensor], *, late: int) -> by
     written = bytearray(layout.tail)
     waiting: list[tuple[int, Any]] = []
     for number in range(len(windows)):
-        windows.copy(number, tensors, Crossing())
+        windows.copy(number, tensors, DeviceCopies())
         waiting.append((number, windows.seal(number, zlib.crc32)))
         while len(waiting) > (late if number < len(windows) - 1 else 0):
             done, ranges = waiting.pop(0)
