@@ -121,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--gib", type=_positive_float, default=1.0, help="size of the state in 64 tensors (default: 1)")
     bench.add_argument(
-        "--tensors", type=_positive_int, default=10_000, help="of 4 KiB in the other state (default: 10000)"
+        "--tensors",
+        type=_positive_int,
+        default=10_000,
+        help="of 4 KiB, on a device of 16 KiB, in the other state (default: 10000)",
     )
     bench.add_argument("--repeat", type=_positive_int, default=5, help="rounds that count (default: 5)")
     bench.add_argument("--plan", type=_positive_int, metavar="RANKS", help="measure planning, for simulated ranks")
@@ -232,7 +235,8 @@ def _bench(options: argparse.Namespace) -> int:
     elif options.device != "cpu":
         from . import _bench_device
 
-        _bench_device.run(options.device, options.directory, repeat=options.repeat, as_json=options.json)
+        shapes = _bench_device.make_shapes(options.gib, options.tensors)
+        _bench_device.run(options.device, options.directory, shapes, repeat=options.repeat, as_json=options.json)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from . import _bench_ranks
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import compress
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -73,6 +72,7 @@ class Capture:
         sharded: the leaves that are sharded, by place.
         parts: of each leaf with any number of parts, by place, where among the values its first part is.
         devices: where the tensors are that are staged.
+        versions: of each value, how often it was changed; None if nobody has looked.
         notes: what the names do not say of the containers.
         planned: the plan of the caller's own planner, whose items are the leaves.
     """
@@ -84,6 +84,7 @@ class Capture:
     sharded: dict[int, DTensor | ShardedTensor]
     parts: dict[int, int]
     devices: set[torch.device]
+    versions: list[int] | None = None
     notes: ContainerNotes = field(default_factory=ContainerNotes)
     planned: SavePlan | None = None
 
@@ -171,7 +172,8 @@ def capture(
     fqns, values = leaves.fqns, leaves.values
     if not fqns and not leaves.notes.empty and not may_be_empty:
         raise nothing_to_save()
-    odd, devices = _find_odd(values)
+    seen = _look_at(values)
+    odd, devices = seen.odd, seen.devices
     sharded = {place: values[place] for place in odd if is_sharded(values[place])}
     parts: dict[int, int] = {}
     frozen: dict[int, Frozen] = {}
@@ -195,26 +197,51 @@ def capture(
         sharded=sharded,
         parts=parts,
         devices=devices,
+        versions=seen.versions,
         notes=leaves.notes,
     )
 
 
-def _find_odd(values: Sequence[Any]) -> tuple[list[int], set[torch.device]]:
-    """Return the places of all values but tensors that are only referred to (see `is_plain`), and where those are.
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What is seen of the values of a state in one go.
 
-    What all tensors are asked, `map` asks: a line of Python for each of 20,000 takes four times as long, and the caller
-    is held meanwhile.
+    Attributes:
+        odd: the places of all but tensors that are only referred to (see `is_plain`).
+        devices: where those are, but for host memory.
+        versions: of each value, how often it was changed; None if they are to be read one by one.
     """
-    odd = [place for place, value in enumerate(values) if type(value) not in PLAIN_TENSORS]
-    tensors = [value for value in values if type(value) in PLAIN_TENSORS] if odd else values
-    devices = set(map(attrgetter("device"), tensors))
-    if (
-        not {torch.strided}.issuperset(map(attrgetter("layout"), tensors))
-        or not QUANTIZED.isdisjoint(map(attrgetter("dtype"), tensors))
-        or any(device.type == "meta" for device in devices)
+
+    odd: list[int]
+    devices: set[torch.device]
+    versions: list[int] | None
+
+
+def _look_at(values: Sequence[Any]) -> _Seen:
+    """Look at every value once: of 20,000 tensors none is in the cache, and each look takes 3 ms more."""
+    odd: list[int] = []
+    versions: list[int] = []
+    facts: set[tuple[torch.layout, torch.dtype, torch.device | bool]] = set()
+    plain, note, add = PLAIN_TENSORS, versions.append, facts.add
+    try:
+        for place, value in enumerate(values):
+            if type(value) in plain:
+                note(value._version)
+                add((value.layout, value.dtype, value.is_cpu or value.device))  # a device takes longer to make
+            else:
+                odd.append(place)
+                note(0)
+    except RuntimeError:  # an inference tensor has no version
+        versions = []
+    devices = {device for _, _, device in facts if isinstance(device, torch.device)}
+    if not versions or any(
+        layout is not torch.strided or dtype in QUANTIZED or torch.device("meta") in devices
+        for layout, dtype, _ in facts
     ):
         odd = [place for place, value in enumerate(values) if type(value) not in PLAIN_TENSORS or not is_plain(value)]
-    return odd, devices
+        return _Seen(odd, {value.device for value in values if type(value) in PLAIN_TENSORS}, None)
+    has_others = any(isinstance(values[place], torch.Tensor) for place in odd)
+    return _Seen(odd, devices, None if has_others else versions)
 
 
 def nothing_to_save() -> CaptureError:

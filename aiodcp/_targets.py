@@ -232,12 +232,13 @@ def find_targets(
 
 def _begin_copies(leaves: Leaves, parameters: Sequence[torch.Tensor], streams: CopyStreams) -> DeviceCopies:
     """Begin the copies to all that is filled, as this rank holds it."""
-    held = [
-        part
-        for value in leaves.values
+    devices = {
+        part.device
+        for value in (*leaves.values, *parameters)
         if isinstance(value, torch.Tensor)
         for part in (held_parts(value) if isinstance(value, ShardedTensor) else (value,))
-    ]
+        if not part.is_cpu
+    }
 
     def name_on(device: torch.device) -> str:
         for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
@@ -246,7 +247,7 @@ def _begin_copies(leaves: Leaves, parameters: Sequence[torch.Tensor], streams: C
                 return fqn
         return "a parameter of an optimizer"
 
-    return streams.begin({part.device for part in (*held, *parameters)}, name_on)
+    return streams.begin(devices, name_on)
 
 
 def _object_in(value: object) -> object | None:

@@ -3,7 +3,7 @@
 Every in-place operation of PyTorch counts up the tensor's version, through views and `detach()`ed ones too, from any
 thread. Not so kernels that do not say that they write (fused optimizers, BatchNorm's running averages) and `foreach`
 operations on `DTensor`s: hence an optimizer that begins a step is looked at besides. What nobody sees is a write
-through `.data`, `numpy()` or a pointer. Tensors made in inference mode have no version.
+through `.data`, `numpy()` or a pointer, and the replay of a CUDA graph. Tensors made in inference mode have no version.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Watch:
     def __init__(self, taken: Capture) -> None:
         self._taken = taken
         self._whole = {place: value for place, value in taken.sharded.items() if isinstance(value, DTensor)}
-        self._versions = self._read(taken.values)
+        self._versions = self._read(taken.values) if taken.versions is None else taken.versions
         self._names_of_values = taken.names
         self._stepping: list[torch.Tensor] = []  # parameters of which optimizers have begun to step
         self._closed: list[str] | None = None

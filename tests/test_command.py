@@ -86,7 +86,7 @@ def test_the_bench_of_a_device_measures_every_system(
     for name, size in {"WIDTH": 64, "LAYERS": 1, "CONTEXT": 16, "BATCH": 1}.items():  # what trains beside it
         monkeypatch.setattr(_bench_device, name, size)
     shape = bench.Shape(name="tiny", tensors=3, elements=2048)
-    _bench_device.run("cpu", str(place), repeat=1, as_json=True, shapes=(shape,))  # the host stands in for a device
+    _bench_device.run("cpu", str(place), [shape], repeat=1, as_json=True)  # the host stands in for a device
     [result] = json.loads(capsys.readouterr().out)["shapes"]
     assert set(result["rows"]) == {"aiodcp, staged", "aiodcp, fence", "dcp, cached", "dcp + DefaultStager"}
     for row in result["rows"].values():
@@ -95,6 +95,25 @@ def test_the_bench_of_a_device_measures_every_system(
     assert "best dcp held / ours" in text
     assert "copied / floor" in text
     assert list(place.iterdir()) == []
+
+
+def test_the_bench_of_a_device_goes_on_without_a_peer_that_fails(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path_factory.mktemp("bench")
+    for name, size in {"WIDTH": 64, "LAYERS": 1, "CONTEXT": 16, "BATCH": 1}.items():
+        monkeypatch.setattr(_bench_device, name, size)
+
+    def fail(*args: object, **options: object) -> None:
+        raise KeyError(type)
+
+    monkeypatch.setattr(_bench_device, "dcp_async_save", fail)
+    shape = bench.Shape(name="tiny", tensors=3, elements=2048)
+    _bench_device.run("cpu", str(place), [shape], repeat=1, as_json=False)
+    text = capsys.readouterr().out
+    assert "dcp, cached           failed: KeyError(<class 'type'>)" in text
+    assert "aiodcp, fence" in text
+    assert "best dcp" not in text
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
