@@ -247,7 +247,10 @@ def _begin_copies(leaves: Leaves, parameters: Sequence[torch.Tensor], streams: C
                 return fqn
         return "a parameter of an optimizer"
 
-    return streams.begin(devices, name_on)
+    try:
+        return streams.begin(devices, name_on)
+    except CaptureError as error:
+        raise LoadError(str(error)) from None
 
 
 def _object_in(value: object) -> object | None:

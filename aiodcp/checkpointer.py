@@ -311,7 +311,7 @@ class Checkpointer(Blocking):
                 return None; or "raise" `BusyError`. Of several ranks the coordinator chooses for all.
 
         Raises:
-            CaptureError: a value cannot be saved; names it.
+            CaptureError: a value cannot be saved, or is on a device whose current stream captures a graph; names it.
             BusyError: see `on_busy`.
             SaveError: an earlier save failed and nobody had awaited it.
 
