@@ -249,7 +249,7 @@ class Comparison:
         self._excluded.update(number for number, fqn in enumerate(self.fqns) if fqn in fqns)
 
     def _copy(self, layout: _Layout, taken: Capture, device_copies: DeviceCopies, seed: int) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), device_copies.queueing():  # samples may be taken by a kernel
             pieces = [*layout.pick(taken.values)]
             pieces += [_sample(taken.values[self.sources[number]], seed) for number in layout.sampled]
         if not all(map(torch.Tensor.data_ptr, pieces)):  # to copy from there would crash the process

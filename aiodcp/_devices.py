@@ -80,7 +80,7 @@ class DeviceCopies:
 
     def start(self) -> None:
         """Make the copies wait, on their devices, for the marks."""
-        self._enter_thread()
+        self.enter_thread()
         for lane in self._lanes:
             lane.stream.wait_event(lane.mark)
 
@@ -98,7 +98,7 @@ class DeviceCopies:
         where = map(max, map(torch.Tensor.get_device, targets), map(torch.Tensor.get_device, sources))
         crosses = list(map(lt, [-1] * len(targets), where))  # a host tensor's device is -1
         stays = [not each for each in crosses]
-        with self._queue():
+        with self.queueing():
             if not any(stays):
                 torch._foreach_copy_(targets, sources, non_blocking=True)
             elif any(crosses):
@@ -119,19 +119,20 @@ class DeviceCopies:
 
     def gather_buffer(self, nbytes: int) -> GatherBuffer:
         """Take memory on the device, for these copies and later ones."""
-        with self._queue():  # the allocator gives it to the stream of the copies
+        with self.queueing():  # the allocator gives it to the stream of the copies
             return GatherBuffer(self._lanes[0].device, nbytes)
 
     def gather(self, gather: Gather, sources: Tensors) -> list[torch.Event]:
         """As `copy`, by way of a gather buffer: see there."""
         self._copy_on_host(gather.host_targets, gather.pick_host(sources))
-        with self._queue():
+        with self.queueing():
             gather_and_copy(gather, sources)
         return self._copied
 
     @contextmanager
-    def _queue(self) -> Iterator[None]:
-        self._enter_thread()
+    def queueing(self) -> Iterator[None]:
+        """Queue what the block computes on the streams of the copies."""
+        self.enter_thread()
         # A stream that is entered remembers in itself what to go back to: one thread at a time.
         with torch.no_grad(), self._streams.lock, ExitStack() as stack:
             for lane in self._lanes:
@@ -149,7 +150,7 @@ class DeviceCopies:
         Raises:
             ClosedError: the `Checkpointer` was closed and did not want to wait any longer.
         """
-        self._enter_thread()
+        self.enter_thread()
         waiting = [event for event in events if not event.query()]
         if not waiting:
             return
@@ -212,7 +213,7 @@ class DeviceCopies:
                     )
                 torch.accelerator.current_stream(lane.device).wait_event(copied)
 
-    def _enter_thread(self) -> None:
+    def enter_thread(self) -> None:
         """Make the device of the first lane this thread's own: it is a thread of the library."""
         if self._lanes:
             torch.accelerator.set_device_index(self._lanes[0].device.index)

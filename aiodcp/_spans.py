@@ -79,6 +79,7 @@ def copy_in(span: Span, arena: Arena, check: Check, device_copies: DeviceCopies)
             typed[dtype] = arena.tensor[: arena.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
         return typed[dtype]
 
+    device_copies.enter_thread()
     with gc_held_off():
         for read in span.items:
             frame, dtype, into = read.frame, read.dtype, read.into

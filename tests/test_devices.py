@@ -30,6 +30,8 @@ from aiodcp import (
     TornSnapshotError,
 )
 from aiodcp._arena import Arena, _unpin, pieces_of
+from aiodcp._capture import capture
+from aiodcp._comparison import Comparison
 from aiodcp._devices import CopyStreams
 from aiodcp._windows import MIN_NBYTES
 
@@ -305,6 +307,26 @@ async def test_no_thread_makes_a_context_on_another_device(
     assert devices.contexts == {1}
     assert devices.thread.index == 0
     assert_equal(_on_host(devices, target), {f"w{n}": torch.full((nbytes // 4,), float(n)) for n in range(6)})
+
+
+async def test_a_sample_for_the_comparison_of_ranks_is_taken_on_the_stream_of_the_copies(
+    devices: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = capture({"w": devices.put(torch.arange(90_000.0).view(300, 300), 1).t()})
+    comparison = Comparison(fqns=["w"], sources=[0], frozen=[False], groups=[0], whole=[False], weights=[1])
+    streams: list[Any] = []
+    real, arange = torch.take, torch.arange
+
+    def take(*args: Any) -> torch.Tensor:
+        streams.append(devices.current_stream(torch.device("cuda", 1)))
+        return real(*args)
+
+    monkeypatch.setattr(torch, "take", take)
+    monkeypatch.setattr(torch, "arange", lambda *args, device: arange(*args))  # the double does not make these
+    copies = CopyStreams().begin(taken.devices, taken.name_on)
+    await asyncio.to_thread(copies.start)
+    await asyncio.to_thread(comparison.digest, taken, copies, 3)
+    assert streams == devices.copies
 
 
 async def test_no_thread_spins_while_it_waits_for_a_device(devices: Driver, faulty: FaultyStorage) -> None:
