@@ -29,7 +29,8 @@ from .metadata import ContainerNotes
 
 Path = tuple[str | int, ...]
 StateDict = dict[str, Any]
-KnownNames = dict[Path, tuple[tuple[Any, ...], list[str], list[Path]]]  # of a mapping: its keys, fqns, paths
+# Of a mapping: its keys, their types, fqns, paths.
+KnownNames = dict[Path, tuple[tuple[Any, ...], set[type], list[str], list[Path]]]
 
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _NEVER_STATEFUL = {*PLAIN_TENSORS, DTensor, dict, list, tuple, int, float, str, bytes, bool, type(None)}
@@ -239,7 +240,8 @@ def _look_at(values: Sequence[Any]) -> _Seen:
         for layout, dtype, _ in facts
     ):
         odd = [place for place, value in enumerate(values) if type(value) not in PLAIN_TENSORS or not is_plain(value)]
-        return _Seen(odd, {value.device for value in values if type(value) in PLAIN_TENSORS}, None)
+        others = set(odd)
+        return _Seen(odd, {value.device for place, value in enumerate(values) if place not in others}, None)
     has_others = any(isinstance(values[place], torch.Tensor) for place in odd)
     return _Seen(odd, devices, None if has_others else versions)
 
@@ -358,6 +360,7 @@ def flatten(state_dict: Mapping[str, Any], rank: int = 0, names: KnownNames | No
         CaptureError: it is nested deeper than Python's recursion limit, or contains itself.
     """
     names = {} if names is None else names
+    used: KnownNames = {}
     fqns: list[str] = []
     paths: list[Path] = []
     values: list[Any] = []
@@ -398,17 +401,21 @@ def flatten(state_dict: Mapping[str, Any], rank: int = 0, names: KnownNames | No
             walk(prefix, path, mapping.items(), listed=False)
             return
         keys = tuple(mapping)
-        if names.get(path, ((),))[0] != keys:
-            names[path] = keys, [f"{prefix}{key}" for key in keys], [(*path, str(key)) for key in keys]
-        _, known_fqns, known_paths = names[path]
-        fqns.extend(known_fqns)
-        paths.extend(known_paths)
+        kinds = set(map(type, keys))  # equal keys of another type have other names: 1 and True
+        known = names.get(path)
+        if known is None or known[:2] != (keys, kinds) or len(kinds) > 1:
+            known = keys, kinds, [f"{prefix}{key}" for key in keys], [(*path, str(key)) for key in keys]
+        used[path] = known
+        fqns.extend(known[2])
+        paths.extend(known[3])
         values.extend(mapping.values())
 
     try:
         walk_mapping("", (), state_dict)
     except RecursionError as error:
         raise CaptureError(f"{here[:SHOWN]}...", "is nested too deeply, or contains itself") from error
+    names.clear()
+    names.update(used)
     return Leaves(fqns, paths, values, notes, optimizers, per_rank)
 
 

@@ -49,10 +49,11 @@ class GatherBuffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
-    """Tensors that one call copies: of one dtype and with the strides of their places, or one after the other."""
+    """Tensors of one dtype and with the strides of their places, which one call copies; or any, one after the other."""
 
     pick: Pick
     places: list[torch.Tensor]
+    is_alike: bool
     seen_as: torch.dtype | None
 
 
@@ -96,14 +97,19 @@ class Gather:
         self.groups = [_group(dtype, numbers, places) for dtype, numbers in groups.items()]
 
     def fits(self, sources: Tensors) -> bool:
-        """Whether these are where the ones were that this was planned for."""
-        return list(map(torch.Tensor.get_device, sources)) == self._where
+        """Whether these are where the ones were that this was planned for, and can be seen as integers as those."""
+        return list(map(torch.Tensor.get_device, sources)) == self._where and not any(
+            source.is_conj() or source.is_neg()
+            for group in self.groups
+            if group.seen_as is not None
+            for source in group.pick(sources)
+        )
 
 
 def _group(dtype: torch.dtype | None, numbers: list[int], places: dict[int, torch.Tensor]) -> _Group:
     seen_as = None if dtype is None or dtype in _WITH_KERNEL else _INTEGERS.get(dtype.itemsize)
     found = [places[number] if seen_as is None else places[number].view(seen_as) for number in numbers]
-    return _Group(pick=picker(numbers), places=found, seen_as=seen_as)
+    return _Group(pick=picker(numbers), places=found, is_alike=dtype is not None, seen_as=seen_as)
 
 
 def gather_and_copy(gather: Gather, sources: Tensors) -> None:
@@ -116,6 +122,10 @@ def gather_and_copy(gather: Gather, sources: Tensors) -> None:
     gather.gathered.copy_(gather.stretch, non_blocking=True)
     for group in gather.groups:
         chosen = group.pick(sources)
+        if not group.is_alike:
+            for place, source in zip(group.places, chosen, strict=True):
+                place.copy_(source, non_blocking=True)
+            continue
         if group.seen_as is not None:
             chosen = tuple(source.view(group.seen_as) for source in chosen)
         torch._foreach_copy_(group.places, chosen, non_blocking=True)

@@ -162,6 +162,15 @@ class DeviceCopies:
                     if self._streams.given_up.wait(min(max(waited_s / 20, POLL_S), POLL_AT_MOST_S)):
                         raise ClosedError(f"{self._named()}: copies not done after {waited_s:.0f} s are given up")
 
+    def wait_for_thread(self) -> None:
+        """Block this thread until all that it has queued on streams of its own is done.
+
+        Those are the devices' default streams, so that what is queued there for memory that was freed, and which this
+        thread has taken for new tensors, is done then, too.
+        """
+        self.enter_thread()
+        self.wait_for([_recorded(lane.device, torch.accelerator.current_stream(lane.device)) for lane in self._lanes])
+
     def wait_for_marks(self) -> None:
         """Block this thread until all that the caller had queued before is done."""
         self.wait_for(lane.mark for lane in self._lanes)
@@ -233,6 +242,7 @@ class CopyStreams:
         self.activity = activity or Activity()
         self.given_up = given_up or threading.Event()
         self._streams: dict[torch.device, torch.Stream] = {}
+        self._making = threading.Lock()
 
     def begin(self, devices: Collection[torch.device], name_on: Callable[[torch.device], str]) -> DeviceCopies:
         """Mark how far the caller's streams have come, on every device. In the caller's thread.
@@ -258,8 +268,9 @@ class CopyStreams:
                 if _is_capturing(device):
                     problem = f"is on {device}, whose current stream captures a graph: save or load before or after"
                     raise CaptureError(name_on(device), problem)
-                if device not in self._streams:
-                    self._streams[device] = torch.Stream(device)
+                with self._making:  # the callers of two loads may be two threads
+                    if device not in self._streams:
+                        self._streams[device] = torch.Stream(device)
                 mark = _recorded(device, torch.accelerator.current_stream(device))
         except (RuntimeError, ValueError) as error:  # as torch says that there are no streams, or a device is ill
             problem = f"{name_on(device)} is on {device}, which gives no stream to copy on: {error}"

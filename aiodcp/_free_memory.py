@@ -35,17 +35,21 @@ def _groups_nbytes() -> Iterator[int]:
         for line in _MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "":
-                root, limit, used, cache = _CGROUPS, "memory.max", "memory.current", "file"
+                root, limit, used, cache, shared = _CGROUPS, "memory.max", "memory.current", "file", "shmem"
             elif "memory" in controllers.split(","):
                 root = _CGROUPS / "memory"
-                limit, used, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"
+                limit, used, cache, shared = (
+                    *("memory.limit_in_bytes", "memory.usage_in_bytes"),
+                    *("total_cache", "total_shmem"),
+                )
             else:
                 continue
             group = root / path.lstrip("/")
             for each in (group, *group.parents):
                 with suppress(OSError, ValueError):  # no limit, or a group that cannot be seen from in here
                     most = int((each / limit).read_text())
-                    yield max(0, most - int((each / used).read_text()) + _stat(each, cache))
+                    can_be_dropped = _stat(each, cache) - _stat(each, shared)
+                    yield max(0, most - int((each / used).read_text()) + can_be_dropped)
                 if each == root:
                     break
 

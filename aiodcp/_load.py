@@ -47,7 +47,7 @@ from ._reads import (
     settle_values,
 )
 from ._resolve import Resolution, Resolver, groups_needed, names_wanted, note_left_out, refuse
-from ._spans import DIRECT_NBYTES, SPAN_NBYTES, Scratch, Span, copy_in, reads_direct, spans_of, without_overlaps
+from ._spans import DIRECT_NBYTES, SPAN_NBYTES, Scratch, Span, copy_in, overlapping, reads_direct, spans_of
 from ._stage import Checksum
 from ._targets import LoadTargets, allocate_optimizers
 from .errors import (
@@ -265,17 +265,16 @@ class _Flow:
                     raise MismatchError(self._checkpoint_id, problems=problems)
 
         async def read_tensors() -> None:
-            with _read_errors(self._storage.locate(self._checkpoint_id)), _memory_errors():
-                stored = await self._find_stored(plan.tensors)
-                if targets.device_copies:
-                    await in_thread(self._threads.compute, _begin_copies, targets.device_copies)
-                await self._read_tensors(plan.tensors, stored, targets.device_copies)
-            targets.device_copies.end()
-            if targets.planner is not None:
-                loaded, targets.loaded = targets.loaded, {}
-                await in_thread(self._threads.compute, commit_loaded, targets.planner, plan, loaded)
-            else:
+            device_copies = targets.device_copies
+            try:
+                with _read_errors(self._storage.locate(self._checkpoint_id)), _memory_errors():
+                    stored = await self._find_stored(plan.tensors)
+                    if device_copies:
+                        await in_thread(self._threads.compute, _begin_copies, device_copies)
+                    await self._read_tensors(plan.tensors, stored, device_copies)
                 await in_thread(self._threads.compute, self._finish, plan, targets)
+            finally:
+                device_copies.end()
 
         await operation.together("read values", read_values)  # all of them before the first tensor
         await operation.together("read tensors", read_tensors)
@@ -283,8 +282,14 @@ class _Flow:
         return Loaded(targets=targets, absent=planned.found.absent)
 
     def _finish(self, plan: LoadPlan, targets: LoadTargets) -> None:
-        fill_whole(plan, targets)
-        targets.rebuild()
+        targets.device_copies.enter_thread()
+        if targets.planner is not None:
+            loaded, targets.loaded = targets.loaded, {}
+            commit_loaded(targets.planner, plan, loaded)
+        else:
+            fill_whole(plan, targets)
+            targets.rebuild()
+        targets.device_copies.wait_for_thread()
 
     def _note_unchecked(self) -> None:
         self._unchecked = True
@@ -546,13 +551,16 @@ class _Flow:
     ) -> None:
         readers, check, shown = self._readers, self._check, self._shown
         with gc_held_off():
-            direct = without_overlaps([read for read in reads if reads_direct(read)], reads)
+            large_or_direct = [read for read in reads if read.nbytes > SPAN_NBYTES or reads_direct(read)]
+            tied = overlapping(reads) if large_or_direct else set()
+            direct = [read for read in large_or_direct if reads_direct(read) and id(read) not in tied]
             apart = set(map(id, direct))
             large = [
                 found
                 for number, read in enumerate(reads)
                 if read.nbytes > SPAN_NBYTES
                 and id(read) not in apart
+                and id(read) not in tied
                 and (found := in_windows(read, stored.get(number))) is not None
             ]
             apart |= {id(each.read) for each in large}
@@ -613,6 +621,7 @@ class _Flow:
 def _begin_copies(device_copies: DeviceCopies) -> None:
     device_copies.start()
     device_copies.wait_for_marks()  # a copy that the caller queued may be on its way to a host tensor
+    device_copies.wait_for_thread()  # and planning may have made tensors in memory that was in use
 
 
 def _agree_on_start(table: list[Row]) -> list[int]:

@@ -133,27 +133,24 @@ def reads_direct(read: TensorRead) -> bool:
     )
 
 
-def _is_in_memory(tensor: torch.Tensor) -> bool:
-    return type(tensor) in PLAIN_TENSORS and tensor.is_cpu and tensor.layout is torch.strided
-
-
-def without_overlaps(direct: list[TensorRead], reads: Sequence[TensorRead]) -> list[TensorRead]:
-    """Return those whose memory no other read writes: tied tensors are checked elsewhere before they are copied."""
-    if not direct:
-        return []
-    ranges = sorted((read.into.data_ptr(), number) for number, read in enumerate(reads) if _is_in_memory(read.into))
+def overlapping(reads: Sequence[TensorRead]) -> set[int]:
+    """Return the ids of those whose memory another one writes, too: tied tensors are copied whole, when checked."""
+    ranges = sorted(
+        (str(read.into.device), read.into.data_ptr(), number)
+        for number, read in enumerate(reads)
+        if type(read.into) in PLAIN_TENSORS and read.into.layout is torch.strided
+    )
     tied: set[int] = set()
-    stop, last = 0, -1
-    for start, number in ranges:
-        if start < stop:
+    where, stop, last = "", 0, -1
+    for device, start, number in ranges:
+        if device == where and start < stop:
             tied |= {number, last}
         into = reads[number].into
         steps = sum((size - 1) * stride for size, stride in zip(into.shape, into.stride(), strict=True))
         end = start + into.itemsize * (1 + steps)
-        if end > stop:
-            stop, last = end, number
-    apart = {id(reads[number]) for number in tied}
-    return [read for read in direct if id(read) not in apart]
+        if device != where or end > stop:
+            where, stop, last = device, end, number
+    return {id(reads[number]) for number in tied}
 
 
 def spans_of(reads: Iterable[Any]) -> list[Span]:

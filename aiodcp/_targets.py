@@ -10,6 +10,7 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
 from ._capture import (
     Leaves,
@@ -33,6 +34,27 @@ from .metadata import Metadata, TensorStorageMetadata
 Kind = Literal["module", "optimizer", "stateful", "plain"]
 
 _PLAIN_LEAVES = (torch.Tensor, int, float, str, bytes, type(None))
+
+
+class Home:
+    """Where a thread makes new tensors. Asked in the caller's thread: both settings are a thread's own."""
+
+    def __init__(self) -> None:
+        self._default = torch.get_default_device()
+        self._index: int | None = None
+
+    def place_of(self, value: torch.Tensor) -> torch.device:
+        """Return where a tensor is, or is to be made if it is on the meta device: on its mesh, or as new ones are."""
+        if not value.is_meta:
+            return value.device
+        device = torch.device(value.device_mesh.device_type) if isinstance(value, DTensor) else self._default
+        if device.type == "meta":
+            return torch.device("cpu")
+        if device.type == "cpu" or device.index is not None:
+            return device
+        if self._index is None:  # first asked when the copies are begun, in the caller's thread
+            self._index = torch.accelerator.current_device_index()
+        return torch.device(device.type, self._index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +85,7 @@ class LoadTargets:
         values: what is there now: tensors to fill, and anything else.
         sources: by which name they are stored; None for a value that stays.
         device_copies: brings tensors to devices.
+        home: where the caller's thread makes new tensors, and which of the accelerators it uses.
         as_stored: places whose stored value need not fit what is there.
         holders: of places whose value is put into a container when all is read, that container, and the key there.
         rebuilt: paths of containers that are made anew.
@@ -82,6 +105,7 @@ class LoadTargets:
     paths: list[Path]
     values: list[Any]
     device_copies: DeviceCopies
+    home: Home
     sources: list[str | None] = field(default_factory=list)
     as_stored: set[int] = field(default_factory=set)
     holders: dict[int, tuple[Any, Any]] = field(default_factory=dict)
@@ -105,8 +129,13 @@ class LoadTargets:
             paths=list(self.paths),
             values=list(self.values),
             device_copies=self.device_copies,
+            home=self.home,
             planner=self.planner,
         )
+
+    def place_of(self, value: torch.Tensor) -> torch.device:
+        """Return where a tensor is made in place of `value`."""
+        return self.home.place_of(value)
 
     def value(self, place: int) -> Any:
         """Return what is to be in a place: what was loaded, or the tensor that was filled."""
@@ -217,6 +246,7 @@ def find_targets(
     parameters: list[torch.Tensor] = [
         each for owner in owners.values() if isinstance(owner, torch.optim.Optimizer) for each in _params(owner)
     ]
+    home = Home()
     return LoadTargets(
         states=states,
         kinds=kinds,
@@ -225,15 +255,16 @@ def find_targets(
         fqns=leaves.fqns,
         paths=leaves.paths,
         values=leaves.values,
-        device_copies=_begin_copies(leaves, parameters, streams),
+        device_copies=_begin_copies(leaves, parameters, streams, home),
+        home=home,
         planner=planner,
     )
 
 
-def _begin_copies(leaves: Leaves, parameters: Sequence[torch.Tensor], streams: CopyStreams) -> DeviceCopies:
+def _begin_copies(leaves: Leaves, parameters: Sequence[torch.Tensor], streams: CopyStreams, home: Home) -> DeviceCopies:
     """Begin the copies to all that is filled, as this rank holds it."""
     devices = {
-        part.device
+        home.place_of(part)
         for value in (*leaves.values, *parameters)
         if isinstance(value, torch.Tensor)
         for part in (held_parts(value) if isinstance(value, ShardedTensor) else (value,))
@@ -243,7 +274,7 @@ def _begin_copies(leaves: Leaves, parameters: Sequence[torch.Tensor], streams: C
     def name_on(device: torch.device) -> str:
         for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
             parts = held_parts(value) if isinstance(value, ShardedTensor) else [value]
-            if any(isinstance(part, torch.Tensor) and part.device == device for part in parts):
+            if any(isinstance(part, torch.Tensor) and home.place_of(part) == device for part in parts):
                 return fqn
         return "a parameter of an optimizer"
 

@@ -381,7 +381,7 @@ class Transfer:
             yield
         finally:
             with _copy_errors(room.arena.nbytes):
-                job.device_copies.drain(room)
+                job.device_copies.drain(room, [*values])
             self._is_lost = False
 
     @contextmanager

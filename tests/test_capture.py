@@ -1,6 +1,7 @@
 import io
 import threading
 from collections import OrderedDict
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from aiodcp import ArgumentError, CaptureError
-from aiodcp._capture import capture, flatten
+from aiodcp._capture import KnownNames, capture, flatten
 
 from .conftest import assert_equal, make_state
 
@@ -116,3 +117,32 @@ def test_something_stateful_below_the_top_level_is_named() -> None:
     with pytest.raises(CaptureError, match="only at the top level") as caught:
         capture({"app": {"model": torch.nn.Linear(1, 1)}})
     assert caught.value.fqn == "app.model"
+
+
+class _Key(str, Enum):  # noqa: UP042 - a StrEnum is written as its value
+    K0 = "k0"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([*range(70)], [*map(float, range(70))]),
+        ([*range(70)], [0, True, *range(2, 70)]),
+        (["k0", *map(str, range(70))], [_Key.K0, *map(str, range(70))]),
+        ([0, 1.0, *range(2, 70)], [0.0, 1, *range(2, 70)]),
+    ],
+)
+def test_equal_keys_of_another_type_have_names_of_their_own(first: list[Any], second: list[Any]) -> None:
+    names: KnownNames = {}
+    for keys in (first, second, second, first):
+        state = {"m": {key: torch.zeros(1) for key in keys}}
+        found, fresh = capture(state, names=names), capture(state)
+        assert found.fqns == fresh.fqns
+        assert found.paths == fresh.paths
+
+
+def test_names_of_what_is_gone_are_forgotten() -> None:
+    names: KnownNames = {}
+    for epoch in range(5):
+        capture({f"epoch{epoch}": {str(n): torch.zeros(1) for n in range(100)}}, names=names)
+    assert len(names) == 1

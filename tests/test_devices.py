@@ -33,10 +33,11 @@ from aiodcp._arena import Arena, _unpin, pieces_of
 from aiodcp._capture import capture
 from aiodcp._comparison import Comparison
 from aiodcp._devices import CopyStreams
+from aiodcp._stage import Stage
 from aiodcp._windows import MIN_NBYTES
 
 from .conftest import FaultyStorage, assert_equal, blank
-from .support.devices import Driver
+from .support.devices import Driver, Event
 from .test_cancel import _engine_has_turned
 
 
@@ -368,6 +369,19 @@ async def test_many_small_tensors_of_all_dtypes_and_strides_cross_in_a_few_calls
             assert_equal(target, kept)
 
 
+async def test_a_tensor_that_becomes_a_conjugate_view_between_saves_is_saved(
+    devices: Driver, faulty: FaultyStorage
+) -> None:
+    data = torch.complex(torch.arange(8.0), torch.ones(8)).to(torch.complex32)
+    state = {"x": devices.put(data), "y": devices.put(torch.zeros(8))}
+    async with Checkpointer(storage=faulty) as checkpointer:
+        await (await checkpointer.save(state, "a")).uploaded
+        await (await checkpointer.save(state | {"x": state["x"].conj()}, "b")).uploaded
+        target = {"x": torch.zeros(8, dtype=torch.complex32)}
+        await checkpointer.load(target, "b")
+    assert torch.equal(target["x"].to(torch.complex64), data.to(torch.complex64).conj())
+
+
 async def test_tensors_that_move_between_saves_are_gathered_from_where_they_are(
     devices: Driver, faulty: FaultyStorage
 ) -> None:
@@ -501,6 +515,95 @@ async def test_damage_far_into_a_large_tensor_is_found_on_the_way_to_a_device(de
         await checkpointer.load({"w": devices.put(torch.zeros(6 << 20))}, tmp_path, check_crc=False)
 
 
+async def test_a_load_into_new_tensors_waits_for_what_used_their_memory(devices: Driver, faulty: FaultyStorage) -> None:
+    class Holder:
+        def __init__(self, state: dict[str, Any]) -> None:
+            self.state = state
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.state
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.state = state
+
+    async with Checkpointer(storage=faulty) as checkpointer:
+        await (await checkpointer.save({"s": Holder({"t": torch.full((1000,), 3.0)})}, "a")).uploaded
+        holder = Holder({"t": devices.put(torch.zeros(10))})  # of another shape: it is replaced
+
+        def gate(call: str) -> None:
+            if call == "get":  # in the middle of the load, another task of the caller
+                victim = devices.put(torch.zeros(1000))
+                devices.compute[0].go.clear()
+                devices.queue(victim, lambda memory: memory.fill_(-1))
+                threading.Timer(0.2, devices.compute[0].go.set).start()
+
+        faulty.gate = gate
+        await checkpointer.load({"s": holder}, "a")
+        devices.compute[0].synchronize()
+    assert float(holder.state["t"].min()) == 3.0
+
+
+async def test_a_load_has_filled_everything_when_it_returns(
+    devices: Driver, faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued: list[int] = []
+    real = torch.Tensor.fill_
+
+    def fill(tensor: torch.Tensor, value: float) -> torch.Tensor:
+        if devices.index_of(tensor) is None:
+            return real(tensor, value)
+        queued.append(devices.thread.index)
+        devices.compute[1].go.clear()
+        threading.Timer(0.2, devices.compute[1].go.set).start()
+        devices.queue(tensor, lambda memory: real(memory, value), devices.current_stream(tensor.device))
+        return tensor
+
+    async with Checkpointer(storage=faulty) as checkpointer:
+        await (await checkpointer.save({"step": 5, "w": torch.ones(3)}, "a")).uploaded
+        target = {"step": devices.put(torch.zeros(()), 1), "w": devices.put(torch.zeros(3), 1)}
+        monkeypatch.setattr(torch.Tensor, "fill_", fill)
+        await checkpointer.load(target, "a")
+        monkeypatch.undo()
+        assert (float(target["step"]), float(target["w"][0])) == (5.0, 1.0)
+    assert queued == [1]
+
+
+async def test_a_tensor_on_the_meta_device_is_made_where_the_callers_thread_makes_tensors(
+    devices: Driver, faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.device] = []
+
+    def empty_like(value: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+        made.append(device)
+        return devices.empty(tuple(value.shape), device=device, dtype=value.dtype)
+
+    async with Checkpointer(storage=faulty) as checkpointer:
+        await (await checkpointer.save({"w": torch.ones(1000)}, "a")).uploaded
+        target = {"w": torch.zeros(1000, device="meta")}
+        monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch, "empty_like", empty_like)
+        devices.set_index(1)
+        await checkpointer.load(target, "a")
+    assert made == [torch.device("cuda", 1)]
+    assert devices.contexts == {1}
+    assert devices.index_of(target["w"]) == 1
+    assert float(target["w"].min()) == 1.0
+
+
+async def test_a_load_that_fails_holds_no_event(devices: Driver, faulty: FaultyStorage) -> None:
+    async with Checkpointer(storage=faulty) as checkpointer:
+        await (await checkpointer.save({"w": torch.ones(1000)}, "a")).uploaded
+        [name] = [name for name in faulty.files["a"] if name.endswith(".distcp")]
+        data = bytearray(faulty.files["a"][name])
+        data[2000] ^= 1
+        faulty.files["a"][name] = bytes(data)
+        with pytest.raises(CorruptError) as caught:
+            await checkpointer.load({"w": devices.put(torch.zeros(1000))}, "a")
+        gc.collect()
+        assert not [each for each in gc.get_objects() if type(each) is Event]
+        del caught
+
+
 # --- graphs
 
 
@@ -629,7 +732,8 @@ async def test_memory_of_copies_that_a_device_does_not_tell_of_is_never_freed(
             target = {"w": torch.ones(1 << 20)}
             await checkpointer.load(target, "c")
             assert float(target["w"].sum()) == 0
-    assert len({id(room.arena) for room in in_use}) == len(in_use) == 2
+    rooms = [each for each in in_use if isinstance(each, Stage)]
+    assert len({id(room.arena) for room in rooms}) == len(rooms) == 2
 
 
 @pytest.mark.usefixtures("impatient")

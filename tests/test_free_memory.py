@@ -26,7 +26,7 @@ def _group(path: Path, *, limit: str, used: int, cache: int, v1: bool = False) -
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
     (path / names[0]).write_text(limit + "\n")
     (path / names[1]).write_text(f"{used}\n")
-    (path / "memory.stat").write_text(f"anon 5\n{'total_cache' if v1 else 'file'} {cache}\nfile_mapped 7\n")
+    (path / "memory.stat").write_text(f"anon 5\n{'total_cache' if v1 else 'file'} {cache}\n")
 
 
 def test_without_groups_it_is_the_machines(machine: Path) -> None:
@@ -43,6 +43,14 @@ def test_the_group_with_least_left_counts_and_its_page_cache_can_be_had(machine:
     assert free_nbytes() == 12 * MIB
     _group(machine / "fs" / "pod" / "job", limit=str(200 * MIB), used=210 * MIB, cache=0)
     assert free_nbytes() == 0
+
+
+def test_shared_memory_cannot_be_had(machine: Path) -> None:
+    (machine / "cgroup").write_text("0::/job\n")
+    _group(machine / "fs" / "job", limit=str(100 * MIB), used=90 * MIB, cache=80 * MIB)
+    with (machine / "fs" / "job" / "memory.stat").open("a") as stat:
+        stat.write(f"shmem {70 * MIB}\n")
+    assert free_nbytes() == 20 * MIB
 
 
 def test_groups_of_the_first_version_count_too(machine: Path) -> None:

@@ -6,7 +6,9 @@ import io
 import random
 import zlib
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
 import torch
 
@@ -20,6 +22,8 @@ from aiodcp._large_reads import LargeRead, in_windows
 from aiodcp._layout import frame_tensor
 from aiodcp._reads import TensorRead
 from aiodcp.errors import CorruptError
+
+from .conftest import FaultyStorage
 
 WINDOW = 4096
 CHECK = Check(locate=str, crc32=zlib.crc32, weights_only=True)
@@ -141,3 +145,25 @@ async def test_a_tensor_of_any_strides_is_loaded_in_windows(tmp_path: Path) -> N
         target = {"w": torch.zeros(2000, 3000).t()}
         await checkpointer.load(target, tmp_path)
         assert torch.equal(target["w"], tensor)
+
+
+async def test_tied_large_tensors_come_back_as_one_of_the_stored_ones(faulty: FaultyStorage) -> None:
+    count = 6 << 20
+    async with Checkpointer(storage=faulty) as checkpointer:
+        state = {"a": torch.zeros(count), "b": torch.ones(count)}
+        await (await checkpointer.save(state, "a")).uploaded
+        for late in range(6):
+            reads = 0
+
+            async def pause() -> None:
+                await anyio.sleep(0.05)
+
+            def gate(call: str) -> Any:
+                nonlocal reads
+                reads += call == "read"
+                return pause() if call == "read" and reads == late + 1 else None  # noqa: B023
+
+            faulty.gate = gate
+            target = torch.full((count,), 5.0)
+            await checkpointer.load({"a": target, "b": target}, "a")
+            assert float(target.min()) == float(target.max()), late

@@ -346,10 +346,11 @@ class Driver:
     def empty(self, *shape: Any, device: Any = None, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
         if device is None or torch.device(device).type != "cuda":
             return _real_empty(*shape, device=device, dtype=dtype, **options)
-        self.touch()
         sizes: Any = shape if not shape or isinstance(shape[0], int) else shape[0]
         index: int | None = torch.device(device).index
-        return self._empty(self.thread.index if index is None else index, sizes, dtype or torch.float32)
+        index = self.thread.index if index is None else index
+        self.contexts.add(index)  # of the thread's device it makes none: torch goes back there without
+        return self._empty(index, sizes, dtype or torch.float32)
 
     def zeros(self, *shape: Any, device: Any = None, **options: Any) -> torch.Tensor:
         if device is None or torch.device(device).type != "cuda":
@@ -476,6 +477,7 @@ def install(patch: pytest.MonkeyPatch, count: int = 2) -> Driver:
     )
     patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: here)
     patch.setattr(torch.accelerator, "current_stream", driver.current_stream)
+    patch.setattr(torch.accelerator, "current_device_index", lambda: driver.thread.index)
     patch.setattr(torch.accelerator, "set_device_index", driver.set_index)
     patch.setattr(torch.accelerator, "device_index", driver.device_index)
     patch.setattr(torch.cuda, "is_available", lambda: True)
