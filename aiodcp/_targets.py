@@ -263,13 +263,11 @@ def find_targets(
 
 def _begin_copies(leaves: Leaves, parameters: Sequence[torch.Tensor], streams: CopyStreams, home: Home) -> DeviceCopies:
     """Begin the copies to all that is filled, as this rank holds it."""
-    devices = {
-        home.place_of(part)
-        for value in (*leaves.values, *parameters)
-        if isinstance(value, torch.Tensor)
-        for part in (held_parts(value) if isinstance(value, ShardedTensor) else (value,))
-        if not part.is_cpu
-    }
+    tensors = [value for value in (*leaves.values, *parameters) if isinstance(value, torch.Tensor)]
+    if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these do not tell where they are
+        tensors = [value for value in tensors if not isinstance(value, ShardedTensor)]
+        tensors += [part for value in sharded for part in held_parts(value)]
+    devices = {home.place_of(tensor) for tensor in tensors if not tensor.is_cpu}
 
     def name_on(device: torch.device) -> str:
         for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
