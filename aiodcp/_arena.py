@@ -135,7 +135,7 @@ def _unpin(mapping: mmap.mmap, address: int, device: torch.device, pid: int) -> 
     """Release a piece of `mapping`; if that fails, keep the memory for ever.
 
     Memory that is mapped at the same address later would count as pinned, and a device would go on with the old pages:
-    seen on an H200, where saves were all zeros.
+    seen on an H200 when a release was left out, and saves were all zeros.
     """
     if os.getpid() != pid:  # forked: the memory is the parent's, and CUDA does not work here
         return
