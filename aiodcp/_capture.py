@@ -305,6 +305,8 @@ def call_stateful(state_dict: Mapping[str, Any]) -> StateDict:
         problem = f'is a mapping, such as {{"model": model}}, not {type(state_dict).__name__}'
         raise ArgumentError("state_dict", problem)
     called: StateDict = dict(state_dict)
+    if _NEVER_STATEFUL.issuperset(map(type, called.values())):
+        return called
     for key in sorted([key for key, value in called.items() if type(value) not in _NEVER_STATEFUL], key=str):
         value = called[key]
         stateful = value.value if type(value) is PerRank else value
