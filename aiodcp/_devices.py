@@ -102,8 +102,8 @@ class DeviceCopies:
             if not any(stays):
                 torch._foreach_copy_(targets, sources, non_blocking=True)
             elif any(crosses):
-                there = [*compress(targets, crosses)], [*compress(sources, crosses)]
-                torch._foreach_copy_(*there, non_blocking=True)
+                crossing = [*compress(targets, crosses)], [*compress(sources, crosses)]
+                torch._foreach_copy_(*crossing, non_blocking=True)
         self._copy_on_host([*compress(targets, stays)], [*compress(sources, stays)])
         return self._copied
 

@@ -12,6 +12,10 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
+# The files of a group with its limit and what is used, and what its statistics call the page cache and shared memory.
+_FIRST_VERSION = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"
+_SECOND_VERSION = "memory.max", "memory.current", "file", "shmem"
+
 
 def free_nbytes() -> int:
     """Return the bytes of memory that can be had, the page cache's included.
@@ -35,13 +39,9 @@ def _groups_nbytes() -> Iterator[int]:
         for line in _MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "":
-                root, limit, used, cache, shared = _CGROUPS, "memory.max", "memory.current", "file", "shmem"
+                root, (limit, used, cache, shared) = _CGROUPS, _SECOND_VERSION
             elif "memory" in controllers.split(","):
-                root = _CGROUPS / "memory"
-                limit, used, cache, shared = (
-                    *("memory.limit_in_bytes", "memory.usage_in_bytes"),
-                    *("total_cache", "total_shmem"),
-                )
+                root, (limit, used, cache, shared) = _CGROUPS / "memory", _FIRST_VERSION
             else:
                 continue
             group = root / path.lstrip("/")

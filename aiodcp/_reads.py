@@ -242,13 +242,13 @@ class _Planner:
         if torch.nn.parameter.is_lazy(value):
             return self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype))
         if value.is_meta and not _differs(value, entry, cast=self._cast):
-            return self._make(place, with_memory(value, self._targets.place_of(value)))
+            return self._make(place, _with_memory(value, self._targets.home.place_of(value)))
         if place not in self._targets.as_stored:
             self._problems.append(f"{fqn} {problem}")
             return None
         if isinstance(value, DTensor) and value.shape == entry.size:
             return self._make(place, torch.empty_like(value, dtype=entry.properties.dtype))
-        device = self._targets.place_of(value)
+        device = self._targets.home.place_of(value)
         return self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype, device=device))
 
     def _make(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -272,7 +272,7 @@ class _Planner:
         return holders
 
 
-def with_memory(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _with_memory(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor like one on the meta device, with memory."""
     if isinstance(value, DTensor):
         local = torch.empty_like(value.to_local(), device=device)

@@ -133,10 +133,6 @@ class LoadTargets:
             planner=self.planner,
         )
 
-    def place_of(self, value: torch.Tensor) -> torch.device:
-        """Return where a tensor is made in place of `value`."""
-        return self.home.place_of(value)
-
     def value(self, place: int) -> Any:
         """Return what is to be in a place: what was loaded, or the tensor that was filled."""
         return self.loaded[place] if place in self.loaded else self.values[place]
@@ -279,7 +275,7 @@ def _begin_copies(leaves: Leaves, parameters: Sequence[torch.Tensor], streams: C
     try:
         return streams.begin(devices, name_on)
     except CaptureError as error:
-        raise LoadError(str(error)) from None
+        raise LoadError(str(error)) from error
 
 
 def _object_in(value: object) -> object | None:

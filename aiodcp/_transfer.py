@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from ._capture import Capture
 from ._comparison import Comparison
-from ._device_gather import picker
 from ._devices import DeviceCopies
 from ._engine import Threads, in_thread
 from ._item_tables import CRC_NBYTES, pack_table
@@ -369,7 +368,7 @@ class Transfer:
     def _copying(self, job: Job, plan: SavePlan, room: Room, *, first: bool = True) -> Iterator[None]:
         """Copy within the block; whatever happens, no device uses the memory after it, or it is never freed."""
         values = job.taken.values
-        if first and not all(map(torch.Tensor.data_ptr, picker(plan.staged)(values))):
+        if first and not all(map(torch.Tensor.data_ptr, map(values.__getitem__, plan.staged))):
             for place, item in zip(plan.staged, plan.share.staged, strict=True):
                 if values[place].data_ptr() == 0 and values[place].numel():  # to copy it would crash the process
                     raise CaptureError(item.index.fqn, "its storage has been freed")
