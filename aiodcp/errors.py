@@ -28,8 +28,7 @@ Every error takes its facts as arguments, so that it survives pickling, and keep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -417,15 +416,3 @@ class RankError(SaveError, LoadError):
         if rest:
             told.append("differently: rank " + ", ".join(rest))
         return f"{self.phase}: " + "; ".join(told or ["the ranks were cut off from each other"]) + tracebacks
-
-
-@contextmanager
-def one_error() -> Iterator[None]:
-    """Raise, of what a task group in the block raises, the first error that is not itself a group."""
-    try:
-        yield
-    except BaseExceptionGroup as errors:
-        first: BaseException = errors
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from first.__cause__

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from aiodcp._archive import find_tensor
-from aiodcp._layout import NOT_COPIED
+from aiodcp._format.archive_reader import find_tensor
+from aiodcp._format.dtypes import NOT_COPIED
 
 from .test_layout import DTYPES, QUANTIZED
 

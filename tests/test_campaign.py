@@ -29,7 +29,7 @@ from aiodcp import (
     NotACheckpointError,
     Retry,
 )
-from aiodcp._verify import verify
+from aiodcp._cli.verify import verify
 
 from .conftest import FaultyStorage, assert_equal, blank, make_state
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aiodcp import Checkpointer, LocalStorage, SaveCancelled, SaveError, storage
-from aiodcp._stage import Stage
+from aiodcp._save.staging import Staging
 
 from .conftest import FaultyStorage, Gate, assert_equal, blank, make_state
 
@@ -75,9 +75,9 @@ async def test_giving_up_while_the_tensors_are_copied(tmp_path: Path, monkeypatc
     state = {f"w{n}": torch.randn(1 << 20) for n in range(16)}  # 64 MiB: several segments
     reached, go_on = threading.Event(), threading.Event()
     copied: list[int] = []
-    real = Stage.copy
+    real = Staging.copy
 
-    def slow(self: Stage, number: int, *args: Any) -> Any:
+    def slow(self: Staging, number: int, *args: Any) -> Any:
         reached.set()
         assert go_on.wait(30)
         copied.append(number)
@@ -86,7 +86,7 @@ async def test_giving_up_while_the_tensors_are_copied(tmp_path: Path, monkeypatc
     async with Checkpointer() as checkpointer:
         await checkpointer.prepare(state)
         with monkeypatch.context() as patch:
-            patch.setattr(Stage, "copy", slow)
+            patch.setattr(Staging, "copy", slow)
             checkpoint = await checkpointer.save(state, tmp_path / "ckpt")
             await asyncio.to_thread(reached.wait, 30)
             checkpoint.cancel()

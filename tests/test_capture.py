@@ -9,7 +9,8 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from aiodcp import ArgumentError, CaptureError
-from aiodcp._capture import KnownNames, capture, flatten
+from aiodcp._state.capture import capture
+from aiodcp._state.flatten import KnownNames, flatten
 
 from .conftest import assert_equal, make_state
 

@@ -17,10 +17,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from aiodcp import Checkpointer, CheckpointManager, LocalStorage
-from aiodcp.__main__ import main
-from aiodcp._note import OLD_MARK
-from aiodcp.metadata import METADATA_NAME, ChunkStorageMetadata, TensorStorageMetadata
-from aiodcp.storage import local
+from aiodcp._cli.main import main
+from aiodcp._format.dcp import ChunkStorageMetadata, TensorStorageMetadata
+from aiodcp._format.naming import METADATA_NAME
+from aiodcp._format.seal import OLD_MARK
+from aiodcp.storage import file_access, local
 
 from .conftest import assert_equal, make_state
 from .worlds import World
@@ -396,14 +397,15 @@ def test_what_cannot_be_read_is_one_line_and_no_damage(
     save(tmp_path / "a", {"w": torch.ones(3)})
     save(tmp_path / "b", {"w": torch.ones(3)})
     path = next((tmp_path / "a").glob("*.distcp")) if name == "data" else tmp_path / "a" / name
-    real = local._regular
+    real = file_access.open_regular
 
     def refuse(opened: str, flags: int) -> int:
         if opened == str(path):
             raise PermissionError(13, "Permission denied", opened)
         return real(opened, flags)
 
-    monkeypatch.setattr(local, "_regular", refuse)
+    monkeypatch.setattr(local, "open_regular", refuse)
+    monkeypatch.setattr(file_access, "open_regular", refuse)
     commands = [["verify", tmp_path / "a"], ["diff", tmp_path / "a", tmp_path / "b"]]
     commands += [["export", tmp_path / "a", "--to", "torch", tmp_path / "out.pt"]]
     for command in commands:
@@ -439,7 +441,7 @@ def test_what_nobody_foresaw_is_one_line_too(
     def fail(*arguments: object) -> None:
         raise MemoryError("no memory for 2^45 elements\nat all")
 
-    monkeypatch.setattr("aiodcp._roots.look", fail)
+    monkeypatch.setattr("aiodcp._cli.ls.list_rows", fail)
     with pytest.raises(SystemExit) as caught:
         main(["ls", str(tmp_path)])
     assert caught.value.code == 2
@@ -452,7 +454,7 @@ def test_it_runs_from_a_checkout_that_is_not_installed(
     def not_found(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("aiodcp.__main__.version", not_found)
+    monkeypatch.setattr("aiodcp._cli.main.version", not_found)
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == "aiodcp (not installed)\n"

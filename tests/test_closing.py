@@ -25,9 +25,9 @@ from aiodcp import (
     MemoryStorage,
     SaveError,
     WriteError,
-    _service,
     joint_checkpoint,
 )
+from aiodcp.checkpointer import caller_loop, session
 from aiodcp.storage import Writer
 
 from .conftest import FaultyStorage, Gate, make_state
@@ -67,8 +67,8 @@ class Stuck(MemoryStorage):
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_service, "LOOK_S", 0.02)
-    monkeypatch.setattr(_service, "END_GIVEN_UP_S", 0.1)
+    monkeypatch.setattr(session, "LOOK_S", 0.02)
+    monkeypatch.setattr(session, "END_GIVEN_UP_S", 0.1)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -97,7 +97,7 @@ async def test_leaving_gives_up_a_copy_that_never_ends(monkeypatch: pytest.Monke
         answer.wait(60)
         return []
 
-    monkeypatch.setattr("aiodcp._stage.Stage.copy", hang)
+    monkeypatch.setattr("aiodcp._save.staging.Staging.copy", hang)
     with pytest.raises(SaveError, match=r"nothing has moved for 0 s: saving ckpt"):
         async with Checkpointer(storage=MemoryStorage(), timeout=0.2) as checkpointer:
             ckpt = await checkpointer.save(STATE, "ckpt")
@@ -122,7 +122,7 @@ async def test_a_load_that_is_stuck_is_let_go_when_another_task_closes() -> None
 
 
 async def test_progress_keeps_a_slow_save_from_being_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_service, "LOOK_S", 0.02)
+    monkeypatch.setattr(session, "LOOK_S", 0.02)
 
     class Slow(MemoryStorage):
         async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
@@ -139,7 +139,7 @@ async def test_progress_keeps_a_slow_save_from_being_given_up(monkeypatch: pytes
 async def test_a_save_whose_event_loop_is_gone_lets_the_next_one_have_its_turn(
     faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_service, "LOOK_S", 0.02)
+    monkeypatch.setattr(session, "LOOK_S", 0.02)
     gate = Gate("put")
     faulty.gate = gate
     tasks: list[Any] = []
@@ -165,9 +165,10 @@ async def test_a_save_whose_event_loop_is_gone_lets_the_next_one_have_its_turn(
 async def test_a_joint_checkpoint_whose_event_loop_is_gone_lets_the_next_save_have_its_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_service, "LOOK_S", 0.02)
-    monkeypatch.setattr(_service, "LOOP_GONE_S", 0.05)
-    monkeypatch.setattr("aiodcp._joint.LOOK_S", 0.02)
+    monkeypatch.setattr(session, "LOOK_S", 0.02)
+    monkeypatch.setattr(caller_loop, "LOOK_S", 0.02)
+    monkeypatch.setattr(caller_loop, "LOOP_GONE_S", 0.05)
+    monkeypatch.setattr("aiodcp.checkpointer.joint.LOOK_S", 0.02)
     loop = asyncio.new_event_loop()
     kept: list[asyncio.Task[None]] = []
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from aiodcp import _bench_device, bench
-from aiodcp.__main__ import main
+from aiodcp._cli.bench import device, measure, single
+from aiodcp._cli.bench.memory import extra_memory
+from aiodcp._cli.bench.workload import Shape
+from aiodcp._cli.main import main
 
 
 def test_help_tells_of_the_commands() -> None:
@@ -29,14 +31,14 @@ def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.Captur
 def test_the_benchmark_measures_every_system_and_prints_tables_or_json(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "BUSY_LIMIT_S", 0.3)
-    monkeypatch.setattr(bench, "BLOCK_S", 0.02)
-    memory = bench._extra_memory
+    monkeypatch.setattr(measure, "BUSY_LIMIT_S", 0.3)
+    monkeypatch.setattr(measure, "BLOCK_S", 0.02)
+    memory = extra_memory
 
-    def only_ours(name: str, shape: bench.Shape, directory: object) -> float:
+    def only_ours(name: str, shape: Shape, directory: object) -> float:
         return memory(name, shape, directory) if name == "aiodcp" else 0.0  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bench, "_extra_memory", only_ours)
+    monkeypatch.setattr(single, "extra_memory", only_ours)
     place = tmp_path_factory.mktemp("bench")
     main(["bench", str(place), "--gib", "0.02", "--tensors", "50", "--repeat", "1", "--json"])
     result = json.loads(capsys.readouterr().out)
@@ -47,7 +49,7 @@ def test_the_benchmark_measures_every_system_and_prints_tables_or_json(
         for row in shape["rows"].values():
             assert 0 < row["held_s"] <= row["staged_s"] <= row["durable_s"]
             assert row["load_warm_s"] > 0
-        text = bench.format_result(shape)
+        text = single.format_result(shape)
         assert "durable / raw write" in text
         assert "aiodcp" in text
     assert result["shapes"][0]["rows"]["aiodcp"]["extra_mib"] < 0.02 * 1024 + 64
@@ -84,14 +86,14 @@ def test_the_bench_of_a_device_measures_every_system(
 ) -> None:
     place = tmp_path_factory.mktemp("bench")
     for name, size in {"WIDTH": 64, "LAYERS": 1, "CONTEXT": 16, "BATCH": 1}.items():  # what trains beside it
-        monkeypatch.setattr(_bench_device, name, size)
-    shape = bench.Shape(name="tiny", tensors=3, elements=2048)
-    _bench_device.run("cpu", str(place), [shape], repeat=1, as_json=True)  # the host stands in for a device
+        monkeypatch.setattr(device, name, size)
+    shape = Shape(name="tiny", tensors=3, elements=2048)
+    device.run("cpu", str(place), [shape], repeat=1, as_json=True)  # the host stands in for a device
     [result] = json.loads(capsys.readouterr().out)["shapes"]
     assert set(result["rows"]) == {"aiodcp, staged", "aiodcp, fence", "dcp, cached", "dcp + DefaultStager"}
     for row in result["rows"].values():
         assert all(row[name] > 0 for name in ("held_s", "copied_s", "durable_s", "slowdown"))  # each by its own clock
-    text = _bench_device.format_result(result)
+    text = device.format_result(result)
     assert "best dcp held / ours" in text
     assert "copied / floor" in text
     assert list(place.iterdir()) == []
@@ -102,14 +104,14 @@ def test_the_bench_of_a_device_goes_on_without_a_peer_that_fails(
 ) -> None:
     place = tmp_path_factory.mktemp("bench")
     for name, size in {"WIDTH": 64, "LAYERS": 1, "CONTEXT": 16, "BATCH": 1}.items():
-        monkeypatch.setattr(_bench_device, name, size)
+        monkeypatch.setattr(device, name, size)
 
     def fail(*args: object, **options: object) -> None:
         raise KeyError(type)
 
-    monkeypatch.setattr(_bench_device, "dcp_async_save", fail)
-    shape = bench.Shape(name="tiny", tensors=3, elements=2048)
-    _bench_device.run("cpu", str(place), [shape], repeat=1, as_json=False)
+    monkeypatch.setattr(device, "dcp_async_save", fail)
+    shape = Shape(name="tiny", tensors=3, elements=2048)
+    device.run("cpu", str(place), [shape], repeat=1, as_json=False)
     text = capsys.readouterr().out
     assert "dcp, cached           failed: KeyError(<class 'type'>)" in text
     assert "aiodcp, fence" in text

@@ -18,15 +18,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from aiodcp import Checkpointer, CheckpointError, CheckpointManager, PerRank, _comparison
-from aiodcp._comparison import agree, find_disagreements, plan_sharing
+from aiodcp import Checkpointer, CheckpointError, CheckpointManager, PerRank
+from aiodcp._save import sharing
+from aiodcp._save.comparison import Comparison
+from aiodcp._save.sharing import agree, find_disagreements, plan_sharing
 
 from .worlds import World
 
 # --- the numbers
 
 
-def _digests(plan: _comparison.SharingPlan, checksums: list[dict[int, int]]) -> list[int]:
+def _digests(plan: sharing.SharingPlan, checksums: list[dict[int, int]]) -> list[int]:
     """Return each rank's digest, given what it holds of each item: as `Comparison.digest` does it."""
     digests = []
     for part, held in zip(plan.parts, checksums, strict=True):
@@ -41,11 +43,11 @@ def test_the_digests_cancel_out_exactly_where_all_hold_the_same() -> None:
     chance = random.Random(0)
     for _ in range(50):
         ranks = chance.randint(2, 6)
-        holders: dict[_comparison.Key, list[tuple[int, int]]] = {
+        holders: dict[sharing.Key, list[tuple[int, int]]] = {
             (f"w{n}", None): [(rank, n) for rank in sorted(chance.sample(range(ranks), chance.randint(1, ranks)))]
             for n in range(12)
         }
-        writers: dict[_comparison.Key, int] = {key: held[0][0] for key, held in holders.items()}
+        writers: dict[sharing.Key, int] = {key: held[0][0] for key, held in holders.items()}
         plan = plan_sharing(holders, writers, dict.fromkeys(holders, 8), ranks)
         values = {item: chance.getrandbits(32) for item in range(len(plan.fqns))}
         same = [{item: values[item] for item in part.ids} for part in plan.parts]
@@ -64,7 +66,7 @@ def test_the_digests_cancel_out_exactly_where_all_hold_the_same() -> None:
 
 
 def test_two_values_that_have_changed_places_are_not_the_same() -> None:
-    holders: dict[_comparison.Key, list[tuple[int, int]]] = {
+    holders: dict[sharing.Key, list[tuple[int, int]]] = {
         ("a", None): [(0, 0), (1, 0)],
         ("b", None): [(0, 1), (1, 1)],
     }
@@ -74,9 +76,7 @@ def test_two_values_that_have_changed_places_are_not_the_same() -> None:
 
 def test_large_items_are_sampled_and_small_ones_too_where_there_are_too_many() -> None:
     def whole(nbytes: int, count: int) -> bool:
-        holders: dict[_comparison.Key, list[tuple[int, int]]] = {
-            (f"w{n}", None): [(0, n), (1, n)] for n in range(count)
-        }
+        holders: dict[sharing.Key, list[tuple[int, int]]] = {(f"w{n}", None): [(0, n), (1, n)] for n in range(count)}
         plan = plan_sharing(holders, dict.fromkeys(holders, 0), dict.fromkeys(holders, nbytes), 2)
         return plan.parts[0].whole[0]
 
@@ -284,14 +284,14 @@ def test_what_is_known_to_differ_costs_nothing_at_later_saves(world: World, tmp_
 def _held(rank: int, size: int, folder: Path) -> tuple[bool, bool]:
     """Return whether `staged` was reached while the comparison still read, and afterwards."""
     let_go = threading.Event()
-    real = _comparison.Comparison.digest
+    real = Comparison.digest
 
     def held(*args: Any) -> int:
         assert let_go.wait(30)
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch, Checkpointer() as checkpointer:
-        patch.setattr(_comparison.Comparison, "digest", held)
+        patch.setattr(Comparison, "digest", held)
         ckpt = checkpointer.save_sync({"w": torch.ones(100)}, folder)
         with pytest.raises(TimeoutError):
             ckpt.staged.wait(0.2)

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-import aiodcp._arena
-import aiodcp._devices
-import aiodcp._service
 from aiodcp import CaptureError, Checkpointer, SaveError, TornSnapshotError
-from aiodcp._stage import Stage
-from aiodcp._windows import MIN_NBYTES
+from aiodcp._engine import device_copies, host_memory
+from aiodcp._save.bounded_staging import MIN_NBYTES
+from aiodcp._save.staging import Staging
+from aiodcp.checkpointer import session
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,7 +124,7 @@ async def test_many_small_tensors_cross_together(tmp_path: Path) -> None:
             await ckpt.uploaded
         room = checkpointer._saver._transfers[""]._room
         assert room is not None
-        assert isinstance(room[1], Stage)
+        assert isinstance(room[1], Staging)
         assert room[1]._buffer is not None
         for number in range(3):
             target = {name: torch.full_like(tensor, -1.0) for name, tensor in state.items()}
@@ -175,7 +174,7 @@ async def test_memory_that_cannot_be_pinned_is_told_once_and_used_all_the_same(
             return real.cudaHostUnregister(address)  # what an earlier test has pinned
 
     monkeypatch.setattr(torch.cuda, "cudart", Refusing)
-    monkeypatch.setattr(aiodcp._arena, "_warned", False)
+    monkeypatch.setattr(host_memory, "_warned", False)
     state = {"w": torch.randn(1 << 20, device="cuda")}
     with caplog.at_level(logging.WARNING, "aiodcp"):
         for _ in range(2):
@@ -265,7 +264,7 @@ async def test_small_tensors_of_all_dtypes_and_strides_cross_together(tmp_path: 
 
 
 async def test_memory_is_pinned_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aiodcp._arena, "PIN_NBYTES", 1 << 20)
+    monkeypatch.setattr(host_memory, "PIN_NBYTES", 1 << 20)
     state = {f"w{n}": torch.randn(3 << 20, device="cuda") for n in range(8)}
     state |= {f"s{n}": torch.randn(100, device="cuda") for n in range(500)}
     for options in ({}, {"max_host_bytes": 16 << 20}):
@@ -380,10 +379,10 @@ async def test_a_child_that_is_forked_leaves_the_pinned_memory_alone(tmp_path: P
 async def test_closing_gives_up_a_device_that_does_not_come_to_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aiodcp._service, "LOOK_S", 0.05)
-    monkeypatch.setattr(aiodcp._service, "END_GIVEN_UP_S", 0.2)
+    monkeypatch.setattr(session, "LOOK_S", 0.05)
+    monkeypatch.setattr(session, "END_GIVEN_UP_S", 0.2)
     state = {"w": torch.zeros(1 << 20, device="cuda")}
-    before = len(aiodcp._devices._in_use)
+    before = len(device_copies._in_use)
     with pytest.raises(SaveError, match=r"copies on cuda:0"):
         async with Checkpointer(timeout=0.2) as checkpointer:
             await (await checkpointer.save(state, tmp_path)).uploaded
@@ -393,8 +392,8 @@ async def test_closing_gives_up_a_device_that_does_not_come_to_an_end(
     assert time.perf_counter() - began_s < 2.5
     torch.cuda.synchronize()
     for _ in range(1000):
-        if len(aiodcp._devices._in_use) > before:
+        if len(device_copies._in_use) > before:
             break
         await asyncio.sleep(0.01)
-    assert len(aiodcp._devices._in_use) == before + 1
+    assert len(device_copies._in_use) == before + 1
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("aiodcp-stage")]

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from aiodcp import Checkpointer
-from aiodcp._layout import NOT_COPIED
+from aiodcp._format.dtypes import NOT_COPIED
 
 from .conftest import assert_equal, blank, make_state
 from .test_layout import DTYPES, QUANTIZED
@@ -150,7 +150,7 @@ async def test_a_plain_unzip_of_the_data_file_finds_true_checksums(tmp_path: Pat
     import io
     import zipfile
 
-    from aiodcp.metadata import read_metadata
+    from aiodcp._format.metadata_reader import read_metadata
 
     await save(make_state(7), tmp_path)
     metadata = read_metadata((tmp_path / ".metadata").read_bytes(), "m")

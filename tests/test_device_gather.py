@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aiodcp._devices import CopyStreams, DeviceCopies
-from aiodcp._layout import lay_out
-from aiodcp._stage import Stage, default_checksum
+from aiodcp._engine.device_copies import CopyStreams, DeviceCopies
+from aiodcp._format.checksum import default_checksum
+from aiodcp._format.layout import lay_out
+from aiodcp._save.staging import Staging
 
 from .support.devices import Driver
 
@@ -31,7 +32,7 @@ def _values(seed: int) -> list[torch.Tensor]:
     return values
 
 
-def _file(stage: Stage, values: list[torch.Tensor], copies: DeviceCopies) -> bytes:
+def _file(stage: Staging, values: list[torch.Tensor], copies: DeviceCopies) -> bytes:
     if copies:
         copies.start()
     for number in range(len(stage.layout.segments)):
@@ -50,7 +51,7 @@ def _put(devices: Driver, values: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def test_the_file_is_the_same_by_way_of_a_gather_buffer(devices: Driver) -> None:
     layout = lay_out(SHAPES)
-    gathered, direct = (Stage(layout, range(len(SHAPES)), 0) for _ in range(2))
+    gathered, direct = (Staging(layout, range(len(SHAPES)), 0) for _ in range(2))
     streams = CopyStreams()
     for seed in range(3):  # the buffer is kept, and what is in it is of the save before
         values = _values(seed)
@@ -65,7 +66,7 @@ def test_large_tensors_cross_one_by_one(devices: Driver) -> None:
     there = [devices.put(torch.full((1 << 20,), float(n))) for n in range(3)]
     copies = CopyStreams().begin({value.device for value in there}, str)
     before = devices.memories[0].peak_nbytes
-    _file(Stage(lay_out([(torch.float32, (1 << 20,))] * 3), range(3), 0), there, copies)
+    _file(Staging(lay_out([(torch.float32, (1 << 20,))] * 3), range(3), 0), there, copies)
     assert devices.launches == 3
     assert devices.memories[0].peak_nbytes == before
 
@@ -74,7 +75,7 @@ def test_a_device_without_memory_to_spare_sends_tensors_one_by_one(
     devices: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = lay_out(SHAPES)
-    stage, direct = (Stage(layout, range(len(SHAPES)), 0) for _ in range(2))
+    stage, direct = (Staging(layout, range(len(SHAPES)), 0) for _ in range(2))
     values = _values(1)
     there = _put(devices, values)
 

@@ -15,9 +15,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import aiodcp._arena
-import aiodcp._devices
-import aiodcp._service
 from aiodcp import (
     ArgumentError,
     CaptureError,
@@ -29,12 +26,14 @@ from aiodcp import (
     StageError,
     TornSnapshotError,
 )
-from aiodcp._arena import Arena, _unpin, pieces_of
-from aiodcp._capture import capture
-from aiodcp._comparison import Comparison
-from aiodcp._devices import CopyStreams
-from aiodcp._stage import Stage
-from aiodcp._windows import MIN_NBYTES
+from aiodcp._engine import device_copies, host_memory
+from aiodcp._engine.device_copies import CopyStreams
+from aiodcp._engine.host_memory import Arena, _unpin, pieces_of
+from aiodcp._save.bounded_staging import MIN_NBYTES
+from aiodcp._save.comparison import Comparison
+from aiodcp._save.staging import Staging
+from aiodcp._state.capture import capture
+from aiodcp.checkpointer import session
 
 from .conftest import FaultyStorage, assert_equal, blank
 from .support.devices import Driver, Event
@@ -292,7 +291,7 @@ async def test_a_load_is_not_undone_by_a_copy_that_was_queued_before(devices: Dr
 async def test_no_thread_makes_a_context_on_another_device(
     devices: Driver, tmp_path: Path, nbytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aiodcp._arena, "PIN_NBYTES", 4 << 20)
+    monkeypatch.setattr(host_memory, "PIN_NBYTES", 4 << 20)
     state = {f"w{n}": devices.put(torch.full((nbytes // 4,), float(n)), 1) for n in range(6)}
     state["step"] = torch.tensor(1.0)
     async with Checkpointer() as checkpointer:
@@ -408,7 +407,7 @@ async def test_tensors_that_move_between_saves_are_gathered_from_where_they_are(
 async def test_memory_is_pinned_in_pieces_that_no_copy_crosses(
     devices: Driver, faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aiodcp._arena, "PIN_NBYTES", 4 << 20)
+    monkeypatch.setattr(host_memory, "PIN_NBYTES", 4 << 20)
     state = _state(devices) | {f"small{n}": devices.put(torch.full((100,), float(n))) for n in range(50)}
     kept = _on_host(devices, state)
     for options in ({}, {"max_host_bytes": 32 << 20}):
@@ -429,8 +428,8 @@ async def test_what_could_be_pinned_stays_pinned_and_the_rest_is_told_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(aiodcp._arena, "PIN_NBYTES", 8 << 20)
-    monkeypatch.setattr(aiodcp._arena, "_warned", False)
+    monkeypatch.setattr(host_memory, "PIN_NBYTES", 8 << 20)
+    monkeypatch.setattr(host_memory, "_warned", False)
     devices.refuses = lambda address, nbytes: sum(devices.registered.values()) + nbytes > 50 << 20
     state = _state(devices)
     kept = _on_host(devices, state)
@@ -470,7 +469,7 @@ def test_memory_that_cannot_be_released_is_never_mapped_again(
     devices: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept: list[Any] = []
-    monkeypatch.setattr(aiodcp._arena, "_pinned_for_ever", kept)
+    monkeypatch.setattr(host_memory, "_pinned_for_ever", kept)
     arena = Arena(1 << 20)
     arena.pin(torch.device("cuda", 1))
     address = arena.address
@@ -681,16 +680,16 @@ async def test_copies_that_were_queued_before_one_that_failed_are_waited_for(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aiodcp._service, "LOOK_S", 0.02)
-    monkeypatch.setattr(aiodcp._service, "END_GIVEN_UP_S", 0.2)
-    monkeypatch.setattr(aiodcp._devices, "UNKNOWN_S", 0.2)
+    monkeypatch.setattr(session, "LOOK_S", 0.02)
+    monkeypatch.setattr(session, "END_GIVEN_UP_S", 0.2)
+    monkeypatch.setattr(device_copies, "UNKNOWN_S", 0.2)
 
 
 @pytest.fixture
 def in_use(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is never to be freed."""
     kept: list[Any] = []
-    monkeypatch.setattr(aiodcp._devices, "_in_use", kept)
+    monkeypatch.setattr(device_copies, "_in_use", kept)
     return kept
 
 
@@ -732,7 +731,7 @@ async def test_memory_of_copies_that_a_device_does_not_tell_of_is_never_freed(
             target = {"w": torch.ones(1 << 20)}
             await checkpointer.load(target, "c")
             assert float(target["w"].sum()) == 0
-    rooms = [each for each in in_use if isinstance(each, Stage)]
+    rooms = [each for each in in_use if isinstance(each, Staging)]
     assert len({id(room.arena) for room in rooms}) == len(rooms) == 2
 
 

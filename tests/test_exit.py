@@ -15,7 +15,8 @@ _BEGIN = """
 import asyncio, os, signal, sys, threading, time
 from contextlib import asynccontextmanager
 import torch, aiodcp
-from aiodcp import Checkpointer, CheckpointManager, LocalStorage, _service
+from aiodcp import Checkpointer, CheckpointManager, LocalStorage
+from aiodcp.checkpointer import session
 
 root, state = sys.argv[1], {"w": torch.arange(1000.0)}
 begun = threading.Event()
@@ -104,7 +105,7 @@ asyncio.run(main())
     ),
     "storage that never answers": Case(
         program="""
-_service.EXIT_STILL_S = _service.END_GIVEN_UP_S = 0.2
+session.EXIT_STILL_S = session.END_GIVEN_UP_S = 0.2
 c = Checkpointer(storage=Stuck(), no_dist=True).__enter__()
 c.save_sync(state, root + "/a")
 assert begun.wait(30)

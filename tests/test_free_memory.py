@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from aiodcp import StageError, _free_memory
-from aiodcp._free_memory import free_nbytes
+from aiodcp import StageError
+from aiodcp._engine import free_memory
+from aiodcp._engine.free_memory import free_nbytes
 
 MIB = 1 << 20
 
@@ -16,8 +17,8 @@ MIB = 1 << 20
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   1048576 kB\n")
     for name in ("meminfo", "cgroup"):
-        monkeypatch.setattr(_free_memory, {"meminfo": "_MEMINFO", "cgroup": "_MEMBERSHIP"}[name], tmp_path / name)
-    monkeypatch.setattr(_free_memory, "_CGROUPS", tmp_path / "fs")
+        monkeypatch.setattr(free_memory, {"meminfo": "_MEMINFO", "cgroup": "_MEMBERSHIP"}[name], tmp_path / name)
+    monkeypatch.setattr(free_memory, "_CGROUPS", tmp_path / "fs")
     return tmp_path
 
 

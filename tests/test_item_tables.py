@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from aiodcp import Checkpointer, CorruptError, RankError, joint_checkpoint
-from aiodcp._item_tables import ItemTables
-from aiodcp._metadata_reader import read_sealed
-from aiodcp._verify import verify
-from aiodcp._windows import MIN_NBYTES
+from aiodcp._cli.verify import verify
+from aiodcp._format.item_tables import ItemTables
+from aiodcp._format.metadata_reader import read_sealed
+from aiodcp._save.bounded_staging import MIN_NBYTES
 
 from .conftest import assert_equal, blank
 from .worlds import World

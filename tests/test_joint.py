@@ -30,9 +30,9 @@ from aiodcp import (
     WriteError,
     joint_checkpoint,
 )
-from aiodcp._save import Saver
-from aiodcp._transfer import Transfer
-from aiodcp._windows import MIN_NBYTES
+from aiodcp._save.bounded_staging import MIN_NBYTES
+from aiodcp._save.pipeline import WritePipeline
+from aiodcp._save.saver import Saver
 
 from .conftest import FaultyStorage, Gate, assert_equal, blank, make_state
 from .worlds import World
@@ -655,7 +655,7 @@ async def test_participants_larger_than_the_budget_share_its_memory_one_after_th
     state = {name: {"w": torch.randn(1 << 20)} for name in ("a", "b", "c")}
     running: list[int] = []
     most: list[int] = []
-    run = Transfer.run
+    run = WritePipeline.run
 
     async def counted(*args: Any, **options: Any) -> tuple[int, int]:
         running.append(1)
@@ -664,7 +664,7 @@ async def test_participants_larger_than_the_budget_share_its_memory_one_after_th
         running.pop()
         return result
 
-    monkeypatch.setattr(Transfer, "run", counted)
+    monkeypatch.setattr(WritePipeline, "run", counted)
     async with Checkpointer(max_host_bytes=MIN_NBYTES) as checkpointer:
         for _ in range(2):
             async with joint_checkpoint(checkpointer, tmp_path) as ckpt:

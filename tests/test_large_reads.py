@@ -13,20 +13,20 @@ import pytest
 import torch
 
 from aiodcp import Checkpointer
-from aiodcp._archive import find_tensor
-from aiodcp._arena import Arena
-from aiodcp._chunks import cut, extent
-from aiodcp._decode import Check
-from aiodcp._devices import DeviceCopies
-from aiodcp._large_reads import LargeRead, in_windows
-from aiodcp._layout import frame_tensor
-from aiodcp._reads import TensorRead
+from aiodcp._engine.device_copies import DeviceCopies
+from aiodcp._engine.host_memory import Arena
+from aiodcp._format.archive_reader import find_tensor
+from aiodcp._format.archive_writer import frame_tensor
+from aiodcp._format.chunks import cut, extent
+from aiodcp._load.decode import ItemDecoder
+from aiodcp._load.large_reads import LargeRead, in_windows
+from aiodcp._load.plan import TensorRead
 from aiodcp.errors import CorruptError
 
 from .conftest import FaultyStorage
 
 WINDOW = 4096
-CHECK = Check(locate=str, crc32=zlib.crc32, weights_only=True)
+CHECK = ItemDecoder(locate=str, crc32=zlib.crc32, weights_only=True)
 
 
 def _file(tensor: torch.Tensor) -> bytearray:

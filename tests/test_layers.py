@@ -1,6 +1,8 @@
-"""Imports only point down, and the public names are the ones that are meant to be."""
+"""The table of imports, who may know what, and the public names."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,113 +11,131 @@ import aiodcp
 
 PACKAGE = Path(aiodcp.__file__).parent
 
-# Each line may import from the lines above it, never from its own or from below.
-LAYERS = [
-    [
-        "errors",
-        "_activity",
-        "_dcp",
-        "_dtypes",
-        "_layout",
-        "_log",
-        "_device_gather",
-        "_names",
-        "_pickle_screen",
-        "_note",
-        "_plain_data",
-        "_tables",
-        "_threads",
-        "_turns",
-        "storage.base",
-        "_strips",
-        "storage._claims",
-    ],
-    [
-        "_blocking",
-        "_devices",
-        "_free_memory",
-        "_guard",
-        "_judge",
-        "_metadata_reader",
-        "_timeline",
-        "storage.memory",
-        "storage.local",
-    ],
-    ["_item_tables", "metadata"],
-    ["_arena", "_archive", "_callbacks", "_engine", "_progress", "storage"],
-    ["_milestone"],
-    ["_preempt", "_skips"],
-    ["_steps", "_retry"],
-    ["_retain", "_events", "_telemetry"],
-    ["_catalog", "_roots"],
-    ["_capture", "_stage", "_line"],
-    ["_chunks", "_comparison", "_ranks", "_windows", "_structure", "_matching", "_optimizer_state"],
-    ["_plan", "_targets", "_watch"],
-    ["_reads", "_resolve"],
-    ["_commit", "_decode", "_planner", "_transfer"],
-    ["_spans", "_prepare"],
-    ["_large_reads"],
-    ["_save", "_load", "_checkpoint", "_service"],
-    ["checkpointer"],
-    ["_inspect"],
-    ["_diff", "_export", "_show", "_verify"],
-    ["_joint", "_report"],
-    ["manager"],
-    ["_floors"],
-    ["bench", ""],
-    ["_bench_device", "_bench_ranks", "_bench_plan"],
-    ["__main__"],
+LEAVES = {"errors", "_log"}
+ENGINE_ROOM = {"storage", "_engine", "_format", "_telemetry", "_state", "_distributed"}
+
+# What each package may import, besides the standard library and third parties.
+TABLE = {
+    "errors": set(),
+    "_log": set(),
+    "storage": LEAVES,
+    "_engine": LEAVES,
+    "_format": LEAVES,
+    "_telemetry": LEAVES | {"_engine"},
+    "_state": LEAVES | {"_format"},
+    "_distributed": LEAVES | {"_engine"},
+    "_save": LEAVES | ENGINE_ROOM,
+    "_load": LEAVES | ENGINE_ROOM,
+    "checkpointer": LEAVES | ENGINE_ROOM | {"_save", "_load"},
+    "manager": LEAVES
+    | {"storage", "_engine", "_telemetry", "checkpointer"}
+    # Plain data and types of the public signatures, and what lists steps without torch.
+    | {"_format.naming", "_load.options", "_load.read_custom_metadata", "_load.report", "_distributed.stop_agreement"},
+    "_cli": LEAVES | ENGINE_ROOM | {"_save", "_load", "checkpointer", "manager"},
+}
+
+# May not import torch, directly or through others: each is imported in a fresh process.
+WITHOUT_TORCH = [
+    "aiodcp",
+    "aiodcp.errors",
+    "aiodcp.storage",
+    "aiodcp.storage.retry",
+    "aiodcp._telemetry.timeline",
+    "aiodcp._telemetry.trace",
+    "aiodcp._telemetry.otel",
+    "aiodcp._telemetry.progress_bar",
+    "aiodcp.manager.steps",
+    "aiodcp.manager.retention",
+    "aiodcp.manager.catalog",
+    "aiodcp.manager.events",
+    "aiodcp.manager.event_feed",
+    "aiodcp._format.naming",
+    "aiodcp._format.seal",
+    "aiodcp._format.custom_metadata",
+    "aiodcp._cli.main",
+    "aiodcp._cli.ls",
+    "aiodcp._cli.gc",
+    "aiodcp._cli.text_tables",
 ]
-
-
-def _imports(path: Path) -> set[str]:
-    package = path.relative_to(PACKAGE).parent.parts
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            above = package[: len(package) - node.level + 1]
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found |= {".".join((*above, name)) for name in names if name}
-        elif isinstance(node, ast.ImportFrom | ast.Import):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            assert not any(name.split(".")[0] == "aiodcp" for name in names), f"{path}: import our own relatively"
-    return found
 
 
 def _name(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
 
 
-def test_imports_only_point_down() -> None:
-    level = {name: number for number, names in enumerate(LAYERS) for name in names}
-    for path in PACKAGE.rglob("*.py"):
-        for imported in _imports(path):
-            assert level[imported] < level[_name(path)], f"{_name(path)} imports {imported}"
+FILES = {_name(path): path for path in PACKAGE.rglob("*.py")}
 
 
-def test_every_file_has_its_layer() -> None:
-    assert {_name(path) for path in PACKAGE.rglob("*.py")} == {name for names in LAYERS for name in names}
+def _imports(name: str) -> set[str]:
+    """Return the files of ours that a file imports, each by its name."""
+    path = FILES[name]
+    package = path.relative_to(PACKAGE).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = ".".join((*package[: len(package) - node.level + 1], *([node.module] if node.module else [])))
+            for alias in node.names:
+                below = f"{above}.{alias.name}" if above else alias.name
+                found.add(below if below in FILES else above)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not any(each.split(".")[0] == "aiodcp" for each in names), f"{name}: import our own relatively"
+    return found
+
+
+def test_packages_import_only_what_their_row_of_the_table_allows() -> None:
+    for name in FILES:
+        package = name.split(".")[0]
+        if package in ("", "__main__"):
+            continue
+        for imported in _imports(name):
+            above = imported.split(".")[0]
+            assert above == package or TABLE[package] & {above, imported}, f"{name} imports {imported}"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    done: set[str] = set()
+
+    def walk(name: str, below: list[str]) -> None:
+        assert name not in below, " imports ".join([*below[below.index(name) :], name])
+        if name not in done:
+            for imported in _imports(name) - {name}:
+                walk(imported, [*below, name])
+            done.add(name)
+
+    for name in FILES:
+        if name not in ("", "manager"):  # these are lazy: whoever asks for a name imports what they list
+            walk(name, [])
+
+
+def test_every_package_has_its_row() -> None:
+    assert {name.split(".")[0] for name in FILES} - {"", "__main__"} == TABLE.keys()
+
+
+def test_what_the_command_line_needs_at_once_imports_no_torch() -> None:
+    program = "import sys, importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+    program += "    assert 'torch' not in sys.modules, name"
+    subprocess.run([sys.executable, "-c", program, *WITHOUT_TORCH], check=True)
 
 
 def test_public_names_are_documented_and_imported_as_they_are_declared() -> None:
-    declared = {
-        (node.module, alias.name)
+    imported = {
+        alias.name: node.module
         for block in ast.parse(Path(aiodcp.__file__).read_text()).body
-        if isinstance(block, ast.If)
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
+        for node in (block.body if isinstance(block, ast.If) else [block])
+        if isinstance(node, ast.ImportFrom) and node.level
         for alias in node.names
     }
-    assert declared == {(module, name) for module, names in aiodcp._HOMES.items() for name in names}
-    assert aiodcp.__all__ == sorted(name for _, name in declared)
+    assert aiodcp.__all__ == sorted(imported)
     for name in aiodcp.__all__:
         assert getattr(aiodcp, name).__doc__, name
-    assert aiodcp.errors.SaveError is aiodcp.SaveError
-    assert {*aiodcp.__all__, "errors"} <= set(dir(aiodcp))
+    assert {name: imported[name] for name in aiodcp._LAZY} == aiodcp._LAZY
+    assert {*aiodcp.__all__, "errors", "__version__"} <= set(dir(aiodcp))
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         aiodcp.Nothing  # type: ignore[attr-defined] # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        aiodcp.manager.Nothing  # type: ignore[attr-defined] # noqa: B018
 
 
-def test_two_files_know_dcps_private_storage_record() -> None:
-    users = [_name(path) for path in PACKAGE.rglob("*.py") if "_StorageInfo" in path.read_text()]
-    assert sorted(users) == ["_dcp", "_metadata_reader"]
+def test_one_file_knows_dcps_private_storage_record() -> None:
+    assert [name for name, path in FILES.items() if "import _StorageInfo" in path.read_text()] == ["_format.dcp"]

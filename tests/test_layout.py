@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from aiodcp._layout import ALIGNMENT, BLOCK, FIRST_SEGMENT_NBYTES, Frame, frame_tensor, frame_value, lay_out
+from aiodcp._format.alignment import ALIGNMENT, BLOCK
+from aiodcp._format.archive_writer import Frame, frame_tensor, frame_value
+from aiodcp._format.layout import FIRST_SEGMENT_NBYTES, lay_out
 from aiodcp.storage import BLOCK as STORAGE_BLOCK
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)

@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-import aiodcp
 from aiodcp import (
     ArgumentError,
     Checkpointer,
@@ -28,8 +27,8 @@ from aiodcp import (
     UnsafeError,
     joint_checkpoint,
 )
-from aiodcp._stage import Checksum
-from aiodcp.metadata import StorageInfo
+from aiodcp._format.checksum import Checksum, default_checksum
+from aiodcp._format.dcp import StorageInfo
 
 from .conftest import FaultyStorage, Gate, assert_equal, blank, make_state
 
@@ -445,7 +444,7 @@ def test_the_default_checksum_is_zlibs_without_the_extra(monkeypatch: pytest.Mon
     import zlib
 
     monkeypatch.setitem(sys.modules, "isal.isal_zlib", None)
-    assert aiodcp._stage.default_checksum() is zlib.crc32
+    assert default_checksum() is zlib.crc32
 
 
 async def test_a_checkpoint_replaced_while_it_is_opened_is_loaded_in_its_new_form(faulty: FaultyStorage) -> None:

@@ -31,7 +31,7 @@ from aiodcp import (
     UnsafeError,
     WriteError,
 )
-from aiodcp._events import (
+from aiodcp.manager.events import (
     Event,
     FellBack,
     LeftoverRemoved,
@@ -43,7 +43,7 @@ from aiodcp._events import (
     SaveSkipped,
     StepRemoved,
 )
-from aiodcp.storage import local
+from aiodcp.storage import file_lock
 
 from .conftest import FaultyStorage, Gate, assert_equal, blank, make_state
 from .worlds import World
@@ -503,7 +503,7 @@ async def test_a_root_that_may_only_be_read_can_be_read(tmp_path: Path, monkeypa
     async def refuse(path: str, make: bool) -> int:
         raise OSError(30, "Read-only file system", path)
 
-    monkeypatch.setattr(local._locks, "open", refuse)
+    monkeypatch.setattr(file_lock.locks, "open", refuse)
     async with CheckpointManager(tmp_path) as manager:
         assert manager.steps() == [1]
         assert await manager.restore(blank(make_state())) == 1

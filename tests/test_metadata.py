@@ -8,22 +8,23 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata as DcpMetadata
 
-from aiodcp import Checkpointer, CorruptError, LocalStorage, MemoryStorage, UnsafeError, _dcp, _metadata_reader
-from aiodcp._note import open_seal
-from aiodcp._pickle_screen import is_harmless, without_memoized_tuples
-from aiodcp.metadata import (
+from aiodcp import Checkpointer, CorruptError, LocalStorage, MemoryStorage, UnsafeError
+from aiodcp._engine.gc_pause import gc_paused
+from aiodcp._format import metadata_pickle
+from aiodcp._format.dcp import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
-    Field,
     Metadata,
     MetadataIndex,
     StorageInfo,
     StorageMeta,
-    Template,
     TensorProperties,
     TensorStorageMetadata,
-    read_metadata,
 )
+from aiodcp._format.metadata_reader import read_metadata
+from aiodcp._format.pickle_screen import is_harmless, without_memoized_tuples
+from aiodcp._format.pickle_template import PickleTemplate, Placeholder
+from aiodcp._format.seal import open_seal
 
 from .conftest import assert_equal, blank, make_state
 from .golden.make import state as golden_state
@@ -93,7 +94,7 @@ def test_places_that_are_no_places_are_corrupt(offset: Any, length: Any) -> None
 
 
 def test_a_template_is_filled_in_with_any_values() -> None:
-    fields = [Field(0, text=True), Field(1), Field(2)]
+    fields = [Placeholder(0, text=True), Placeholder(1), Placeholder(2)]
     file, offset, length = (field.stand_in for field in fields)
     size = torch.Size([3])
     tensor = TensorStorageMetadata(TensorProperties(), size, [ChunkStorageMetadata(torch.Size([0]), size)])
@@ -106,7 +107,7 @@ def test_a_template_is_filled_in_with_any_values() -> None:
         },
         StorageMeta("id"),
     )
-    template = Template(one, fields)
+    template = PickleTemplate(one, fields)
     rows: list[list[str | int]] = [["f", 0, 1], ["ünï" * 200, 1 << 40, 70_000], ["", 255, 256]]
     for values in rows:
         read = pickle.loads(template.render(values))
@@ -181,12 +182,12 @@ def test_the_collector_is_held_off_only_for_the_block() -> None:
     import gc
 
     assert gc.isenabled()
-    with _dcp.gc_held_off():
+    with gc_paused():
         assert not gc.isenabled()
     assert gc.isenabled()
     gc.disable()
     try:
-        with _dcp.gc_held_off():
+        with gc_paused():
             pass
         assert not gc.isenabled()
     finally:
@@ -216,7 +217,7 @@ async def test_what_this_library_writes_is_left_to_the_c_unpickler() -> None:
         pickled, _ = open_seal(data)
         assert is_harmless(pickled)
         assert is_harmless(bytes(pickled))
-        quick, slow = read_metadata(data, "m"), _metadata_reader._Reader(pickled, "m").read()
+        quick, slow = read_metadata(data, "m"), metadata_pickle.PickleInterpreter(pickled, "m").read()
         assert _as_data(quick) == _as_data(slow) == _as_data(pickle.loads(data))
     data = await _written_metadata({"n" * 256: torch.ones(1)})
     assert not is_harmless(open_seal(data)[0])  # and is read all the same

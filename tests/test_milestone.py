@@ -9,7 +9,8 @@ import pytest
 import uvloop
 
 from aiodcp import ClosedError, SaveError
-from aiodcp._milestone import Milestone, MilestoneSource, ProgressLog
+from aiodcp._engine.milestone import Milestone, MilestoneSource
+from aiodcp._telemetry.progress import ProgressLog
 
 RUNNERS: dict[str, Callable[[Any], Any]] = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 

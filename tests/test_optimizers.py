@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from aiodcp import Checkpointer, MemoryStorage, MismatchError
-from aiodcp._optimizer_state import find_optimizer
+from aiodcp._state.optimizers import find_optimizer
 
 from .conftest import assert_equal
 from .test_load import load, saved

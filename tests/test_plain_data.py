@@ -25,7 +25,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from aiodcp import CaptureError, LoadError, UnsafeError
-from aiodcp._plain_data import NotPlainError, load_plain
+from aiodcp._format.plain_data import NotPlainError, load_plain
 
 from .conftest import assert_equal
 from .test_load import load, saved

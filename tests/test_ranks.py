@@ -17,8 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from aiodcp import Checkpointer, CheckpointError, LocalStorage, RankError, _prepare
-from aiodcp._stage import Stage
+from aiodcp import Checkpointer, CheckpointError, LocalStorage, RankError
+from aiodcp._save import plan_cache
+from aiodcp._save.staging import Staging
 from aiodcp.storage import Writer
 
 from .conftest import Gate, assert_equal, blank, make_state
@@ -139,10 +140,10 @@ async def _save_with(fault: str, checkpointer: Checkpointer, storage: Broken, st
         elif fault == "argument":
             path = 3
         elif fault == "plan":
-            patch.setattr(_prepare, "plan_local", _unplannable)
+            patch.setattr(plan_cache, "plan_local", _unplannable)
             state = state | {"new": torch.zeros(2)}
         elif fault == "stage":
-            patch.setattr(Stage, "copy", _uncopyable)
+            patch.setattr(Staging, "copy", _uncopyable)
         elif fault == "write":
             storage.fault = _no_space
         elif fault == "metadata":

@@ -13,9 +13,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from aiodcp import Checkpointer, CheckpointManager, NotACheckpointError, WriteError, _progress
-from aiodcp._progress import NoBar, RichBar, bar
-from aiodcp._telemetry import Telemetry
+from aiodcp import Checkpointer, CheckpointManager, NotACheckpointError, WriteError
+from aiodcp._telemetry import progress_bar
+from aiodcp._telemetry.otel import SpanExporter
+from aiodcp._telemetry.progress_bar import NoBar, RichBar, bar
 
 from .conftest import FaultyStorage, blank, make_state
 
@@ -70,7 +71,7 @@ async def test_saves_and_loads_are_spans_below_the_callers(spans: InMemorySpanEx
 
 def test_without_opentelemetry_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    telemetry = Telemetry()
+    telemetry = SpanExporter()
     assert telemetry.here() is None
     telemetry.tell("aiodcp.save", None, 0.0, {})
 
@@ -83,7 +84,7 @@ class Terminal(io.StringIO):
 async def test_a_bar_is_shown_on_a_terminal_for_what_takes_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_progress, "SHOWN_AFTER_S", 0.0)
+    monkeypatch.setattr(progress_bar, "SHOWN_AFTER_S", 0.0)
     for progress, terminal in ((True, Terminal()), (False, Terminal()), (True, io.StringIO())):
         monkeypatch.setattr(sys, "stderr", terminal)
         async with CheckpointManager(tmp_path, progress=progress) as manager:
@@ -101,7 +102,7 @@ def test_what_is_over_soon_needs_no_bar_and_a_terminal_has_room_for_one(monkeypa
         shown.total(10)
         shown.advance(10)
     assert terminal.getvalue() == ""
-    monkeypatch.setattr(_progress, "SHOWN_AFTER_S", 0.0)
+    monkeypatch.setattr(progress_bar, "SHOWN_AFTER_S", 0.0)
     with bar("first") as first, bar("second") as second:
         assert isinstance(first, RichBar)
         first.total(10)

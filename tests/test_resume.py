@@ -13,6 +13,7 @@ from torch import nn
 
 import aiodcp
 from aiodcp import ArgumentError, Checkpointer, LoadReport, MismatchError, StatefulError
+from aiodcp._load import loader
 
 from .conftest import assert_equal
 from .test_load import saved
@@ -355,15 +356,13 @@ async def test_an_object_below_the_top_level_is_named_when_loading_too() -> None
 
 
 async def test_nothing_but_errors_of_the_tree_leaves_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiodcp import _load
-
     for error in (KeyError("k"), MemoryError(), RuntimeError("r"), TypeError("t")):
 
         def fail(*args: Any, error: Exception = error) -> None:
             raise error
 
-        for name in ("plan_load", "copy_in", "settle_values", "read_sealed"):
+        for name in ("plan_load", "scatter", "settle_values", "read_sealed"):
             with monkeypatch.context() as patch:
-                patch.setattr(_load, name, fail)
+                patch.setattr(loader, name, fail)
                 with pytest.raises(aiodcp.LoadError):
                     await resume({"w": torch.ones(1)}, {"w": torch.zeros(1)})

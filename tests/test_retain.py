@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from aiodcp import ArgumentError
-from aiodcp._retain import Best, Retention
-from aiodcp._steps import Step
+from aiodcp.manager.retention import Best, Retention
+from aiodcp.manager.steps import Step
 
 
 def _steps(*numbers: int, **loss: float) -> list[Step]:

@@ -26,7 +26,7 @@ from aiodcp import (
     SaveCancelled,
     WriteError,
 )
-from aiodcp._windows import MIN_NBYTES
+from aiodcp._save.bounded_staging import MIN_NBYTES
 
 from .conftest import FaultyStorage, assert_equal, blank, make_state
 

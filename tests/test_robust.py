@@ -39,13 +39,12 @@ from aiodcp import (
     StageError,
     UnsafeError,
     WriteError,
-    _line,
-    _metadata_reader,
-    _plain_data,
 )
-from aiodcp._metadata_reader import read_metadata
-from aiodcp._note import FOOT_NBYTES
-from aiodcp.storage import Writer, local
+from aiodcp._distributed import channel
+from aiodcp._format import metadata_pickle, plain_data
+from aiodcp._format.metadata_reader import read_metadata
+from aiodcp._format.seal import FOOT_NBYTES
+from aiodcp.storage import Writer, file_access, file_io, local
 
 from .conftest import FaultyStorage, Gate, blank, make_state
 
@@ -78,7 +77,7 @@ async def test_a_file_system_that_cannot_sync_a_directory_is_lived_with_and_told
         real(fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(local, "_cannot_sync", set())
+    monkeypatch.setattr(file_io, "_cannot_sync", set())
     for name in ("a", "b"):
         await _save(tmp_path / name)
     assert caplog.text.count("cannot fsync a directory") == 1
@@ -178,16 +177,16 @@ def test_the_soft_limit_of_open_files_is_raised_and_the_hard_one_named(monkeypat
     limits, given = [(64, 4096)], []
     monkeypatch.setattr("resource.getrlimit", lambda which: limits[0])
     monkeypatch.setattr("resource.setrlimit", lambda which, limit: given.append(limit))
-    _line._have_descriptors(1000)
+    channel._have_descriptors(1000)
     [(soft, hard)] = given
     assert 1000 < soft < 2000
     assert hard == 4096
     limits[0] = (64, 128)
     with pytest.raises(CheckpointError, match=r"Too many open files: 1\d\d\d are needed .* RLIMIT_NOFILE allows 128"):
-        _line._have_descriptors(1000)
+        channel._have_descriptors(1000)
     limits[0] = (100_000, 100_000)
     given.clear()
-    _line._have_descriptors(1000)
+    channel._have_descriptors(1000)
     assert not given
 
 
@@ -386,16 +385,16 @@ def test_no_memory_for_a_value_is_an_error_of_ours_and_not_for_good(monkeypatch:
 
     with Checkpointer(storage=MemoryStorage(), no_dist=True) as checkpointer:
         with monkeypatch.context() as patch:
-            patch.setattr("aiodcp.checkpointer.capture", no_memory)
+            patch.setattr("aiodcp.checkpointer.checkpointer.capture", no_memory)
             with pytest.raises(StageError, match="no host memory"):
                 checkpointer.save_sync(STATE, "a")
         with monkeypatch.context() as patch:
-            patch.setattr("aiodcp._stage.Arena", no_memory)
+            patch.setattr("aiodcp._save.staging.Arena", no_memory)
             with pytest.raises(SaveError, match="MemoryError"):
                 checkpointer.save_sync(STATE, "a").wait()
         checkpointer.save_sync(STATE, "a").wait()
         with monkeypatch.context() as patch:
-            patch.setattr("aiodcp._load.Scratch", no_memory)
+            patch.setattr("aiodcp._load.loader.Scratch", no_memory)
             with pytest.raises(LoadError, match="MemoryError"):
                 checkpointer.load_sync(blank(STATE), "a")
 
@@ -415,7 +414,7 @@ def test_a_warning_that_is_an_error_is_no_damage(monkeypatch: pytest.MonkeyPatch
             target = {"s": torch.zeros(3, 3).to_sparse()}
             checkpointer.load_sync(target, "a")
     assert torch.equal(target["s"].to_dense(), torch.eye(3))
-    assert _plain_data.quietly(lambda: 3) == 3
+    assert plain_data.quietly(lambda: 3) == 3
 
 
 # --- the newest, and what is to be kept
@@ -478,14 +477,14 @@ async def test_a_step_that_cannot_be_read_is_not_the_end_of_the_manager(
         elif kind == "damaged":
             path.write_bytes(path.read_bytes()[:-1] + b"\0")
         else:
-            real = local._regular
+            real = file_access.open_regular
 
             def refuse(name: str, flags: int) -> int:
                 if name == str(path):
                     raise PermissionError(errno.EACCES, "Permission denied", name)
                 return real(name, flags)
 
-            monkeypatch.setattr(local, "_regular", refuse)
+            monkeypatch.setattr(local, "open_regular", refuse)
 
     break_step(1)
     async with CheckpointManager(tmp_path, keep_last=2) as manager:
@@ -721,11 +720,11 @@ async def test_a_latest_step_that_cannot_be_read_is_not_passed_over_also_if_the_
 def test_a_refused_file_leaves_nothing_behind_in_the_process() -> None:
     """A state with slots sets attributes of whatever it is given to: here of the classes that metadata names."""
     attributes = b"}q\x01(X\x07\x00\x00\x00plantedK\x01u"
-    for module, name in _metadata_reader._GLOBALS:
+    for module, name in metadata_pickle._GLOBALS:
         named = f"c{module}\n{name}\n".encode()
         with pytest.raises(CheckpointError):
             read_metadata(b"\x80\x02" + attributes + named + b"Nh\x01\x86b.", "m")
-        assert not hasattr(_metadata_reader._GLOBALS[module, name], "planted"), name
+        assert not hasattr(metadata_pickle._GLOBALS[module, name], "planted"), name
 
 
 async def test_a_place_whose_name_is_not_utf_8_is_one_like_any_other(tmp_path: Path) -> None:

@@ -20,15 +20,13 @@ from aiodcp import (
     SaveError,
     StageError,
     WriteError,
-    _arena,
-    _commit,
-    _names,
-    _plan,
-    _prepare,
 )
-from aiodcp._save import Saver
-from aiodcp.metadata import read_metadata
-from aiodcp.storage import local
+from aiodcp._engine import host_memory
+from aiodcp._format import naming
+from aiodcp._format.metadata_reader import read_metadata
+from aiodcp._save import commit, plan_cache, planning
+from aiodcp._save.saver import Saver
+from aiodcp.storage import file_io, local
 
 from .conftest import FaultyStorage, Gate, assert_equal, blank, make_state
 
@@ -96,13 +94,13 @@ async def test_a_changed_structure_is_planned_anew(change: str) -> None:
 
 async def test_a_later_save_of_the_same_structure_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
-    real = _plan.plan_local
+    real = planning.plan_local
 
     def count(taken: Any) -> Any:
         plans.append(taken)
         return real(taken)
 
-    monkeypatch.setattr(_prepare, "plan_local", count)
+    monkeypatch.setattr(plan_cache, "plan_local", count)
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:
         await checkpointer.prepare(make_state(0))
         for seed in range(3):
@@ -438,14 +436,14 @@ async def test_a_commit_that_fails_after_its_rename_keeps_the_data_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = make_state(5)
-    real = local._fsync_directory
+    real = file_io.fsync_directory
 
     async def fail_after_commit(path: str) -> None:
         if (Path(path) / ".metadata").exists():
             raise OSError(30, "Read-only file system")
         await real(path)
 
-    monkeypatch.setattr(local, "_fsync_directory", fail_after_commit)
+    monkeypatch.setattr(local, "fsync_directory", fail_after_commit)
     async with Checkpointer() as checkpointer:
         checkpoint = await checkpointer.save(state, tmp_path)
         with pytest.raises(WriteError, match="Read-only"):
@@ -456,7 +454,7 @@ async def test_a_commit_that_fails_after_its_rename_keeps_the_data_it_names(
 async def test_memory_that_cannot_be_had_is_told_with_both_numbers_before_anything_is_written(
     faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_arena, "free_nbytes", lambda: 1000)
+    monkeypatch.setattr(host_memory, "free_nbytes", lambda: 1000)
     async with Checkpointer(storage=faulty) as checkpointer:
         checkpoint = await checkpointer.save(make_state(), "ckpt")
         with pytest.raises(StageError, match="only 1000 bytes") as caught:
@@ -494,8 +492,8 @@ async def test_two_checkpointers_that_save_to_one_place_leave_each_others_files_
         first = await one.save(make_state(1), "ckpt")
         await gate.wait_reached()
         assert slow.files["ckpt"] == {}
-        [save_id] = _commit._live
-        being_written = _names.data_file(0, save_id)
+        [save_id] = commit._live
+        being_written = naming.data_file(0, save_id)
         slow.files["ckpt"][being_written] = b"being written"
         async with Checkpointer(storage=quick) as other:
             await other.save(make_state(2), "ckpt")
@@ -626,7 +624,7 @@ async def test_a_failed_save_does_not_hold_the_staging_buffer(faulty: FaultyStor
         with pytest.raises(WriteError):
             await checkpoint
         gc.collect()
-        assert not [each for each in gc.get_objects() if type(each) is _arena.Arena]
+        assert not [each for each in gc.get_objects() if type(each) is host_memory.Arena]
 
 
 async def test_a_failed_capture_leaves_the_coroutine_of_its_caller_alone() -> None:

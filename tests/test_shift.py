@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from aiodcp import Checkpointer, CheckpointError, PerRank, RankError, SaveCancelled, SaveError
-from aiodcp._line import Line, LineCutError
+from aiodcp._distributed.channel import Channel, ChannelBrokenError
 
 from .test_ranks import Broken
 from .worlds import World
@@ -278,14 +278,14 @@ def test_ranks_that_are_told_of_a_failure_do_not_fail_each_other_for_ever(world:
 def _abandon(rank: int, size: int) -> None:
     async def main() -> None:
         assert dist.group.WORLD is not None
-        line = Line(dist.group.WORLD, root=0, timeout_s=600)
+        line = Channel(dist.group.WORLD, root=0, timeout_s=600)
         group = await line.connect()
         dist.barrier()
         if rank == 1:  # finds the line broken, and has its end of the group open still
             assert (await line._cut()).missing == ()
             dist.barrier()
         else:
-            with pytest.raises(LineCutError):
+            with pytest.raises(ChannelBrokenError):
                 await line.gather(torch.zeros(1))
             del line, group
             gc.collect()  # frees what it finds, which must not wait for the collective

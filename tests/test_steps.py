@@ -10,18 +10,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from aiodcp import ArgumentError, Checkpointer, LocalStorage, NotACheckpointError
-from aiodcp._note import (
-    CLAIM,
-    OLD_MARK,
-    SealError,
-    decode_note,
-    encode_note,
-    open_seal,
-    read_seal,
-    seal,
-    seal_nbytes,
-)
-from aiodcp._steps import list_steps, read_note, remove_leftovers, remove_step
+from aiodcp._format.custom_metadata import decode_custom_metadata, encode_custom_metadata
+from aiodcp._format.seal import CLAIM, OLD_MARK, SealError, open_seal, read_seal, seal, seal_nbytes
+from aiodcp._load.read_custom_metadata import read_custom_metadata
+from aiodcp.manager.steps import list_steps, remove_leftovers, remove_step
 
 from .conftest import FaultyStorage, assert_equal, blank, make_state
 
@@ -67,13 +59,13 @@ def test_a_seal_of_before_the_checksums_is_read() -> None:
     note = json.dumps({"a": 1}).encode()
     pickled, found = open_seal(b"pickle." + note + len(note).to_bytes(4, "little") + OLD_MARK)
     assert bytes(pickled) == b"pickle."
-    assert decode_note(found.note) == {"a": 1}
+    assert decode_custom_metadata(found.note) == {"a": 1}
     assert bytes(open_seal(b"a pickle of others.")[0]) == b"a pickle of others."
 
 
 def test_every_bit_of_a_seal_is_checked() -> None:
     pickled = b"pickle " + CLAIM.encode() + b"."
-    good = seal(pickled, encode_note({"a": 1}), [1, 1 << 31])
+    good = seal(pickled, encode_custom_metadata({"a": 1}), [1, 1 << 31])
     assert bytes(open_seal(good)[0]) == pickled
     assert read_seal(good[-seal_nbytes(good) :]).note == b'{"a":1}'
     assert open_seal(good)[1].tables == (1, 1 << 31)
@@ -168,4 +160,4 @@ async def test_leftovers_are_removed_unless_they_are_live_or_whole_or_not_ours(t
     assert removed == [2, 4, 5]
     assert {path.name for path in tmp_path.iterdir()} == {"step-1", "step-3", "step-4", "step-6", "step-7"}
     assert [path.name for path in (tmp_path / "step-4").iterdir()] == ["notes.txt"]
-    assert await read_note(LocalStorage(), str(tmp_path / "step-1")) == {}
+    assert await read_custom_metadata(LocalStorage(), str(tmp_path / "step-1")) == {}

@@ -15,7 +15,7 @@ import pytest
 from aiofiles.os import wrap
 
 from aiodcp import LocalStorage, MemoryStorage, Storage
-from aiodcp.storage import local
+from aiodcp.storage import file_lock, local
 
 from .conftest import FaultyStorage
 
@@ -152,7 +152,7 @@ async def test_o_direct_is_tried_once_and_given_up_where_it_is_refused(
         tries.append(path)
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(local, "_direct", refuse)
+    monkeypatch.setattr(local, "open_direct", refuse)
     storage = LocalStorage()
     for name in ("one", "two"):
         async with storage.create(str(tmp_path), name) as writer:
@@ -218,7 +218,7 @@ async def test_a_failed_put_leaves_the_old_content_and_no_temporary(
     def fail(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(local, "_fsync", wrap(fail))
+    monkeypatch.setattr(local, "fsync", wrap(fail))
     with pytest.raises(OSError, match="No space left"):
         await storage.put(str(tmp_path), ".metadata", b"new")
     assert await storage.names(str(tmp_path)) == [".metadata"]
@@ -239,7 +239,7 @@ async def test_data_is_durable_before_its_name_and_a_commit_before_it_counts(
         events.append(f"rename {Path(target).name}")
         real_replace(source, target)
 
-    monkeypatch.setattr(local, "_fsync", wrap(fsync))
+    monkeypatch.setattr(local, "fsync", wrap(fsync))
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(aiofiles.os, "replace", wrap(replace))
     storage = LocalStorage()
@@ -346,7 +346,7 @@ async def test_where_the_file_system_has_no_locks_nobody_is_alone(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(local, "_lock", wrap(refuse))
+    monkeypatch.setattr(file_lock, "_lock", wrap(refuse))
     async with LocalStorage().claim(str(tmp_path), alone=True) as alone:
         assert not alone
     async with LocalStorage().claim(str(tmp_path), alone=False) as together:

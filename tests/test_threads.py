@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from aiodcp import Checkpointer, CheckpointManager, MemoryStorage
-from aiodcp._callbacks import CallbackThread
-from aiodcp._threads import WorkerThreads
+from aiodcp._engine.callbacks import CallbackThread
+from aiodcp._engine.worker_threads import WorkerThreads
 
 
 def test_work_is_done_by_as_many_threads_as_there_may_be() -> None:
@@ -121,12 +121,14 @@ class FromContext(logging.Filter):
 
 @pytest.fixture
 def raising_filter() -> Iterator[None]:
-    logger, broken = logging.getLogger("aiodcp"), FromContext()
+    logger, handler = logging.getLogger("aiodcp"), logging.NullHandler()
+    handler.handle = handler.filter  # type: ignore[assignment] # a NullHandler asks no filter
+    handler.addFilter(FromContext())
     level = logger.level
-    logger.addFilter(broken)
+    logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     yield
-    logger.removeFilter(broken)
+    logger.removeHandler(handler)
     logger.setLevel(level)
 
 

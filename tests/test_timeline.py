@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aiodcp import Checkpointer, Span, Timeline, WriteError
-from aiodcp._timeline import KEPT_STEPS, Trace
+from aiodcp._telemetry.trace import KEPT_STEPS, Trace
 
 from .conftest import FaultyStorage, Gate, make_state
 from .worlds import World

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from aiodcp import ArgumentError, Checkpoint, Checkpointer, ClosedError, RankError, StageError, TornSnapshotError
-from aiodcp._capture import capture
-from aiodcp._stage import Stage
-from aiodcp._watch import Watch
+from aiodcp._save.staging import Staging
+from aiodcp._state.capture import capture
+from aiodcp._state.tear_detector import TearDetector
 
 from .conftest import FaultyStorage, assert_equal, blank
 from .worlds import World
@@ -32,15 +32,15 @@ class SlowCopy:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.reached = threading.Event()
         self.let_go = threading.Event()
-        copy = Stage.copy
+        copy = Staging.copy
 
-        def held(stage: Stage, number: int, *args: Any) -> Any:
+        def held(stage: Staging, number: int, *args: Any) -> Any:
             if number == len(stage.layout.segments) - 1:
                 self.reached.set()
                 assert self.let_go.wait(30)
             return copy(stage, number, *args)
 
-        patch.setattr(Stage, "copy", held)
+        patch.setattr(Staging, "copy", held)
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ async def test_a_save_that_fails_lets_a_guarded_optimizer_go_on_and_is_told_all_
     def copy(*_: object) -> None:
         raise RuntimeError("no copy today")
 
-    monkeypatch.setattr(Stage, "copy", copy)
+    monkeypatch.setattr(Staging, "copy", copy)
     with pytest.raises(StageError, match="no copy today"):
         async with Checkpointer(storage=faulty) as checkpointer:
             checkpointer.guard(optimizer)
@@ -432,7 +432,7 @@ def test_a_watch_is_over_when_the_values_are_let_go() -> None:
     """By the engine's thread, at any moment: also between a caller's look at `staged` and its fence."""
     model, optimizer = _net()
     taken = capture({"model": model})
-    watch = Watch(taken)
+    watch = TearDetector(taken)
     taken.values.clear()
     watch.begins_step(optimizer)
     watch.close()
@@ -443,7 +443,7 @@ def test_a_step_of_parameters_without_storage_changes_nothing() -> None:
     """Those of FSDP1 between two uses: where nothing is stored lies every empty tensor, too."""
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    watch = Watch(capture({"empty": torch.zeros(0), "w": torch.ones(2)}))
+    watch = TearDetector(capture({"empty": torch.zeros(0), "w": torch.ones(2)}))
     weight.grad = torch.ones(3)
     weight.untyped_storage().resize_(0)
     watch.begins_step(optimizer)

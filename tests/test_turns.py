@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
-from aiodcp import Checkpointer, MemoryStorage, _turns
-from aiodcp._turns import prompt_turns
+from aiodcp import Checkpointer, MemoryStorage
+from aiodcp._engine import gil_fairness
+from aiodcp._engine.gil_fairness import short_switch_interval
 
 
 def step(rounds: int) -> int:
@@ -27,7 +28,7 @@ async def test_a_busy_loop_does_not_starve_a_save(rounds: int, means: str, monke
     if means == "interval":
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
     elif means == "pauses":
-        monkeypatch.setattr(_turns, "SWITCH_INTERVAL_S", sys.getswitchinterval())
+        monkeypatch.setattr(gil_fairness, "SWITCH_INTERVAL_S", sys.getswitchinterval())
     state = {f"w{n}": torch.randn(1 << 16) for n in range(64)}
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:
         await checkpointer.prepare(state)
@@ -41,11 +42,11 @@ async def test_a_busy_loop_does_not_starve_a_save(rounds: int, means: str, monke
 
 def test_the_switch_interval_is_short_while_flows_run_and_then_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     before = sys.getswitchinterval()
-    with prompt_turns():
-        assert sys.getswitchinterval() == pytest.approx(_turns.SWITCH_INTERVAL_S, rel=0.05)
-        with prompt_turns():
+    with short_switch_interval():
+        assert sys.getswitchinterval() == pytest.approx(gil_fairness.SWITCH_INTERVAL_S, rel=0.05)
+        with short_switch_interval():
             pass
-        assert sys.getswitchinterval() == pytest.approx(_turns.SWITCH_INTERVAL_S, rel=0.05)
+        assert sys.getswitchinterval() == pytest.approx(gil_fairness.SWITCH_INTERVAL_S, rel=0.05)
     assert sys.getswitchinterval() == before
 
 
@@ -53,7 +54,7 @@ def test_a_shorter_interval_of_the_callers_is_kept() -> None:
     before = sys.getswitchinterval()
     sys.setswitchinterval(0.0001)
     try:
-        with prompt_turns():
+        with short_switch_interval():
             assert sys.getswitchinterval() == pytest.approx(0.0001, rel=0.05)
     finally:
         sys.setswitchinterval(before)
@@ -70,13 +71,13 @@ async def test_the_pauses_end_with_what_they_are_for() -> None:
             return done.is_set()
 
     awaited = Awaited()
-    _turns.give_turns(loop, awaited)
+    gil_fairness.yield_to_engine(loop, awaited)
     while len(calls) < 3:
         await asyncio.sleep(0.001)
     done.set()
     while len(calls) < 4:
         await asyncio.sleep(0.001)
-    await asyncio.sleep(5 * _turns.PAUSE_PERIOD_S)
+    await asyncio.sleep(5 * gil_fairness.PAUSE_PERIOD_S)
     assert len(calls) <= 5
 
 
@@ -92,9 +93,9 @@ async def test_many_who_wait_on_one_loop_have_one_pause(monkeypatch: pytest.Monk
     monkeypatch.setattr("time.sleep", pauses.append)
     waiting = [Awaited() for _ in range(300)]
     for each in waiting:
-        _turns.give_turns(loop, each)
-    until = loop.time() + 10 * _turns.PAUSE_PERIOD_S
+        gil_fairness.yield_to_engine(loop, each)
+    until = loop.time() + 10 * gil_fairness.PAUSE_PERIOD_S
     while loop.time() < until:
-        await asyncio.sleep(_turns.PAUSE_PERIOD_S)
+        await asyncio.sleep(gil_fairness.PAUSE_PERIOD_S)
     assert 1 <= len(pauses) <= 11
     Awaited.over = True

@@ -12,14 +12,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import aiodcp._transfer
 from aiodcp import ArgumentError, Checkpointer, SaveCancelled, StageError, TornSnapshotError, WriteError
-from aiodcp._arena import Arena
-from aiodcp._devices import DeviceCopies
-from aiodcp._layout import BLOCK, Layout, lay_out
-from aiodcp._stage import Stage
-from aiodcp._strips import strips_of
-from aiodcp._windows import MIN_NBYTES, Windows, plan_windows
+from aiodcp._engine.device_copies import DeviceCopies
+from aiodcp._engine.host_memory import Arena
+from aiodcp._format.alignment import BLOCK
+from aiodcp._format.layout import Layout, lay_out
+from aiodcp._save import pipeline
+from aiodcp._save.bounded_staging import MIN_NBYTES, BoundedStaging
+from aiodcp._save.staging import Staging
+from aiodcp._save.window_plan import plan_windows
+from aiodcp._state.element_views import element_views
 
 from .conftest import FaultyStorage, Gate, assert_equal, blank, make_state
 from .worlds import World
@@ -38,7 +40,7 @@ def _layout(tensors: list[torch.Tensor]) -> Layout:
 
 def _whole(layout: Layout, tensors: list[torch.Tensor]) -> bytes:
     """The file as it is made where memory holds all of it."""
-    stage = Stage(layout, range(len(tensors)), 0)
+    stage = Staging(layout, range(len(tensors)), 0)
     for number in range(len(layout.segments)):
         stage.copy(number, tensors, DeviceCopies())
         stage.checksum(number, zlib.crc32)
@@ -47,7 +49,7 @@ def _whole(layout: Layout, tensors: list[torch.Tensor]) -> bytes:
 
 def _in_windows(layout: Layout, tensors: list[torch.Tensor], *, late: int) -> bytes:
     """The same file from windows, each written and let go `late` windows after it was sealed."""
-    windows = Windows(layout, range(len(tensors)), MIN_NBYTES, largest=SLOT)
+    windows = BoundedStaging(layout, range(len(tensors)), MIN_NBYTES, largest=SLOT)
     assert windows.arena.nbytes <= MIN_NBYTES
     windows.arena.memory[:] = b"\xff" * windows.arena.nbytes  # what nobody wrote is seen
     file = bytearray(b"\xee" * layout.tail)
@@ -128,7 +130,7 @@ def test_strips_are_the_elements_in_order() -> None:
         flat = tensor.reshape(-1)
         for start in range(len(flat) + 1):
             for stop in range(start, len(flat) + 1, 7):
-                strips = list(strips_of(tensor, start, stop))
+                strips = list(element_views(tensor, start, stop))
                 assert torch.equal(torch.cat([flat[:0], *(each.reshape(-1) for each in strips)]), flat[start:stop])
                 assert all(each.numel() == 0 or each.data_ptr() >= tensor.data_ptr() for each in strips)
                 assert len(strips) <= 2 * tensor.dim() + 1
@@ -193,7 +195,7 @@ async def test_a_state_of_four_times_the_budget_is_saved_and_loaded_equal(
 
 
 async def test_a_budget_that_is_enough_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aiodcp._transfer, "Windows", None)
+    monkeypatch.setattr(pipeline, "BoundedStaging", None)
     async with Checkpointer(max_host_bytes=1 << 20) as checkpointer:
         await (await checkpointer.save(make_state(), tmp_path)).uploaded
 
@@ -256,7 +258,7 @@ def test_a_budget_too_small_to_be_one_is_refused(value: Any) -> None:
 async def test_memory_that_cannot_be_had_is_an_error_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aiodcp._arena.free_nbytes", lambda: 1000)
+    monkeypatch.setattr("aiodcp._engine.host_memory.free_nbytes", lambda: 1000)
     async with Checkpointer() as checkpointer:
         ckpt = await checkpointer.save(_large_state(), tmp_path / "ckpt")
         with pytest.raises(StageError, match=r"staging \d{7} bytes: only 1000 bytes of host memory are free"):

@@ -26,9 +26,8 @@ from aiodcp import (
     PerRank,
     RankError,
     SaveCancelled,
-    _plan,
-    _prepare,
 )
+from aiodcp._save import plan_cache, planning
 
 from .conftest import Gate, assert_equal, blank
 from .test_ranks import Broken
@@ -70,7 +69,7 @@ def test_each_rank_stages_its_part_balanced_by_what_it_holds_besides(world: Worl
 def _exchanged(rank: int, size: int, folder: Path, count: int) -> tuple[int, int]:
     async def main() -> tuple[int, int]:
         plans = 0
-        real = _plan.plan_local
+        real = planning.plan_local
 
         def plan(taken: Any) -> Any:
             nonlocal plans
@@ -79,7 +78,7 @@ def _exchanged(rank: int, size: int, folder: Path, count: int) -> tuple[int, int
 
         state = {f"w{n}": torch.ones(10) for n in range(count)} | {"lr": 0.1}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_prepare, "plan_local", plan)
+            patch.setattr(plan_cache, "plan_local", plan)
             async with Checkpointer() as checkpointer:
                 assert checkpointer._service.line is not None
                 await (await checkpointer.save(state, folder / f"{count}"))
@@ -105,7 +104,7 @@ def test_a_later_save_plans_nothing_and_exchanges_as_much_for_many_tensors_as_fo
 def _change(rank: int, size: int, path: Path) -> list[int]:
     async def main() -> list[int]:
         plans: list[int] = []
-        real = _plan.plan_local
+        real = planning.plan_local
         base: dict[str, Any] = {"w": torch.arange(6.0), "n": 1}
         mesh = init_device_mesh("cpu", (size,))
         # Each differs from the one before in one thing, on rank 1 only where it can.
@@ -127,7 +126,7 @@ def _change(rank: int, size: int, path: Path) -> list[int]:
                 plans[-1] += 1
                 return real(taken)
 
-            patch.setattr(_prepare, "plan_local", plan)
+            patch.setattr(plan_cache, "plan_local", plan)
             async with Checkpointer() as checkpointer:
                 for state in states:
                     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Where checkpoint bytes live: the protocol, and the two storages that come with the library."""
+"""Where checkpoint bytes live: the protocol, and the storages that come with the library."""
 
 from .base import BLOCK, Reader, Storage, Writer
 from .local import LocalStorage

@@ -13,44 +13,39 @@ https://danluu.com/file-consistency/.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import os
 import re
-import shutil
-import stat
-import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
-from pathlib import Path
-from typing import BinaryIO
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 
-import aiofiles
 import aiofiles.os
-import anyio
-from aiofiles.os import wrap
 from aiofiles.threadpool.binary import AsyncFileIO
 from anyio import CancelScope
 
-from .._log import log
-from ..errors import ArgumentError, UnsafeError
-from ._claims import Claims
-from .base import BLOCK
+from .._log import SafeLogger
+from ..errors import ArgumentError
+from .file_access import check_inside_async, open_direct, open_regular
+from .file_io import (
+    fsync,
+    fsync_directory,
+    is_blocks,
+    list_directories,
+    make_durable_directory,
+    read_all,
+    realpath,
+    remove_tree,
+    unlink,
+    write_all,
+)
+from .file_lock import LOCK_NAME, claims, locks, wait_for_lock
 
-# Bytes of one system call: under the kernel's limit of 0x7ffff000, and little enough to be done soon when the
-# save is cancelled. Measured on one NVMe disk: 8 MiB is 5 % slower than 64 MiB, more gains nothing.
-CALL_NBYTES = 64 << 20
-IOV_MAX = 1024  # buffers of one preadv: the limit of Linux
+log = SafeLogger(__name__)
 
 
-LOCK_NAME = ".aiodcp.lock"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_LOCK_POLL_S = 0.05
 
-_claims = Claims()
-_cannot_sync: set[int] = set()  # devices whose file systems refuse fsync of directories, as it has been logged
 _temporaries: set[str] = set()  # that `put` is writing now, in this process: nobody's leftovers
 
 
@@ -100,9 +95,9 @@ class LocalStorage:
                 await writer.open_direct()
             yield writer
             with CancelScope(shield=True):
-                await _fsync(file.fileno())
+                await fsync(file.fileno())
                 await writer.close()
-                await _fsync_directory(checkpoint_id)
+                await fsync_directory(checkpoint_id)
         except BaseException:
             with CancelScope(shield=True):  # what fails now, fails for the same reason, which is the one to be told
                 with _logged(path):
@@ -118,8 +113,8 @@ class LocalStorage:
     @asynccontextmanager
     async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[_LocalReader]:
         with CancelScope(shield=True):
-            await _check_inside(checkpoint_id, name)
-            file = await aiofiles.open(os.path.join(checkpoint_id, name), "rb", buffering=0, opener=_regular)
+            await check_inside_async(checkpoint_id, name)
+            file = await aiofiles.open(os.path.join(checkpoint_id, name), "rb", buffering=0, opener=open_regular)
         try:
             yield _LocalReader(file.fileno())
         finally:
@@ -135,18 +130,18 @@ class LocalStorage:
                 async with aiofiles.open(temporary, "wb") as file:
                     await file.write(data)
                     await file.flush()
-                    await _fsync(file.fileno())
+                    await fsync(file.fileno())
                 await aiofiles.os.replace(temporary, path)
             except BaseException:
                 with _logged(temporary):
-                    await _unlink(temporary)
+                    await unlink(temporary)
                 raise
-            await _fsync_directory(checkpoint_id)
+            await fsync_directory(checkpoint_id)
 
     async def get(self, checkpoint_id: str, name: str) -> bytes:
         with CancelScope(shield=True):
-            await _check_inside(checkpoint_id, name)
-            async with aiofiles.open(os.path.join(checkpoint_id, name), "rb", opener=_regular) as file:
+            await check_inside_async(checkpoint_id, name)
+            async with aiofiles.open(os.path.join(checkpoint_id, name), "rb", opener=open_regular) as file:
                 content = await file.read()
         return content
 
@@ -159,12 +154,12 @@ class LocalStorage:
 
     async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
         with CancelScope(shield=True):
-            await _unlink(os.path.join(checkpoint_id, name))
+            await unlink(os.path.join(checkpoint_id, name))
             if durable:
-                await _fsync_directory(checkpoint_id)
+                await fsync_directory(checkpoint_id)
 
     async def _make(self, checkpoint_id: str) -> None:
-        if await _make_durable_directory(checkpoint_id):
+        if await make_durable_directory(checkpoint_id):
             self._made.add(checkpoint_id)
 
     @contextmanager
@@ -187,10 +182,10 @@ class LocalStorage:
 
     async def remove_tree(self, checkpoint_id: str) -> None:
         with CancelScope(shield=True):
-            await _remove_tree(checkpoint_id)
+            await remove_tree(checkpoint_id)
 
     async def places(self, root: str) -> list[str]:
-        return await _directories(root)
+        return await list_directories(root)
 
     def join(self, root: str) -> AbstractAsyncContextManager[bool]:
         return self._claim(root, alone=False, make=False)
@@ -199,23 +194,23 @@ class LocalStorage:
         """By a lock on a file of `root`'s, which the system takes back when the process ends, however it ends.
 
         A POSIX record lock: children that are forked do not inherit it, and network file systems know it. Within a
-        process it does not hold, hence `_claims` beside it. Source: fcntl_locking(2).
+        process it does not hold, hence `claims` beside it. Source: fcntl_locking(2).
         """
         return self._claim(root, alone=alone, make=not alone)
 
     @asynccontextmanager
     async def _claim(self, root: str, *, alone: bool, make: bool) -> AsyncIterator[bool]:
-        root = await _realpath(root)  # one root has one lock, by whatever name it is called
+        root = await realpath(root)  # one root has one lock, by whatever name it is called
         path = os.path.join(root, LOCK_NAME)
-        async with _claims.hold(root, alone=alone) as free:
+        async with claims.hold(root, alone=alone) as free:
             if not free:
                 yield False
                 return
             with CancelScope(shield=True):
                 if make:
-                    await _make_durable_directory(root)
+                    await make_durable_directory(root)
                 try:
-                    lock = await _locks.open(path, make)
+                    lock = await locks.open(path, make)
                 except (FileNotFoundError, NotADirectoryError):
                     if make:
                         raise
@@ -228,10 +223,10 @@ class LocalStorage:
                 yield not alone
                 return
             try:
-                yield await _wait_for_lock(lock, alone=alone)
+                yield await wait_for_lock(lock, alone=alone)
             finally:
                 with CancelScope(shield=True):
-                    await _locks.close(path)
+                    await locks.close(path)
 
 
 class _LocalWriter:
@@ -247,7 +242,7 @@ class _LocalWriter:
         if not self._storage.is_direct(self._checkpoint_id):
             return
         try:
-            self._direct = await aiofiles.open(str(self._file.name), "r+b", buffering=0, opener=_direct)
+            self._direct = await aiofiles.open(str(self._file.name), "r+b", buffering=0, opener=open_direct)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
@@ -256,15 +251,15 @@ class _LocalWriter:
     async def write(self, offset: int, data: memoryview) -> None:
         data = data.cast("B")
         with CancelScope(shield=True):
-            if self._direct is not None and _is_blocks(offset, data):
+            if self._direct is not None and is_blocks(offset, data):
                 try:
-                    await _write_all(self._direct.fileno(), data, offset)
+                    await write_all(self._direct.fileno(), data, offset)
                     return
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
                     self._storage.refuse_direct(self._checkpoint_id)
-            await _write_all(self._file.fileno(), data, offset)
+            await write_all(self._file.fileno(), data, offset)
 
     async def close(self) -> None:
         try:
@@ -283,7 +278,7 @@ class _LocalReader:
 
     async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         with CancelScope(shield=True):
-            await _read_all(self._fd, [buffer.cast("B") for buffer in buffers], offset)
+            await read_all(self._fd, [buffer.cast("B") for buffer in buffers], offset)
 
 
 @contextmanager
@@ -292,204 +287,3 @@ def _logged(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         log.warning("%s could not be cleared away: %s", path, error)
-
-
-def _regular(path: str, flags: int) -> int:
-    """Open a file that can be read at once: to open a FIFO waits for a writer, perhaps for ever."""
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(fd)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        raise OSError(errno.EINVAL, "is no regular file", path)
-    return fd
-
-
-def open_inside(checkpoint_id: str, name: str) -> BinaryIO:
-    """Open a file of a checkpoint for reading, as `LocalStorage.open` does, without an event loop.
-
-    Raises:
-        UnsafeError: its name leads out of the checkpoint.
-        OSError: it is not there, no regular file, or may not be read.
-    """
-    check_inside(checkpoint_id, name)
-    return open(os.path.join(checkpoint_id, name), "rb", opener=_regular)
-
-
-def check_inside(checkpoint_id: str, name: str) -> None:
-    """Raise `UnsafeError` if a file's name leads out of its checkpoint."""
-    path = os.path.join(checkpoint_id, name)
-    real = Path(os.path.realpath(path))
-    root = Path(os.path.realpath(checkpoint_id))
-    if real.is_relative_to(root):
-        return
-    for above in (root, *root.parents):
-        if above.parent.name == "snapshots" and real.is_relative_to(above.parent.parent / "blobs"):
-            return
-    raise UnsafeError(path, "", f"is a symbolic link that leads out of the checkpoint, to {real}")
-
-
-_check_inside = wrap(check_inside)
-
-
-def _direct(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
-
-
-def _is_blocks(offset: int, data: memoryview) -> bool:
-    """Whether O_DIRECT takes this: offset, length and address in whole blocks. Source: open(2)."""
-    if offset % BLOCK or data.nbytes % BLOCK or not data.nbytes or data.readonly:
-        return False
-    return ctypes.addressof(ctypes.c_char.from_buffer(data)) % BLOCK == 0
-
-
-@wrap
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    written = 0
-    while written < data.nbytes:  # a short write is legal
-        written += os.pwrite(fd, data[written : written + CALL_NBYTES], offset + written)
-
-
-@wrap
-def _read_all(fd: int, buffers: list[memoryview], offset: int) -> None:
-    pending = [buffer for buffer in reversed(buffers) if buffer.nbytes]
-    while pending:
-        batch, room = [], CALL_NBYTES
-        for buffer in pending[: -IOV_MAX - 1 : -1]:
-            batch.append(buffer[:room])
-            room -= batch[-1].nbytes
-            if not room:
-                break
-        count = os.preadv(fd, batch, offset)
-        if not count:
-            raise EOFError(f"the file ends at {offset}, {sum(b.nbytes for b in pending)} more bytes wanted")
-        offset += count
-        while count:
-            buffer = pending.pop()
-            if buffer.nbytes > count:
-                pending.append(buffer[count:])
-            count -= min(count, buffer.nbytes)
-
-
-_fsync = wrap(os.fsync)
-
-
-@wrap
-def _fsync_directory(path: str) -> None:
-    _fsync_directory_now(path)
-
-
-def _fsync_directory_now(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        device = os.fstat(fd).st_dev
-        if device not in _cannot_sync:
-            _cannot_sync.add(device)
-            log.warning("%s: this file system cannot fsync a directory: after a crash new names may be lost", path)
-    finally:
-        os.close(fd)
-
-
-@wrap
-def _make_durable_directory(path: str) -> bool:
-    """Make the directory and its parents, each name durable in the one above it; tell whether it was not there."""
-    missing = []
-    place = Path(path).absolute()
-    while not place.is_dir():
-        missing.append(place)
-        place = place.parent
-    for new in reversed(missing):
-        try:
-            new.mkdir(exist_ok=True)
-        except FileExistsError:
-            raise NotADirectoryError(errno.ENOTDIR, "is a file, not a directory", str(new)) from None
-        _fsync_directory_now(str(new.parent))
-    return bool(missing)
-
-
-@wrap
-def _directories(root: str) -> list[str]:
-    try:
-        with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-class _Locks:
-    """One descriptor for each lock file: to close any other one would let all of the process's locks on it go."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._open: dict[str, tuple[int, int]] = {}  # descriptor and number of users, by path
-
-    @wrap
-    def open(self, path: str, make: bool) -> int:
-        with self._mutex:
-            lock, users = self._open.get(path, (-1, 0))
-            if not users:
-                try:
-                    lock = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if make else 0), 0o666)
-                except PermissionError:  # another user's: to be there with others takes reading only
-                    lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._open[path] = lock, users + 1
-            return lock
-
-    @wrap
-    def close(self, path: str) -> None:
-        with self._mutex:
-            lock, users = self._open.pop(path)
-            if users > 1:
-                self._open[path] = lock, users - 1
-            else:
-                os.close(lock)
-
-
-_locks = _Locks()
-
-
-async def _wait_for_lock(lock: int, *, alone: bool) -> bool:
-    """Lock, at once or not at all if `alone`. On a file system without locks all may go on, but nobody alone."""
-    while True:
-        try:
-            await _lock(lock, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
-            return True
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                return not alone
-            if error.errno == errno.EBADF and alone:  # it is open for reading only
-                return False
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            if alone:
-                return False
-        await anyio.sleep(_LOCK_POLL_S)
-
-
-_lock = wrap(fcntl.lockf)
-
-
-@wrap
-def _remove_tree(path: str) -> None:
-    if os.path.islink(path):  # what it leads to may be somebody else's: only what a checkpoint is made of
-        for name in os.listdir(path):
-            if name.endswith(".distcp"):
-                os.unlink(os.path.join(path, name))
-        os.unlink(path)
-        return
-    with suppress(FileNotFoundError):
-        shutil.rmtree(path)
-
-
-_realpath = wrap(os.path.realpath)
-
-
-@wrap
-def _unlink(path: str) -> None:
-    with suppress(NotADirectoryError):  # then it is not there, either
-        Path(path).unlink(missing_ok=True)

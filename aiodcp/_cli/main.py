@@ -1,0 +1,288 @@
+"""The command line, `aiodcp` or `python -m aiodcp`. What needs no torch does not wait for it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
+from typing import Any
+
+from ..errors import ArgumentError, CheckpointError, CorruptError
+from .text_tables import printable
+
+DIFFERENT = 1  # exit status: `verify` has found damage, `diff` a difference
+
+FAILED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse `arguments` (by default the process's own) and run the command.
+
+    Exits with 0; with 1 if `verify` finds damage or `diff` a difference; with 2 if the command fails.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "show" and options.fqn is None and rest and not rest[0].startswith("-"):
+        options.fqn = rest.pop(0)  # argparse finds an optional name only before the flags
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may have lone surrogates
+    try:
+        status = options.run(options)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except ArgumentError as error:
+        status = _fail(options, error.problem)
+    except CorruptError as error:
+        status = _fail(options, f"{error}; run `aiodcp verify` to list all damage")
+    except (CheckpointError, OSError) as error:
+        status = _fail(options, str(error))
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except Exception as error:  # such as no memory for what a damaged file asks for
+        status = _fail(options, f"{type(error).__name__}: {error}")
+    if status:
+        sys.exit(status)
+
+
+def _fail(options: argparse.Namespace, text: str) -> int:
+    print(printable(f"aiodcp {options.command}: {text}", keep=""), file=sys.stderr)
+    return FAILED
+
+
+def _version() -> str:
+    try:
+        return version("aiodcp")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="aiodcp", description="Asyncio-native checkpoints for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"aiodcp {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(run=run)
+        return command
+
+    ls = add("ls", _ls, "list the steps below a root, complete or not")
+    ls.add_argument("root", help="the directory with step-<n> in it")
+
+    show = add("show", _show, "show what a checkpoint holds: names, shapes, dtypes, sizes, files")
+    show.add_argument("checkpoint", help="its directory")
+    show.add_argument("fqn", nargs="?", help="only this value, and what lies below it")
+    show.add_argument("--chunks", action="store_true", help="show of each tensor where its chunks are stored, too")
+
+    verify = add("verify", _verify, "read all of a checkpoint and check it: coverage, files, the CRC32 of every item")
+    verify.add_argument("checkpoint", help="its directory")
+
+    diff = add("diff", _diff, "compare two checkpoints: what changed, and by how much")
+    diff.add_argument("a", help="the directory of one")
+    diff.add_argument("b", help="the directory of the other")
+
+    gc = add("gc", _gc, "remove steps that are not to be kept, and what interrupted saves have left")
+    gc.add_argument("root", help="the directory with step-<n> in it")
+    gc.add_argument("--keep-last", type=_positive_int, metavar="N", help="keep the newest N steps; without it, all")
+    gc.add_argument("--keep-every", type=_positive_int, metavar="N", help="keep multiples of N besides")
+    gc.add_argument(
+        "--keep-best", type=_best, metavar="METRIC:min|max[:N]", help="keep the N best besides (default: 1)"
+    )
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+
+    export = add("export", _export, "write a checkpoint in another format")
+    export.add_argument("checkpoint", help="its directory")
+    export.add_argument("--to", choices=["safetensors", "torch"], required=True, help="the format")
+    export.add_argument("out", help="a file for torch, a directory for safetensors")
+    export.add_argument("--prefix", default="", help="safetensors: only what lies below this name, and without it")
+    export.add_argument(
+        "--shard-gb", type=_positive_float, default=5.0, help="safetensors: GB of one file at most (default: 5)"
+    )
+
+    bench = add(
+        "bench", _bench, "measure saving and loading on this machine, or under torchrun, against DCP; takes minutes"
+    )
+    bench.add_argument(
+        "directory",
+        nargs="?",
+        default=".",
+        help="on the file system to measure; made if it is not there (default: here)",
+    )
+    bench.add_argument("--gib", type=_positive_float, default=1.0, help="size of the state in 64 tensors (default: 1)")
+    bench.add_argument(
+        "--tensors",
+        type=_positive_int,
+        default=10_000,
+        help="of 4 KiB, on a device of 16 KiB, in the other state (default: 10000)",
+    )
+    bench.add_argument("--repeat", type=_positive_int, default=5, help="rounds that count (default: 5)")
+    bench.add_argument("--plan", type=_positive_int, metavar="RANKS", help="measure planning, for simulated ranks")
+    bench.add_argument(
+        "--device", default="cpu", help="where the state is; cuda measures what a save holds up on host and device"
+    )
+    return parser
+
+
+# Each command imports what it needs: torch takes seconds to import.
+
+
+def _ls(options: argparse.Namespace) -> int:
+    from .ls import format_steps, list_rows
+
+    rows = list_rows(options.root)
+    _print(options, rows, lambda: format_steps(rows))
+    return 0
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from ..manager.retention import Retention
+    from .gc import collect
+
+    if options.keep_last is None and (options.keep_every or options.keep_best):
+        raise ArgumentError("keep_last", "--keep-every and --keep-best keep steps besides those of --keep-last")
+    retention = Retention(keep_last=options.keep_last, keep_every=options.keep_every, keep_best=options.keep_best)
+    result = collect(options.root, retention, dry_run=options.dry_run)
+
+    def summary() -> str:
+        what = "would remove" if options.dry_run else "removed"
+        lines = [f"{what} step {step}" for step in result["removed"]]
+        lines += [f"{what} what an interrupted save has left of step {step}" for step in result["leftovers"]]
+        return "\n".join(lines) or "nothing to remove"
+
+    _print(options, result, summary)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from .show import format_show, show
+
+    result = show(options.checkpoint, options.fqn)
+    _print(options, result, lambda: format_show(result, chunks=options.chunks))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .._telemetry.progress_bar import bar
+    from .text_tables import plural
+    from .verify import verify
+
+    with bar("verifying") as shown:
+        problems = verify(options.checkpoint, shown.advance, shown.total)
+
+    def text() -> str:
+        lines = [": ".join(filter(None, (each.fqn, each.file, each.problem))) for each in problems]
+        return "\n".join([*lines, plural(len(problems), "problem")]) if problems else "whole: all is as it was saved"
+
+    _print(options, {"whole": not problems, "problems": [dataclasses.asdict(each) for each in problems]}, text)
+    return DIFFERENT if problems else 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from .._telemetry.progress_bar import bar
+    from .diff import diff, format_diff
+
+    with bar("comparing") as shown:
+        differences = diff(options.a, options.b, shown.advance, shown.total)
+    found = {"same": not differences, "differences": [dataclasses.asdict(each) for each in differences]}
+    _print(options, found, lambda: format_diff(differences))
+    return DIFFERENT if differences else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .._telemetry.progress_bar import bar
+    from .export import export_safetensors, export_torch
+
+    if options.to == "torch" and options.prefix:
+        raise ArgumentError("prefix", "--prefix is for --to safetensors")
+    with bar("exporting") as shown:
+        if options.to == "torch":
+            result = export_torch(options.checkpoint, options.out)
+        else:
+            result = export_safetensors(
+                options.checkpoint,
+                options.out,
+                prefix=options.prefix,
+                shard_nbytes=int(options.shard_gb * 1e9),
+                advance=shown.advance,
+                total=shown.total,
+            )
+
+    def text() -> str:
+        left_out = result["left_out"]
+        more = f"\nleft out, as they are no tensors: {', '.join(left_out)}" if left_out else ""
+        return "\n".join(result["files"]) + f"\n{result['tensors']} tensors" + more
+
+    _print(options, result, text)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.plan:
+        from .bench import planning
+
+        planning.run(options.plan, as_json=options.json)
+    elif options.device != "cpu":
+        from .bench import device
+
+        shapes = device.make_shapes(options.gib, options.tensors)
+        device.run(options.device, options.directory, shapes, repeat=options.repeat, as_json=options.json)
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from .bench import ranks
+
+        ranks.run(options.directory, gib=options.gib, repeat=options.repeat, as_json=options.json)
+    else:
+        from .bench import single
+
+        single.run(
+            options.directory, gib=options.gib, tensors=options.tensors, repeat=options.repeat, as_json=options.json
+        )
+    return 0
+
+
+def _print(options: argparse.Namespace, data: Any, text: Any) -> None:
+    print(json.dumps(_in_json(data), indent=2) if options.json else printable(text()))
+
+
+def _in_json(value: Any) -> Any:
+    """Return the value with null for the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _in_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_in_json(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _best(text: str) -> tuple[str, str] | tuple[str, str, int]:
+    metric, _, rest = text.partition(":")
+    mode, _, count = rest.partition(":")
+    if not metric or mode not in ("min", "max") or (count and not count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} is not like loss:min or accuracy:max:3")
+    return (metric, mode, int(count)) if count else (metric, mode)

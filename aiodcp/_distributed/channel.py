@@ -1,0 +1,308 @@
+"""The private line between ranks: a gloo group of the library's own, whose collectives can be awaited.
+
+Only the engine's loop uses it, one collective at a time. It is made from a prefix of the process group's store and is
+not registered with torch.distributed, so the training's groups, and other lines, never meet it.
+
+A line that breaks (a rank died, left, or did not answer in time) is *cut* for all: every rank that notices checks in
+at the store, whoever has not checked in a little later is missing, and the first rank to say so says it for all. The
+next operation connects anew, under the next generation's names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import anyio
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
+
+from .._engine.threads import NAME
+from .._log import SafeLogger
+from ..errors import ClosedError
+
+log = SafeLogger(__name__)
+
+T = TypeVar("T")
+
+ALARM_PERIOD_S = 1.0  # how often a rank that waits looks whether another one has found the line broken
+
+ROLL_CALL_S = 3.0  # for which the others may be silent before they count as missing: looked for, and noticed, in 1 s
+
+ROLL_CALL_LIMIT_S = 20.0  # in all
+
+STORE_S = 10.0  # after which the store counts as out of reach
+
+_POLL_S = 0.02
+
+DESCRIPTORS_A_PEER = 2  # of gloo's connections
+
+DESCRIPTORS_BESIDES = 64  # for the store, data files, and what else is opened meanwhile
+
+
+def _have_descriptors(count: int) -> None:
+    """Raise this process's soft limit of open files if `count` more would not fit: 1,024 is usual, 4,096 ranks many.
+
+    Raises:
+        ClosedError: the hard limit does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + count
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ClosedError(
+            f"Too many open files: {needed} are needed to connect with all ranks, and RLIMIT_NOFILE allows {hard} "
+            "(ulimit -Hn)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    log.debug("raised RLIMIT_NOFILE from %d to %d", soft, needed)
+
+
+class ChannelBrokenError(Exception):
+    """The line broke.
+
+    Attributes:
+        missing: positions in the group of the ranks that did not check in afterwards.
+    """
+
+    def __init__(self, missing: tuple[int, ...]) -> None:
+        super().__init__(missing)
+        self.missing = missing
+
+
+class Channel:
+    """One rank's end.
+
+    Attributes:
+        rank: position in the group.
+        size: how many ranks it has.
+        root: position of the coordinator.
+        members: their ranks in the world, by position.
+        timeout_s: seconds after which a rank that does not answer breaks the line.
+        nbytes: bytes that went through this end since it was made.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, root: int, timeout_s: float) -> None:
+        self.rank = group.rank()
+        self.size = group.size()
+        self.root = root
+        self.members = dist.get_process_group_ranks(group)
+        self.timeout_s = timeout_s
+        self.nbytes = 0
+        self._world: dist.ProcessGroup = group
+        self._store: Any = None  # a PrefixStore, of which torch types the constructor only
+        self._opened = 0
+        self._generation = 0
+        self._group: Any = None  # a ProcessGroupGloo, likewise
+
+    @property
+    def store(self) -> Any:
+        """The store that the ranks share, once they are connected; under names that no other line has."""
+        return self._store
+
+    async def connect(self) -> Any:
+        """Connect with all others, if that is not done yet, and return the group.
+
+        Raises:
+            LineCutError: not all of them came in time.
+
+        Cancellation: leaves a thread behind, for `timeout_s` at most.
+        """
+        if self._group is None:
+            try:
+                self._group = await _in_thread(self._make_group, self.timeout_s + STORE_S)
+            except ClosedError:
+                raise
+            except RuntimeError as error:
+                if self._store is None:
+                    raise ChannelBrokenError(self._host()) from error
+                raise await self._cut() from error
+        return self._group
+
+    def _make_group(self) -> ProcessGroupGloo:
+        _have_descriptors(DESCRIPTORS_A_PEER * self.size + DESCRIPTORS_BESIDES)
+        if self._store is None:
+            # A connection of our own: a wait on the training's would hold everybody else's use of it.
+            store = self._world.get_group_store().clone()  # type: ignore[attr-defined]
+            name = f"aiodcp/{self._world.group_name}"
+            # Ranks open their lines in the same order, so each may count for itself; but for those that came to
+            # nothing, which not all ranks need have tried to open.
+            number = store.add(f"{name}/{self.rank}", 1)
+            while store.check([f"{name}/{number}/failed"]):
+                number = store.add(f"{name}/{self.rank}", 1)
+            self._store = PrefixStore(f"{name}/{number}", store)
+        prefix = PrefixStore(f"{self._generation}/gloo", self._store)
+        return ProcessGroupGloo(prefix, self.rank, self.size, timedelta(seconds=self.timeout_s))
+
+    async def give_up_opening(self) -> None:
+        """Say that this line was never opened, so that nobody waits under its number."""
+        with suppress(RuntimeError):
+            await _in_thread(lambda: self._store.set("failed", ""), STORE_S)
+
+    def close(self) -> None:
+        """Let go of the group: whoever waits for this rank is told that it is gone."""
+        self._group = None
+
+    async def gather(self, row: torch.Tensor) -> torch.Tensor | None:
+        """Collect each rank's `row` (of one shape and dtype): [size, *shape] at the root, None elsewhere.
+
+        Raises:
+            LineCutError: a rank is gone or did not answer in time.
+        """
+        group = await self.connect()
+        table = torch.zeros(self.size, *row.shape, dtype=row.dtype) if self.rank == self.root else None
+        options = dist.GatherOptions()
+        options.rootRank = self.root
+        rows = [list(table.unbind())] if table is not None else []
+        self.nbytes += row.nbytes
+        await self._finish(group.gather, (rows, [row], options))
+        return table
+
+    async def broadcast(self, tensor: torch.Tensor) -> None:
+        """Fill `tensor` with the root's.
+
+        Raises:
+            LineCutError: a rank is gone or did not answer in time.
+        """
+        group = await self.connect()
+        options = dist.BroadcastOptions()
+        options.rootRank = self.root
+        self.nbytes += tensor.nbytes
+        await self._finish(group.broadcast, ([tensor], options))
+
+    async def scatter(self, table: torch.Tensor | None, row: torch.Tensor) -> None:
+        """Fill `row` with this rank's row of the root's `table` [size, *shape].
+
+        Raises:
+            LineCutError: a rank is gone or did not answer in time.
+        """
+        group = await self.connect()
+        options = dist.ScatterOptions()
+        options.rootRank = self.root
+        rows = [list(table.unbind())] if table is not None else []
+        self.nbytes += row.nbytes
+        await self._finish(group.scatter, ([row], rows, options))
+
+    async def _finish(self, collective: Any, arguments: tuple[Any, ...]) -> None:
+        loop = asyncio.get_running_loop()
+        finished = anyio.Event()
+
+        def wake(_: object) -> None:  # in a thread of gloo's
+            with suppress(RuntimeError):  # the engine has stopped meanwhile
+                loop.call_soon_threadsafe(finished.set)
+
+        try:
+            work = collective(*arguments)
+            try:
+                future = work.get_future()
+                future.add_done_callback(wake)
+                with anyio.move_on_after(ALARM_PERIOD_S):
+                    await finished.wait()
+                if not finished.is_set() and await self._is_alarmed_before(finished):
+                    raise await self._cut()
+                future.value()
+            finally:
+                if not finished.is_set():
+                    _keep_until_done(work, collective, arguments)
+        except RuntimeError as error:
+            raise await self._cut() from error
+
+    async def _is_alarmed_before(self, finished: anyio.Event) -> bool:
+        """Wait until a collective is done, or another rank has found the line broken; say whether it is the latter."""
+        alarmed = False
+
+        async def watch() -> None:
+            nonlocal alarmed
+            while not alarmed:
+                with suppress(RuntimeError):  # the store may be out of reach: gloo's own limit holds in any case
+                    alarmed = await _in_thread(lambda: self._store.check([f"{self._generation}/alarm"]), STORE_S)
+                await anyio.sleep(ALARM_PERIOD_S)
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch)
+            await finished.wait()
+            group.cancel_scope.cancel()
+        return alarmed and not finished.is_set()
+
+    async def _cut(self) -> ChannelBrokenError:
+        self._group = None  # closes the connections: whoever waits for this rank notices
+        try:
+            missing = await _in_thread(self._call_roll, ROLL_CALL_LIMIT_S)
+        except RuntimeError:
+            missing = self._host()
+        self._generation += 1
+        return ChannelBrokenError(missing)
+
+    def _host(self) -> tuple[int, ...]:
+        """Who is missing when the store is: the process that holds it, which is the first rank's."""
+        return (0,) if self.members[0] == 0 and self.rank != 0 else ()
+
+    def _call_roll(self) -> tuple[int, ...]:
+        """Check in, wait for the others to do so, and agree on who did not."""
+        roll = PrefixStore(str(self._generation), self._store)
+        roll.set("alarm", "")
+        roll.set(f"here/{self.rank}", "")
+        present = roll.add("present", 1)
+        until = time.monotonic() + ROLL_CALL_S
+        while present < self.size and time.monotonic() < until and not roll.check(["missing"]):
+            time.sleep(_POLL_S)
+            before, present = present, roll.add("present", 0)
+            if present > before:
+                until = time.monotonic() + ROLL_CALL_S
+        missing = [rank for rank in range(self.size) if present < self.size and not roll.check([f"here/{rank}"])]
+        agreed: Sequence[int] = json.loads(roll.compare_set("missing", "", json.dumps(missing)))
+        return tuple(agreed)
+
+
+def _keep_until_done(work: Any, *used: object) -> None:
+    """Hold on to a collective that was given up: its memory is gloo's until it ends, at its own time limit.
+
+    Its group too: a group's destructor waits for its last collective, in whatever thread frees it. Seen: the cycle
+    collector, on the engine's loop, waiting for `timeout`.
+    """
+
+    def keep(work: Any, used: tuple[object, ...]) -> None:
+        with suppress(RuntimeError):  # how it ended is of no interest any more
+            work.wait()
+
+    threading.Thread(target=keep, args=(work, used), name=f"{NAME}-ranks", daemon=True).start()
+
+
+async def _in_thread(function: Callable[[], T], limit_s: float) -> T:
+    """Call what may never return, because the other side does not answer, in a thread that nobody waits for.
+
+    Raises:
+        RuntimeError: there was no answer for `limit_s` seconds.
+
+    Cancellation: leaves the thread behind.
+    """
+    loop = asyncio.get_running_loop()
+    finished = anyio.Event()
+    answer: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            answer.set_result(function())
+        except Exception as error:
+            answer.set_exception(error)
+        with suppress(RuntimeError):  # the engine has stopped meanwhile
+            loop.call_soon_threadsafe(finished.set)
+
+    threading.Thread(target=call, name=f"{NAME}-ranks", daemon=True).start()
+    with anyio.move_on_after(limit_s):
+        await finished.wait()
+    if not finished.is_set():
+        raise RuntimeError(f"no answer for {limit_s} s")
+    return answer.result()

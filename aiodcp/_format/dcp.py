@@ -1,0 +1,31 @@
+"""What is taken from `torch.distributed.checkpoint`'s metadata, its one private record included."""
+
+from __future__ import annotations
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+__all__ = [
+    "STORAGE_TYPES",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "KeyPath",
+    "Metadata",
+    "MetadataIndex",
+    "StorageInfo",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+]
+
+KeyPath = tuple[str | int, ...]
+"""The keys and list indices that lead to a value, as in `Metadata.planner_data`."""

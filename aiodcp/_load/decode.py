@@ -1,0 +1,207 @@
+"""From stored bytes to tensors and values, each compared with its checksum on the way."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._engine.host_memory import Arena
+from .._format.alignment import ALIGNMENT
+from .._format.archive_reader import find_tensor
+from .._format.archive_writer import frame_value
+from .._format.checksum import Checksum
+from .._format.item_tables import is_the_item
+from .._format.plain_data import NotPlainError, load_archive, load_plain, quietly
+from ..errors import CorruptError, FormatError, LoadError, UnsafeError
+from .plan import TensorRead
+
+SAID = 300  # characters of an error's text
+
+SAFETENSORS_HEADER_NBYTES = 100_000_000  # at most, as safetensors has it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemDecoder:
+    """How items are checked and decoded.
+
+    Attributes:
+        locate: tells by what name an error calls a file.
+        crc32: computes checksums; None when they are not to be compared.
+        weights_only: whether values may only be plain data.
+        unchecked: called when an item has no checksums.
+    """
+
+    locate: Callable[[str], str]
+    crc32: Checksum | None
+    weights_only: bool
+    unchecked: Callable[[], None] = lambda: None
+
+    def framed(self, read: TensorRead, place: int, head: memoryview, payload: memoryview) -> None:
+        """Compare a payload with the CRC32 at `place` of `head`."""
+        if self.crc32 is None:
+            return
+        self.compare(read, self.crc32(payload, 0), int.from_bytes(head[place : place + 4], "little"))
+
+    def compare(self, read: TensorRead, crc: int, stored: int) -> None:
+        """Compare a payload's CRC32 with the one that is stored with it, and with the one in its file's table."""
+        if crc != stored:
+            raise self._damaged(read.fqn, read.file)
+        if read.crc not in (None, crc):
+            raise self._another(read.fqn, read.file)
+
+    def whole(self, read: TensorRead, item: memoryview) -> None:
+        """Compare an item with its CRC32 in its file's table."""
+        if self.crc32 is not None and read.crc not in (None, self.crc32(item, 0)):
+            raise self._another(read.fqn, read.file)
+
+    def archive(self, fqn: str, file: str, data: bytes, crc: int | None = None) -> Any:
+        """Load an archive of `torch.save`, whose CRC32 in its file's table is `crc`."""
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                check_records(archive.infolist(), len(data))
+                checked = self.crc32 is not None and self._has_checksums(archive)
+                if checked and archive.testzip() is not None:
+                    raise self._damaged(fqn, file)
+                if (
+                    self.crc32 is not None
+                    and crc is not None
+                    and not is_the_item(crc, lambda: zlib.crc32(data), archive.infolist())
+                ):
+                    raise self._another(fqn, file)
+        except CorruptError:
+            raise
+        except Exception as error:  # a damaged archive can raise almost anything
+            if problem := other_format(data):
+                raise FormatError(self.locate(file), problem) from error
+            raise CorruptError(self.locate(file), fqn, f"not an archive of torch.save: {_said(error)}") from error
+        try:
+            if self.weights_only:
+                return load_archive(data)
+            return quietly(lambda: torch.load(io.BytesIO(data), map_location="cpu", weights_only=False))
+        except NotPlainError as error:
+            raise self._unsafe(fqn, file, error.names) from error
+        except (AttributeError, ImportError) as error:
+            raise self._undefined(fqn, file, error) from error
+        except Exception as error:
+            if checked:  # the bytes are those that were saved
+                raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
+            raise CorruptError(self.locate(file), fqn, f"cannot be loaded: {_said(error)}") from error
+
+    def value(self, fqn: str, file: str, data: bytes, crc: int | None = None) -> Any:
+        """Load a value that is no tensor; without torch's slow unpickler when nothing but builtins is in it."""
+        start, nbytes = 46, int.from_bytes(data[18:22], "little")
+        pickled = data[start : start + nbytes]
+        if frame_value(pickled) == data:  # our own framing, byte for byte, checksums included
+            if self.crc32 is not None and crc not in (None, zlib.crc32(data)):
+                raise self._another(fqn, file)
+            try:
+                return _BuiltinsUnpickler(io.BytesIO(pickled)).load()
+            except _NotBuiltinError:
+                pass
+            except Exception as error:
+                raise CorruptError(self.locate(file), fqn, f"cannot be unpickled: {error!r}") from error
+            if self.weights_only:
+                try:
+                    return load_plain(pickled)
+                except NotPlainError as error:
+                    raise self._unsafe(fqn, file, error.names) from error
+                except Exception as error:
+                    raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
+        return self.archive(fqn, file, data, crc)
+
+    def _has_checksums(self, archive: zipfile.ZipFile) -> bool:
+        """Whether an archive was saved with checksums: `torch.serialization.set_crc32_options` can leave them out."""
+        if any(record.CRC for record in archive.infolist()):
+            return True
+        self.unchecked()
+        return False
+
+    def _unsafe(self, fqn: str, file: str, names: Sequence[str]) -> UnsafeError:
+        problem = (
+            f"needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not plain data; "
+            "torch.serialization.add_safe_globals allows them one by one, weights_only=False allows any code"
+        )
+        return UnsafeError(self.locate(file), fqn, problem, names)
+
+    def _undefined(self, fqn: str, file: str, error: Exception) -> UnsafeError:
+        return UnsafeError(self.locate(file), fqn, f"needs a class that this program does not have: {error}")
+
+    def _another(self, fqn: str, file: str) -> CorruptError:
+        problem = "is whole, and is not what was saved there; check_crc=False loads it nevertheless"
+        return CorruptError(self.locate(file), fqn, problem)
+
+    def _damaged(self, fqn: str, file: str) -> CorruptError:
+        problem = "its CRC32 is not the one it was saved with; check_crc=False loads it nevertheless"
+        return CorruptError(self.locate(file), fqn, problem)
+
+
+def check_records(records: Sequence[zipfile.ZipInfo], nbytes: int) -> None:
+    """Refuse an archive that `torch.save` does not write: one that is larger unpacked than packed.
+
+    Raises:
+        ValueError: its records are compressed, overlap, or lie outside.
+    """
+    end = 0
+    for record in sorted(records, key=lambda record: record.header_offset):
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise ValueError("it has compressed records")
+        if record.header_offset < end:
+            raise ValueError("it has records that overlap")
+        end = record.header_offset + record.file_size
+    if end > nbytes:
+        raise ValueError("it has a record that ends outside")
+
+
+def _said(error: BaseException) -> str:
+    """Return what an error says, in bounds: a file may put anything into it."""
+    return f"{type(error).__name__}: {error}"[:SAID]
+
+
+def other_format(data: bytes) -> str:
+    """Say in what other format an item is written, if it is one that is known; else nothing."""
+    # A length, then JSON of that length. Items that torch 2.13 writes so begin there, and are said to be shorter.
+    if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") < SAFETENSORS_HEADER_NBYTES:
+        return (
+            "is written in torch.distributed.checkpoint's safetensors format (SerializationFormat.SAFETENSORS), which "
+            "is not read yet: load it with dcp.load(storage_reader=HuggingFaceStorageReader(...)) or with safetensors"
+        )
+    return ""
+
+
+class _NotBuiltinError(Exception):
+    """The pickle names a class."""
+
+
+class _BuiltinsUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise _NotBuiltinError
+
+
+def unpack(read: TensorRead, arena: Arena, start: int, check: ItemDecoder) -> torch.Tensor:
+    """Return the tensor of an archive of `torch.save` that begins at `start`; a view of the arena if it can be one."""
+    archive = arena.memory[start : start + read.nbytes]
+    stored = find_tensor(archive, check.crc32)
+    if stored is not None:
+        check.whole(read, archive)
+    if stored is not None and not stored.has_checksums:
+        check.unchecked()
+    if stored is None:
+        tensor = check.archive(read.fqn, read.file, bytes(archive), read.crc)
+    else:
+        storage = arena.tensor[start + stored.start : start + stored.stop]
+        if (start + stored.start) % ALIGNMENT:
+            storage = storage.clone()
+        tensor = storage.view(stored.dtype).as_strided(
+            stored.sizes, stored.strides, storage.storage_offset() // stored.dtype.itemsize + stored.offset
+        )
+    if isinstance(tensor, torch.Tensor) and tensor.shape == read.sizes and tensor.dtype == read.dtype:
+        return tensor
+    problem = f"a {type(tensor).__name__}, where {read.dtype} of {tuple(read.sizes)} was announced"
+    raise CorruptError(check.locate(read.file), read.fqn, problem)

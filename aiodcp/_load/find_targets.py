@@ -1,0 +1,136 @@
+"""Finding what a load is to fill: the leaves of the caller's state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.planner import LoadPlanner
+from torch.distributed.checkpoint.stateful import Stateful
+
+from .._engine.device_copies import CopyStreams, DeviceCopies
+from .._format.dcp import Metadata, TensorStorageMetadata
+from .._state.flatten import Leaves, flatten
+from .._state.freeze import refuse_nested
+from .._state.optimizers import find_optimizer, is_optimizer_state, keys_of, parameters_of
+from .._state.per_rank import PerRank
+from .._state.sharding import held_parts
+from .._state.stateful import call_stateful, is_stateful
+from .._state.structure import find
+from ..errors import ArgumentError, CaptureError, LoadError
+from .optimizer_plan import allocate
+from .targets import LoadTargets, NewTensorDevice, ObjectKind, OptimizerScope
+
+_PLAIN_LEAVES = (torch.Tensor, int, float, str, bytes, type(None))
+
+
+def find_targets(
+    state_dict: MutableMapping[str, Any], rank: int, planner: LoadPlanner | None, streams: CopyStreams
+) -> LoadTargets:
+    """Return what is to be filled of `state_dict`. In the caller's thread.
+
+    Raises:
+        ArgumentError: it takes no values, or has an object inside that is only looked for at the top level.
+        LoadError: a `state_dict()` raised.
+    """
+    if planner is not None and not isinstance(planner, LoadPlanner):
+        raise ArgumentError("planner", f"a {type(planner).__name__} is no LoadPlanner")
+    if not isinstance(state_dict, MutableMapping):
+        raise ArgumentError("state_dict", f"a {type(state_dict).__name__} takes no values: pass a dict")
+    try:
+        states = call_stateful(state_dict)
+        leaves = flatten(states, rank)
+    except CaptureError as error:
+        raise LoadError(str(error)) from error.__cause__
+    for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
+        if not isinstance(value, _PLAIN_LEAVES) and (found := _object_in(value)) is not None:
+            raise ArgumentError("state_dict", str(refuse_nested(fqn, value, found)))
+    owners = {str(key): value.value if type(value) is PerRank else value for key, value in state_dict.items()}
+    kinds = {name: _kind_of(owner) for name, owner in owners.items()}
+    optimizers = [
+        OptimizerScope(path=path, state=state, optimizer=_optimizer_of(owners[str(path[0])], str(path[-1]), state))
+        for path in leaves.optimizers
+        if is_optimizer_state(state := find(states, path)[0])
+    ]
+    parameters: list[torch.Tensor] = [
+        each for owner in owners.values() if isinstance(owner, torch.optim.Optimizer) for each in _params(owner)
+    ]
+    home = NewTensorDevice()
+    return LoadTargets(
+        states=states,
+        kinds=kinds,
+        optimizers=optimizers,
+        per_rank=leaves.per_rank,
+        fqns=leaves.fqns,
+        paths=leaves.paths,
+        values=leaves.values,
+        device_copies=_begin_copies(leaves, parameters, streams, home),
+        home=home,
+        planner=planner,
+    )
+
+
+def _begin_copies(
+    leaves: Leaves, parameters: Sequence[torch.Tensor], streams: CopyStreams, home: NewTensorDevice
+) -> DeviceCopies:
+    """Begin the copies to all that is filled, as this rank holds it."""
+    tensors = [value for value in (*leaves.values, *parameters) if isinstance(value, torch.Tensor)]
+    if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these do not tell where they are
+        tensors = [value for value in tensors if not isinstance(value, ShardedTensor)]
+        tensors += [part for value in sharded for part in held_parts(value)]
+    devices = {home.place_of(tensor) for tensor in tensors if not tensor.is_cpu}
+
+    def name_on(device: torch.device) -> str:
+        for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
+            parts = held_parts(value) if isinstance(value, ShardedTensor) else [value]
+            if any(isinstance(part, torch.Tensor) and home.place_of(part) == device for part in parts):
+                return fqn
+        return "a parameter of an optimizer"
+
+    try:
+        return streams.begin(devices, name_on)
+    except CaptureError as error:
+        raise LoadError(str(error)) from error
+
+
+def _object_in(value: object) -> object | None:
+    """Return an object that has a `state_dict()` and nobody would ask for it."""
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_object_in, value)), None)
+    return value if not isinstance(value, type) and isinstance(value, Stateful) else None
+
+
+def _kind_of(owner: object) -> ObjectKind:
+    if not is_stateful(owner):
+        return "plain"
+    if isinstance(owner, torch.nn.Module):
+        return "module"
+    return "optimizer" if isinstance(owner, torch.optim.Optimizer) else "stateful"
+
+
+def _optimizer_of(owner: Any, name: str, state: Mapping[str, Any]) -> torch.optim.Optimizer | None:
+    if isinstance(owner, torch.optim.Optimizer):
+        return owner
+    return find_optimizer(owner, name, state) if is_stateful(owner) else None
+
+
+def _params(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
+    return (each for group in optimizer.param_groups for each in group["params"])
+
+
+def allocate_optimizers(targets: LoadTargets, metadata: Metadata) -> None:
+    """Put into optimizers' states that are still empty a place for all that is stored of them: for a planner."""
+    for scope in targets.optimizers:
+        if scope.state["state"] or len(scope.path) != 1:
+            continue
+        states: dict[Any, Any] = scope.state["state"]
+        keys = {str(key): key for group in scope.state["param_groups"] for key in keys_of(group) or ()}
+        live = parameters_of(scope.state["param_groups"], scope.optimizer)
+        for fqn, path in (metadata.planner_data or {}).items():
+            entry = metadata.state_dict_metadata.get(fqn)
+            if entry is not None and len(path) == 4 and path[:2] == (*scope.path, "state") and path[2] in keys:
+                key = keys[path[2]]
+                room = allocate(entry, live.get(key)) if isinstance(entry, TensorStorageMetadata) else None
+                states.setdefault(key, {})[path[3]] = room

@@ -1,0 +1,39 @@
+"""Suggestions for names that do not agree. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from .._state.stateful import COMPILED
+from .stored_names import DATA_PARALLEL
+
+SUGGESTED_FOR = 10  # wanted names for which another one is suggested
+
+SEARCHED = 2000  # stored names among which that is looked for
+
+
+def suggest(missing: Sequence[str], unexpected: Sequence[str]) -> dict[str, str]:
+    """Return for wanted names that are not stored the stored ones that were most likely meant."""
+    suggestions = {}
+    for name in missing[:SUGGESTED_FOR]:
+        last = name.rpartition(".")[2]
+        likely = [each for each in unexpected if each.rpartition(".")[2] == last][:SEARCHED] or unexpected[:SEARCHED]
+        if close := get_close_matches(name, likely, 1, 0.7):
+            suggestions[name] = close[0]
+    return suggestions
+
+
+def explain(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Say in one sentence by what the names differ, if it is one prefix; else nothing."""
+    if not missing or not unexpected:
+        return ""
+    for prefix in (COMPILED, DATA_PARALLEL):
+        for one, other in ((missing, unexpected), (unexpected, missing)):
+            if any(prefix in each for each in one) and {each.replace(prefix, "") for each in one} & set(other):
+                side = "the state dict" if one is missing else "the checkpoint"
+                return f'the names differ by the prefix "{prefix}", which {side} has: rename= maps one to the other'
+    tails = [{each.partition(".")[2] for each in names} for names in (missing, unexpected)]
+    if tails[0] == tails[1] and "" not in tails[0]:
+        return "the names differ by their first part only: rename= maps one to the other"
+    return ""

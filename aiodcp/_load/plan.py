@@ -1,0 +1,85 @@
+"""What a load reads, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed.checkpoint.planner as dcp
+
+from .._format.archive_writer import Frame
+
+
+@dataclass(slots=True)
+class ValueRead:
+    """A stored value that is no tensor.
+
+    Attributes:
+        fqn: the value.
+        place: which leaf of the caller's it is.
+        file: where it lies.
+        offset: bytes, where in the file.
+        nbytes: its length.
+        crc: what its file's table says of it; None if there is none.
+    """
+
+    fqn: str
+    place: int
+    file: str
+    offset: int
+    nbytes: int
+    crc: int | None = None
+
+
+@dataclass(slots=True)
+class TensorRead:
+    """A stored chunk of a tensor, and the place that wants it or a part of it.
+
+    Attributes:
+        fqn: the tensor.
+        file: where the chunk lies.
+        offset: bytes, where in the file begins what is read: the item, or a part of its payload.
+        nbytes: length of that.
+        dtype: as stored.
+        sizes: the chunk's shape as stored.
+        frame: this library's framing around it; None if the item is an archive of `torch.save`.
+        part: (offsets, lengths) of what is wanted of the chunk; None for all of it.
+        into: where that goes: the caller's tensor, or a view of a part of it.
+        bare: whether only the rows of the payload that hold the part are read, too few to compare a checksum.
+        crc: what its file's table says of it; None if there is none.
+    """
+
+    fqn: str
+    file: str
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    sizes: torch.Size
+    frame: Frame | None
+    part: tuple[torch.Size, torch.Size] | None
+    into: torch.Tensor
+    bare: bool
+    crc: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadPlan:
+    """What a load reads.
+
+    Attributes:
+        tensors: parts of tensors.
+        values: other values, and tensors that are not filled part by part.
+        numbers: places of numbers that are stored as tensors.
+        fills: places of tensors that are stored as numbers.
+        opaque: places of tensors that are filled as a whole, by themselves, or replaced.
+        items: of the caller's own planner, to which the values' places refer.
+        resolved: of those the tensors', with what they are read into.
+    """
+
+    tensors: list[TensorRead]
+    values: list[ValueRead]
+    numbers: list[int] = field(default_factory=list)
+    fills: list[int] = field(default_factory=list)
+    opaque: list[int] = field(default_factory=list)
+    items: list[dcp.ReadItem] = field(default_factory=list)
+    resolved: list[tuple[dcp.ReadItem, torch.Tensor]] = field(default_factory=list)

@@ -1,0 +1,215 @@
+"""Which stored pieces a load reads, and where they go. Pure: no files, no clock.
+
+It follows `create_read_items_for_chunk_list` of DCP, which cuts stored chunks to the places that want them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from math import prod
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
+
+from .._format.chunks import cut, is_whole
+from .._format.dcp import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from .._state.per_rank import PerRank
+from .._state.plain_tensors import PLAIN_TENSORS, QUANTIZED
+from .._state.sharding import is_sharded, placed_parts
+from .._state.structure import Finder
+from ..errors import ArgumentError, CorruptError
+from .chunk_index import ChunkIndex
+from .fitting import differs, misfit
+from .plan import ReadPlan, TensorRead, ValueRead
+from .targets import LoadTargets
+
+
+def plan_load(
+    metadata: Metadata, targets: LoadTargets, *, checkpoint_id: str, cast: bool
+) -> tuple[ReadPlan, list[str]]:
+    """Find every piece that the targets want, and check all that can be checked without reading one.
+
+    Targets that have no memory, or may be replaced and do not fit, are replaced by new tensors.
+
+    Returns:
+        The plan, and one sentence for every value that does not fit.
+
+    Raises:
+        CorruptError: the metadata does not say where a piece is, or its chunks do not make up the tensor.
+        ArgumentError: a container takes no new value.
+    """
+    return _Planner(metadata, targets, checkpoint_id, cast).plan()
+
+
+class _Planner:
+    def __init__(self, metadata: Metadata, targets: LoadTargets, checkpoint_id: str, cast: bool) -> None:
+        self._entries = metadata.state_dict_metadata
+        self._pieces = ChunkIndex(metadata, checkpoint_id)
+        self._targets = targets
+        self._cast = cast
+        self._plan = ReadPlan(tensors=[], values=[])
+        self._problems: list[str] = []
+        self._assigned: list[int] = []
+
+    def plan(self) -> tuple[ReadPlan, list[str]]:
+        targets, entries = self._targets, self._entries
+        converted = targets.report.converted
+        for place, (fqn, value, source) in enumerate(zip(targets.fqns, targets.values, targets.sources, strict=True)):
+            if source is None:
+                continue
+            entry = entries[source]
+            # The usual case, spelt out as it is that of 10,000 tensors: contiguous, with memory, stored in one piece.
+            if (
+                type(value) in PLAIN_TENSORS
+                and isinstance(entry, TensorStorageMetadata)
+                and value.dtype is entry.properties.dtype
+                and value.shape == entry.size
+                and value.layout is torch.strided is entry.properties.layout
+                and value.is_contiguous()
+                and value.data_ptr()
+                and not value.is_inference()
+                and value.dtype not in QUANTIZED
+                and len(entry.chunks) == 1
+                and entry.chunks[0].sizes == entry.size
+                and not any(entry.chunks[0].offsets)
+            ):
+                self._plan.tensors.append(self._pieces.read(fqn, source, entry, entry.chunks[0], None, value))
+                continue
+            if isinstance(entry, BytesStorageMetadata):
+                self._plan_value(place, fqn, value, source)
+                continue
+            if isinstance(value, torch.Tensor):
+                problem = misfit(value, entry, cast=self._cast)
+                as_stored = place in targets.as_stored
+                if as_stored and value.dtype is not entry.properties.dtype:
+                    problem = "is of another dtype"
+                if problem and as_stored and self._is_opaque(source, entry):
+                    self._read_whole(place, fqn, source, entry)
+                    continue
+                if problem:
+                    value = self._replace(place, fqn, value, entry, problem)
+            elif (value is None or place in targets.as_stored) and self._is_opaque(source, entry):
+                self._read_whole(place, fqn, source, entry)
+                continue
+            elif value is None or place in targets.as_stored:
+                value = self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype))
+            else:
+                self._plan_number(place, fqn, value, source, entry)
+                continue
+            if value is None:
+                continue
+            if value.dtype is not entry.properties.dtype:
+                converted.append(fqn)
+            if not (
+                type(value) in PLAIN_TENSORS and value.layout is torch.strided and value.dtype not in QUANTIZED
+            ) and (not is_sharded(value)):
+                self._plan_opaque(place, fqn, source, entry)
+            else:
+                self._plan.tensors.extend(_read_tensor(self._pieces, fqn, source, value, entry))
+        targets.holders = self._find_holders()
+        return self._plan, self._problems
+
+    def _is_opaque(self, source: str, entry: TensorStorageMetadata) -> bool:
+        """Whether a tensor is stored whole, as `torch.save` wrote it, and not as a dense buffer of elements."""
+        return len(entry.chunks) == 1 and (
+            entry.properties.layout is not torch.strided or source in self._pieces.opaque
+        )
+
+    def _read_value(self, place: int, fqn: str, source: str, offsets: torch.Size | None) -> None:
+        info = self._pieces.find(source, offsets)
+        self._plan.values.append(ValueRead(fqn, place, info.relative_path, info.offset, info.length))
+
+    def _read_whole(self, place: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
+        self._assigned.append(place)
+        self._read_value(place, fqn, source, entry.chunks[0].offsets)
+
+    def _plan_value(self, place: int, fqn: str, value: Any, source: str) -> None:
+        if isinstance(value, torch.Tensor) and place not in self._targets.as_stored:
+            self._plan.fills.append(place)
+        self._assigned.append(place)
+        self._read_value(place, fqn, source, None)
+
+    def _plan_number(self, place: int, fqn: str, value: Any, source: str, entry: TensorStorageMetadata) -> None:
+        if len(entry.size) or not isinstance(value, int | float):
+            self._problems.append(f"{fqn} is a tensor in the checkpoint, {type(value).__name__} in the state dict")
+            return
+        self._plan.numbers.append(place)
+        self._read_whole(place, fqn, source, entry)
+
+    def _plan_opaque(self, place: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
+        if len(entry.chunks) != 1:
+            self._problems.append(f"{fqn} is stored in {len(entry.chunks)} pieces, of which no such tensor can be made")
+            return
+        self._plan.opaque.append(place)
+        self._read_whole(place, fqn, source, entry)
+
+    def _replace(
+        self, place: int, fqn: str, value: torch.Tensor, entry: TensorStorageMetadata, problem: str
+    ) -> torch.Tensor | None:
+        """Return a new tensor in place of one that cannot be filled; None, and a problem, where that must not be."""
+        if torch.nn.parameter.is_lazy(value):
+            return self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype))
+        if value.is_meta and not differs(value, entry, cast=self._cast):
+            return self._make(place, _with_memory(value, self._targets.home.place_of(value)))
+        if place not in self._targets.as_stored:
+            self._problems.append(f"{fqn} {problem}")
+            return None
+        if isinstance(value, DTensor) and value.shape == entry.size:
+            return self._make(place, torch.empty_like(value, dtype=entry.properties.dtype))
+        device = self._targets.home.place_of(value)
+        return self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype, device=device))
+
+    def _make(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
+        self._targets.values[place] = tensor
+        self._assigned.append(place)
+        return tensor
+
+    def _find_holders(self) -> dict[int, tuple[Any, Any]]:
+        targets, finder = self._targets, Finder()
+        roots = [*targets.rebuilt, *(path for _, _, ranks in targets.joined for path in ranks.values())]
+        holders: dict[int, tuple[Any, Any]] = {}
+        for place in self._assigned:
+            path = targets.paths[place]
+            if any(path[: len(root)] == root for root in roots):
+                continue
+            _, holder, key = finder.find(targets.states, path)
+            if not isinstance(holder, MutableMapping | list | PerRank):
+                problem = f"{targets.fqns[place]} is in a {type(holder).__name__}, which takes no new value"
+                raise ArgumentError("state_dict", problem)
+            holders[place] = holder, key
+        return holders
+
+
+def _with_memory(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor like one on the meta device, with memory."""
+    if isinstance(value, DTensor):
+        local = torch.empty_like(value.to_local(), device=device)
+        return DTensor.from_local(
+            local, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+    return torch.empty_like(value, device=device)
+
+
+def _read_tensor(
+    pieces: ChunkIndex, fqn: str, source: str, tensor: torch.Tensor, entry: TensorStorageMetadata
+) -> list[TensorRead]:
+    if prod(entry.size) == 0:
+        return []
+    if type(tensor) in PLAIN_TENSORS and len(entry.chunks) == 1 and is_whole(entry):
+        return [pieces.read(fqn, source, entry, entry.chunks[0], None, tensor)]
+    if not is_whole(entry):
+        problem = f"its {len(entry.chunks)} chunks do not make up its shape {tuple(entry.size)}"
+        raise CorruptError(pieces.checkpoint_id, fqn, problem)
+    reads = []
+    for held, wanted in placed_parts(tensor):
+        for item in create_read_items_for_chunk_list(fqn, entry, [wanted]):
+            assert item.storage_index.index is not None
+            chunk = entry.chunks[item.storage_index.index]
+            if not prod(item.lengths):
+                continue
+            into = cut(held.detach(), (item.dest_offsets, item.lengths))
+            part = None if item.lengths == chunk.sizes else (item.storage_offsets, item.lengths)
+            reads.append(pieces.read(fqn, source, entry, chunk, part, into))
+    return reads

@@ -1,0 +1,51 @@
+"""Custom metadata of a checkpoint, read without unpickling anything. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._format.custom_metadata import decode_custom_metadata
+from .._format.naming import METADATA_NAME
+from .._format.seal import FOOT_NBYTES, TAIL_NBYTES, SealError, read_seal, seal_nbytes
+from ..errors import CorruptError, NotACheckpointError, ReadError
+from ..storage.base import Storage
+
+
+async def read_custom_metadata(storage: Storage, checkpoint_id: str) -> dict[str, Any]:
+    """Return what is noted of a checkpoint.
+
+    Raises:
+        NotACheckpointError: there is no committed checkpoint.
+        CorruptError: it is not what was saved.
+        ReadError: storage refused.
+    """
+    note, _ = await read_dated_custom_metadata(storage, checkpoint_id)
+    return note
+
+
+async def read_dated_custom_metadata(storage: Storage, checkpoint_id: str) -> tuple[dict[str, Any], float | None]:
+    """Return what is noted of a checkpoint, and when it was committed as the storage knows it.
+
+    Raises:
+        NotACheckpointError: there is no committed checkpoint.
+        CorruptError: it is not what was saved.
+        ReadError: storage refused.
+    """
+    path = storage.locate(checkpoint_id, METADATA_NAME)
+    try:
+        async with storage.open(checkpoint_id, METADATA_NAME) as reader:
+            modified_at: float | None = getattr(reader, "modified_at", None)
+            tail = memoryview(bytearray(min(TAIL_NBYTES, reader.nbytes)))
+            await reader.read_into(reader.nbytes - len(tail), [tail])
+            wanted = min(seal_nbytes(bytes(tail[-FOOT_NBYTES:])), reader.nbytes)
+            if wanted > len(tail):
+                tail = memoryview(bytearray(wanted))
+                await reader.read_into(reader.nbytes - wanted, [tail])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotACheckpointError(checkpoint_id) from error
+    except (OSError, EOFError) as error:
+        raise ReadError(path, str(error)) from error
+    try:
+        return decode_custom_metadata(read_seal(bytes(tail)).note), modified_at
+    except SealError as error:
+        raise CorruptError(path, "", str(error)) from error

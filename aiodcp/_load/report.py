@@ -1,0 +1,23 @@
+"""What a load left out or converted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a load left out or converted. It is empty, and false, when all that is stored is loaded as it was saved.
+
+    Attributes:
+        missing: fqns that were wanted and are not stored: with `strict=False`, and of a `PerRank` on a new rank.
+        unexpected: fqns that are stored below the names that were asked for, and nobody wanted: with `strict=False`.
+        converted: fqns of tensors that were converted to another dtype, and of numbers to tensors and back.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.converted)

@@ -1,0 +1,141 @@
+"""What a checkpoint stores, by the names under which it is wanted. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from .._format.dcp import STORAGE_TYPES, KeyPath, Metadata
+from .._state.stateful import COMPILED
+from ..errors import ArgumentError
+from .options import Rename
+
+DATA_PARALLEL = "module."
+
+
+class StoredNames:
+    """What a checkpoint stores, by the names under which it is wanted.
+
+    Attributes:
+        entries: by wanted name.
+        paths: keys and list indices that lead to it, by wanted name.
+    """
+
+    def __init__(self, metadata: Metadata, tops: Iterable[str], rename: Rename | None) -> None:
+        """Take the names of a checkpoint.
+
+        Args:
+            metadata: its metadata.
+            tops: the names of the top level that are asked for.
+            rename: stored names to wanted ones.
+
+        Raises:
+            ArgumentError: `rename` makes one name of two, or is none.
+        """
+        self.entries: dict[str, STORAGE_TYPES] = metadata.state_dict_metadata
+        self.paths: Mapping[str, KeyPath] = metadata.planner_data or {}
+        self._tops = set(tops)
+        self._sources: dict[str, str] | None = None
+        if rename is not None:
+            self._rename(_renaming(rename))
+
+    def _rename(self, renamed: Callable[[str], str]) -> None:
+        sources: dict[str, str] = {}
+        paths: dict[str, KeyPath] = {}
+        for stored in self.entries:
+            try:
+                wanted = renamed(stored)
+            except Exception as error:
+                raise ArgumentError("rename", f"raised {error!r} for {stored!r}") from error
+            if type(wanted) is not str or not wanted:
+                raise ArgumentError("rename", f"makes {wanted!r} of {stored!r}")
+            if wanted in sources:
+                raise ArgumentError("rename", f"makes {wanted!r} of both {sources[wanted]!r} and {stored!r}")
+            sources[wanted] = stored
+            path = self.paths.get(stored)
+            if path is not None:
+                paths[wanted] = path if wanted == stored else self._moved(path, wanted)
+        self.entries = {wanted: self.entries[stored] for wanted, stored in sources.items()}
+        self.paths = paths
+        self._sources = sources
+
+    def _moved(self, path: KeyPath, wanted: str) -> KeyPath:
+        """Return the path of a renamed value: its last steps as they were, below the name that is asked for."""
+        for position in range(len(path)):
+            tail = ".".join(map(str, path[position:]))
+            if wanted == tail:
+                return path[position:]
+            if wanted.endswith(f".{tail}"):
+                return (*self._split(wanted[: -len(tail) - 1]), *path[position:])
+        return self._split(wanted)
+
+    def _split(self, name: str) -> KeyPath:
+        for position, letter in enumerate(name):
+            if letter == "." and name[:position] in self._tops:
+                return name[:position], name[position + 1 :]
+        return (name,)
+
+    def source(self, wanted: str) -> str:
+        """Return by which name it is stored."""
+        return self._sources[wanted] if self._sources is not None else wanted
+
+    def path(self, wanted: str) -> KeyPath:
+        """Return the keys that lead to a stored value; where the checkpoint does not say, its name below the top."""
+        path = self.paths.get(wanted)
+        return tuple(path) if path is not None else self._split(wanted)
+
+    def alias(self, wanted: str, stored: str) -> None:
+        """Know a name by another one."""
+        if self._sources is None:
+            self._sources = {name: name for name in self.entries}
+            self.entries, self.paths = dict(self.entries), dict(self.paths)
+        self._sources[wanted] = self._sources.pop(stored)
+        self.entries[wanted] = self.entries.pop(stored)
+        path = self.paths.get(stored)
+        if path is not None:
+            assert isinstance(self.paths, dict)
+            self.paths[wanted] = self._moved(path, wanted)
+
+    def in_order(self) -> list[str]:
+        """Return all names in the order in which they were saved."""
+        known = [name for name in self.paths if name in self.entries]  # a planner may note keys that it did not save
+        return [*known, *(name for name in self.entries if name not in self.paths)]
+
+    def is_below(self, name: str) -> bool:
+        """Whether a stored name is one that is asked for, or below one."""
+        if name in self._tops:
+            return True
+        position = name.find(".")
+        while position >= 0:
+            if name[:position] in self._tops:
+                return True
+            position = name.find(".", position + 1)
+        return False
+
+
+def _renaming(rename: Rename) -> Callable[[str], str]:
+    if not isinstance(rename, Mapping):
+        if not callable(rename):
+            problem = f"a {type(rename).__name__} is neither a mapping of prefixes nor a function of a name"
+            raise ArgumentError("rename", problem)
+        return rename
+    for each in (*rename, *rename.values()):
+        if not isinstance(each, str):
+            raise ArgumentError("rename", f"{each!r} is no prefix")
+    prefixes = sorted(rename, key=len, reverse=True)
+
+    def renamed(name: str) -> str:
+        for prefix in prefixes:
+            bare = prefix.removesuffix(".")
+            if name == bare or not bare or name.startswith(f"{bare}."):
+                rest = name[len(bare) :].removeprefix(".") if bare else name
+                return ".".join(part for part in (rename[prefix].removesuffix("."), rest) if part)
+        return name
+
+    return renamed
+
+
+def unwrapped(name: str) -> list[str]:
+    """Return by which names the wrapped parameter of a module may be known without its wrappers."""
+    bare = name.replace(COMPILED, "")
+    top, _, rest = bare.partition(".")
+    return [bare, f"{top}.{rest.removeprefix(DATA_PARALLEL)}", f"{top}.{rest.replace(DATA_PARALLEL, '')}"]

@@ -1,0 +1,202 @@
+"""What a load is to fill, and how it reaches the caller's containers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.distributed.checkpoint.planner import LoadPlanner
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+
+from .._engine.device_copies import DeviceCopies
+from .._format.dcp import KeyPath
+from .._state.per_rank import PerRank, per_rank_key
+from .._state.stateful import is_stateful, short_names
+from .._state.structure import find, like, rebuild
+from ..errors import StatefulError
+from .report import LoadReport
+
+ObjectKind = Literal["module", "optimizer", "stateful", "plain"]
+
+
+class NewTensorDevice:
+    """Where a thread makes new tensors. Asked in the caller's thread: both settings are a thread's own."""
+
+    def __init__(self) -> None:
+        self._default = torch.get_default_device()
+        self._index: int | None = None
+
+    def place_of(self, value: torch.Tensor) -> torch.device:
+        """Return where a tensor is, or is to be made if it is on the meta device: on its mesh, or as new ones are."""
+        if not value.is_meta:
+            return value.device
+        device = torch.device(value.device_mesh.device_type) if isinstance(value, DTensor) else self._default
+        if device.type == "meta":
+            return torch.device("cpu")
+        if device.type == "cpu" or device.index is not None:
+            return device
+        if self._index is None:  # first asked when the copies are begun, in the caller's thread
+            self._index = torch.accelerator.current_device_index()
+        return torch.device(device.type, self._index)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerScope:
+    """A mapping in the shape of an optimizer's state dict.
+
+    Attributes:
+        path: where it is.
+        state: the mapping.
+        optimizer: whose it is, if that is known.
+    """
+
+    path: KeyPath
+    state: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer | None
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadTargets:
+    """What a load is to fill. `fqns`, `paths`, `values` and `sources` go in step: one place a leaf.
+
+    Attributes:
+        states: the state dict, `Stateful` values replaced by their state.
+        kinds: what the values of the top level are, by name.
+        optimizers: where optimizers' state dicts are.
+        per_rank: where each rank has a value of its own.
+        fqns, paths: names of the leaves, and the keys that lead to them.
+        values: what is there now: tensors to fill, and anything else.
+        sources: by which name they are stored; None for a value that stays.
+        device_copies: brings tensors to devices.
+        home: where the caller's thread makes new tensors, and which of the accelerators it uses.
+        as_stored: places whose stored value need not fit what is there.
+        holders: of places whose value is put into a container when all is read, that container, and the key there.
+        rebuilt: paths of containers that are made anew.
+        empty, int_keys: what is known of these: see `ContainerNotes`.
+        joined: values of all ranks, of which a function makes this rank's: path of it, `PerRank`, and by rank where
+            the values are.
+        loaded: new values, by place.
+        report: what was left out or converted.
+        planner: the caller's own, which puts everything into `states` itself.
+    """
+
+    states: dict[str, Any]
+    kinds: dict[str, ObjectKind]
+    optimizers: list[OptimizerScope]
+    per_rank: list[tuple[KeyPath, PerRank]]
+    fqns: list[str]
+    paths: list[KeyPath]
+    values: list[Any]
+    device_copies: DeviceCopies
+    home: NewTensorDevice
+    sources: list[str | None] = field(default_factory=list)
+    as_stored: set[int] = field(default_factory=set)
+    holders: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    rebuilt: list[KeyPath] = field(default_factory=list)
+    empty: list[KeyPath] = field(default_factory=list)
+    int_keys: set[KeyPath] = field(default_factory=set)
+    joined: list[tuple[KeyPath, PerRank, dict[int, KeyPath]]] = field(default_factory=list)
+    loaded: dict[int, Any] = field(default_factory=dict)
+    report: LoadReport = field(default_factory=LoadReport)
+    planner: LoadPlanner | None = None
+    _made: dict[KeyPath, Any] = field(default_factory=dict)
+
+    def fresh(self) -> LoadTargets:
+        """Return the same wishes, to be planned anew."""
+        return LoadTargets(
+            states=self.states,
+            kinds=self.kinds,
+            optimizers=self.optimizers,
+            per_rank=self.per_rank,
+            fqns=list(self.fqns),
+            paths=list(self.paths),
+            values=list(self.values),
+            device_copies=self.device_copies,
+            home=self.home,
+            planner=self.planner,
+        )
+
+    def value(self, place: int) -> Any:
+        """Return what is to be in a place: what was loaded, or the tensor that was filled."""
+        return self.loaded[place] if place in self.loaded else self.values[place]
+
+    def rebuild(self) -> None:
+        """Make the containers anew that are to be as they were saved. All values are there."""
+        for path, per_rank, ranks in self.joined:
+            values = {rank: self._rebuild(base, None) for rank, base in ranks.items()}
+            assert callable(per_rank.new_rank)
+            self._made[path] = per_rank.new_rank(values)
+        for path in self.rebuilt:
+            self._made[path] = self._rebuild(path, find(self.states, path)[0])
+
+    def _rebuild(self, path: KeyPath, template: Any) -> Any:
+        length = len(path)
+        items = [(each, self.value(place)) for place, each in enumerate(self.paths) if each[:length] == path]
+        return rebuild(path, items, template, self.empty, self.int_keys)
+
+    def hand_over(self, state_dict: MutableMapping[str, Any], *, absent: set[str]) -> None:
+        """Put all that was loaded where it belongs, and give objects their state. In the caller's thread.
+
+        Args:
+            state_dict: the caller's.
+            absent: names of the top level of which nothing is stored: nothing is given to them.
+
+        Raises:
+            StatefulError: an object refused its state.
+        """
+        for place, (holder, key) in self.holders.items():
+            _assign(holder, key, self.value(place))
+        for path, made in self._made.items():
+            there, holder, key = find(self.states, path)
+            if self.kinds.get(str(path[0])) == "plain" and type(there) is type(made) and isinstance(made, dict | list):
+                there.clear()  # the caller may hold it elsewhere, too
+                there.extend(made) if isinstance(made, list) else there.update(made)
+            else:
+                _assign(holder if holder is not None else self.states, key, made)
+        for key in sorted(self.states, key=str):
+            state = self.states[key]
+            if key not in state_dict:  # put there by a planner
+                state_dict[key] = state
+                continue
+            target, loaded = state_dict[key], state
+            if isinstance(target, PerRank) and isinstance(state, PerRank) and target is not state:
+                if not is_stateful(target.value):
+                    target.value = state.value
+                    continue
+                target, loaded = target.value, state.value
+            if target is not loaded and isinstance(target, Stateful):
+                if str(key) not in absent:
+                    _give_state(str(key), target, loaded)
+            elif target is not state:
+                state_dict[key] = state
+
+
+def _assign(holder: Any, key: Any, value: Any) -> None:
+    if isinstance(holder, PerRank):
+        holder.value = value
+    else:
+        holder[key] = value
+
+
+def _give_state(name: str, target: Any, state: Any) -> None:
+    options: dict[str, Any] = {}
+    if isinstance(target, torch.nn.Module):
+        now = target.state_dict()
+        if names := short_names(target, now):
+            whole = like(now)  # with the versions of the modules, which are attributes of it
+            whole.update((long, state[short]) for long, short in names.items() if short in state)
+            state = whole
+        if any(isinstance(each, torch.Tensor) and each.is_meta for each in now.values()):
+            options["assign"] = True  # a copy into a tensor without memory would do nothing
+    try:
+        target.load_state_dict(state, **options)
+    except Exception as error:
+        raise StatefulError(name, f"load_state_dict() of {type(target).__name__} raised {error!r}") from error
+
+
+def own_path(base: KeyPath, rank: int) -> KeyPath:
+    """Return where this rank's own value lies."""
+    return (*base, per_rank_key(rank))

@@ -1,0 +1,142 @@
+"""Who writes what, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.planner as dcp
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.tensor import DTensor
+
+from .._format.dcp import KeyPath, Metadata
+from .._format.extension import ContainerNotes
+from .._format.layout import Layout
+from .._state.capture import Capture
+from .._state.sharding import holds_shards, shape_and_dtype
+from .comparison import Comparison
+from .sharing import SharingPlan
+
+FROZEN_NBYTES = 1024  # about what a number takes with its framing
+
+LeafKind = tuple[Any, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPlan:
+    """What one rank could write: all that it holds, also what others hold too.
+
+    Attributes:
+        items: as a save planner made them.
+        sources: of each item, which of the captured values it writes.
+        frozen: which items were frozen at capture.
+        paths: fqn -> keys.
+        notes: what the names do not say of the containers.
+        planner_data: what the caller's own planner adds for its global plan.
+    """
+
+    items: list[WriteItem]
+    sources: list[int]
+    frozen: set[int]
+    paths: dict[str, KeyPath]
+    notes: ContainerNotes = field(default_factory=ContainerNotes)
+    planner_data: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one rank writes: `staged` items in the layout's order, then `frozen` ones."""
+
+    staged: list[WriteItem]
+    frozen: list[WriteItem]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalPlan:
+    """Who writes what.
+
+    Attributes:
+        shares: by rank.
+        kept: by rank, which of its local plan's items it writes.
+        plans: by rank, the caller's own planner's, for its `finish_plan`; else none.
+        metadata: names, shapes and chunks, as the planner made them.
+        paths: fqn -> keys.
+        notes: what the names do not say of the containers.
+        sharing: which items several ranks hold.
+    """
+
+    shares: list[Share]
+    kept: list[list[int]]
+    plans: list[dcp.SavePlan]
+    metadata: Metadata
+    paths: dict[str, KeyPath] | None
+    notes: ContainerNotes
+    sharing: SharingPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritePlan:
+    """What this rank writes for every state dict of one structure.
+
+    Attributes:
+        fqns: of all leaves, in the order of the state dict.
+        kinds: of each leaf, type, dtype and shape if it is a tensor, and more if it is sharded; else None.
+        paths: of each leaf, its keys.
+        share: the items, and the file that they make.
+        staged: of each staged item, which of the captured values it writes.
+        frozen: of each frozen item, the place of its leaf.
+        frozen_places: of all leaves that were frozen, this rank's to write or not.
+        items: of the caller's own planner's local plan.
+        notes: what the names do not say of the containers.
+        comparison: of what other ranks hold too.
+    """
+
+    fqns: list[str]
+    kinds: list[LeafKind]
+    paths: list[KeyPath]
+    share: Share
+    staged: list[int]
+    frozen: list[int]
+    frozen_places: set[int]
+    items: list[WriteItem] | None
+    notes: ContainerNotes
+    comparison: Comparison
+
+    def fits(self, taken: Capture) -> bool:
+        """Whether a state dict has the structure that this plan was made for: names, kinds, dtypes, shapes."""
+        if self.fqns != taken.fqns or self.paths != taken.paths or self.notes != taken.notes:
+            return False
+        if self.items != (None if taken.planned is None else taken.planned.items):
+            return False
+        for place, (kind, value) in enumerate(zip(self.kinds, taken.values, strict=False)):
+            if not isinstance(value, torch.Tensor):
+                if kind is not None and place not in taken.parts:
+                    return False
+            elif kind is None or kind[0] is not type(value) or kind[1] is not value.dtype or kind[2] != value.shape:
+                return False
+        if {place for place, kind in enumerate(self.kinds) if kind and len(kind) > 3} != taken.sharded.keys():
+            return False
+        if any(self.kinds[place] != sharded_kind(taken, place) for place in taken.sharded):
+            return False
+        return taken.frozen.keys() == self.frozen_places
+
+
+def sharded_kind(taken: Capture, place: int) -> LeafKind:
+    """What makes two captures of a sharded tensor alike: all that its plan depends on."""
+    value = taken.sharded[place]
+    if isinstance(value, DTensor) and holds_shards(value):
+        chunks = [(chunk.offsets, chunk.sizes) for chunk in value.__create_chunk_list__()]  # type: ignore[no-untyped-call]
+        return type(value), value.dtype, value.shape, tuple(chunks)
+    if isinstance(value, DTensor):
+        local = taken.values[place]
+        return type(local), local.dtype, local.shape, value.shape, value.placements, value.device_mesh
+    shards = [(tuple(each.shard_offsets), tuple(each.shard_sizes)) for each in value.metadata().shards_metadata]
+    held = [tuple(shard.metadata.shard_offsets) for shard in value.local_shards()]
+    shape, dtype = shape_and_dtype(value)
+    return type(value), dtype, shape, tuple(shards), tuple(held)
+
+
+def tensor_kind(value: object) -> tuple[type, torch.dtype, torch.Size] | None:
+    return (type(value), value.dtype, value.shape) if isinstance(value, torch.Tensor) else None

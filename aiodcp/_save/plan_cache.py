@@ -1,0 +1,235 @@
+"""What saves of one structure have in common: the plan, made by all ranks together on the first save, and kept."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch.distributed.checkpoint.planner as dcp
+from torch.distributed.checkpoint.planner import SavePlanner
+
+from .._distributed.operation import Operation
+from .._distributed.votes import Row
+from .._engine.gc_pause import gc_paused
+from .._engine.threads import Threads, in_thread
+from .._format.layout import Layout
+from .._log import SafeLogger
+from .._state.capture import Capture
+from ..errors import CheckpointError, DisagreementError, SaveError
+from .manifest import ByteRange, ManifestTemplate
+from .plan import GlobalPlan, LocalPlan, WritePlan
+from .planning import finish_plan, plan_global, plan_local
+from .sharing import OnDisagreement, SharingPlan, find_disagreements
+
+log = SafeLogger(__name__)
+
+
+WARNED_NAMES = 8  # named in one warning
+
+KEPT_PLANS = 4  # structures remembered of a state: a run saves one or two, and each costs a few MB for 10,000 tensors
+
+
+@dataclass(slots=True, kw_only=True)
+class CachedPlan:
+    """All that saves of one structure have in common.
+
+    Attributes:
+        number: the same on all ranks.
+        plan: what this rank writes.
+        record: `.metadata`, on the coordinator; of a state that is committed alone.
+        planned: what all ranks write, on the coordinator; of one that is committed with others.
+        sharing: who holds the same, on the coordinator.
+        places: where the frozen values of the last save lie: on the coordinator of every rank, else of this one.
+    """
+
+    number: int
+    plan: WritePlan
+    record: ManifestTemplate | None
+    planned: GlobalPlan | None
+    sharing: SharingPlan | None
+    places: dict[int, list[ByteRange]]
+
+    @property
+    def layout(self) -> Layout:
+        return self.plan.share.layout
+
+
+class PlanCache:
+    """The plans of one `Checkpointer`, by the name of the state; the one of a plain save has none."""
+
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+        self._kept: dict[str, list[CachedPlan]] = {}
+        self._joined: tuple[list[CachedPlan], ManifestTemplate] | None = None  # the last commit of several states
+        self._made = 0
+        self._disagreed: set[str] = set()  # fqns on which the ranks disagree: reported once, on all ranks alike
+
+    def find(self, name: str, taken: Capture) -> dict[int, CachedPlan]:
+        """Return the plans for what this rank has, by number: it may be the same while that of others differs."""
+        return {prepared.number: prepared for prepared in self._kept.get(name, ()) if prepared.plan.fits(taken)}
+
+    async def make(
+        self, operation: Operation, name: str, taken: Capture, planner: SavePlanner | None = None
+    ) -> CachedPlan:
+        """Plan anew, all ranks together, and keep the plan."""
+        alone = operation.size == 1
+
+        async def plan_here() -> tuple[LocalPlan, bytes]:
+            return await in_thread(self._threads.compute, _plan_here, taken, alone)
+
+        (local, message), _ = await operation.together("plan", plan_here)
+        messages = [] if alone else await operation.gather(message)
+
+        async def plan_globally() -> tuple[GlobalPlan, ManifestTemplate | None, list[bytes]] | None:
+            if not operation.is_coordinator:
+                return None
+            locals_ = [local] if alone else messages
+            return await in_thread(self._threads.compute, plan_for_all, locals_, planner, not name)
+
+        self._made += 1
+        planned, answer = await operation.together(
+            "plan", plan_globally, facts=lambda _: [self._made], decide=lambda table: [max(row[0] for row in table)]
+        )
+        self._made = answer[0]
+        share, record, joined, sharing = None, None, None, None
+        if planned is not None:
+            plan, record, parts = planned
+            share, sharing, mine = plan.shares[operation.rank], plan.sharing, parts[operation.rank]
+            joined = plan if name else None
+        if not alone:
+            mine = await operation.scatter(parts if planned is not None else [])
+
+        async def finish() -> CachedPlan:
+            kept, shared, accepted = pickle.loads(mine)
+            if planner is not None:
+                _accept(planner, accepted)
+            finished = await in_thread(self._threads.compute, finish_plan, taken, local, kept, shared, share)
+            finished.comparison.exclude(self._disagreed)
+            return CachedPlan(
+                number=answer[0], plan=finished, record=record, planned=joined, sharing=sharing, places={}
+            )
+
+        prepared, _ = await operation.together("plan", finish)
+        self._kept[name] = [prepared, *self._kept.get(name, [])[: KEPT_PLANS - 1]]
+        return prepared
+
+    async def compare(self, operation: Operation, prepared: CachedPlan, policy: OnDisagreement) -> None:
+        """Find the names on which the ranks disagree, and say so, once a name.
+
+        Raises:
+            RankError: `policy` is "raise".
+        """
+        comparison = prepared.plan.comparison
+        checksums = await operation.gather(comparison.packed())
+
+        async def find() -> dict[str, int]:
+            if prepared.sharing is None:
+                return {}
+            found = await in_thread(self._threads.compute, find_disagreements, prepared.sharing, checksums)
+            if policy == "raise":
+                raise DisagreementError(list(found))
+            return found
+
+        found, _ = await operation.together("compare", find)
+        new = {fqn: rank for fqn, rank in found.items() if fqn not in self._disagreed}
+        if new:
+            _warn({fqn: operation.world_rank(rank) for fqn, rank in new.items()})
+        fqns = json.loads(await operation.broadcast(json.dumps(list(found)).encode()))
+        self._disagreed.update(fqns)
+        for each in [prepared, *(each for kept in self._kept.values() for each in kept)]:
+            each.plan.comparison.exclude(self._disagreed)
+
+    async def share_places(self, operation: Operation, prepared: CachedPlan, places: list[ByteRange]) -> None:
+        """Tell the coordinator where the frozen values lie, which only changes when one of them grows or shrinks."""
+        flat = [number for item in places for number in (item.offset, item.nbytes)]
+        for rank, data in enumerate(await operation.gather(struct.pack(f"<{len(flat)}q", *flat))):
+            numbers = struct.iter_unpack("<qq", data)
+            prepared.places[rank] = [ByteRange(offset=offset, nbytes=nbytes) for offset, nbytes in numbers]
+        prepared.places[operation.rank] = places
+
+    async def record_of(self, parts: list[CachedPlan]) -> ManifestTemplate:
+        if parts[0].record is not None:
+            return parts[0].record
+        known = self._joined
+        if known is not None and list(map(id, known[0])) == list(map(id, parts)):
+            return known[1]
+        planned = [part.planned for part in parts if part.planned is not None]
+        record = await in_thread(self._threads.compute, _make_manifest, planned)
+        self._joined = parts, record
+        return record
+
+    def forget(self) -> None:
+        """Forget all plans: the other ranks may not have kept the same."""
+        self._kept.clear()
+
+    def keep_only(self, names: set[str]) -> None:
+        """Forget the plans of all other states."""
+        self._kept = {name: kept for name, kept in self._kept.items() if name in names}
+
+
+def _make_manifest(plans: Sequence[GlobalPlan]) -> ManifestTemplate:
+    with gc_paused():
+        return ManifestTemplate(*plans)
+
+
+def _warn(disagreed: Mapping[str, int]) -> None:
+    """Say whose values are saved, by the ranks of the world."""
+    named = [f"{fqn} (rank {rank}'s is saved)" for fqn, rank in list(disagreed.items())[:WARNED_NAMES]]
+    more = f" and {len(disagreed) - WARNED_NAMES} more" if len(disagreed) > WARNED_NAMES else ""
+    log.warning(
+        "the ranks hold different values of %s%s: wrap what is each rank's own in aiodcp.PerRank",
+        ", ".join(named),
+        more,
+    )
+
+
+def _plan_here(taken: Capture, alone: bool) -> tuple[LocalPlan, bytes]:
+    with _planning_errors():
+        local = plan_local(taken)
+        return local, b"" if alone else pickle.dumps(local)
+
+
+def plan_for_all(
+    plans: Sequence[LocalPlan | bytes], planner: SavePlanner | None, for_itself: bool = True
+) -> tuple[GlobalPlan, ManifestTemplate | None, list[bytes]]:
+    """Plan, on the coordinator, from what all ranks have sent; with what each of them gets.
+
+    With `.metadata`, if the state is to be committed by itself. The parts are pickles of what the rank writes of its
+    local plan, and of the planner's plan for it if there is one.
+    """
+    with _planning_errors(), gc_paused():
+        plan = plan_global([each if isinstance(each, LocalPlan) else pickle.loads(each) for each in plans], planner)
+        parts = [pickle.dumps(part) for part in zip_longest(plan.kept, plan.sharing.parts, plan.plans)]
+        return plan, ManifestTemplate(plan) if for_itself else None, parts
+
+
+def _accept(planner: SavePlanner, plan: dcp.SavePlan) -> None:
+    """Let the caller's planner see its part of the global plan, which by then is settled."""
+    with _planning_errors():
+        finished = planner.finish_plan(plan)
+        if [item.index for item in finished.items] != [item.index for item in plan.items]:
+            raise SaveError(f"finish_plan of {type(planner).__name__} returned other items than the global plan's")
+
+
+@contextmanager
+def _planning_errors() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise SaveError(f"planning failed: {error!r}") from error
+
+
+def numbers_of(kept: Iterable[int]) -> list[int]:
+    return [*kept, *[0] * KEPT_PLANS][:KEPT_PLANS]
+
+
+def agree_on_plan(table: list[Row]) -> list[int]:
+    """A kept plan is used if every rank has kept it, and nothing has changed on any; else 0: plan anew."""
+    return [max(set.intersection(*({0, *row[:KEPT_PLANS]} for row in table)))]

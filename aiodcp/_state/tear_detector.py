@@ -1,0 +1,86 @@
+"""Whether the caller's tensors change while they are staged: their version counters tell, and optimizers' steps.
+
+Every in-place operation of PyTorch counts up the tensor's version, through views and `detach()`ed ones too, from any
+thread. Not so kernels that do not say that they write (fused optimizers, BatchNorm's running averages) and `foreach`
+operations on `DTensor`s: hence an optimizer that begins a step is looked at besides. What nobody sees is a write
+through `.data`, `numpy()` or a pointer, and the replay of a CUDA graph. Tensors made in inference mode have no version.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from .capture import Capture
+from .plain_tensors import is_plain
+
+
+class TearDetector:
+    """Watches the tensors of one capture, from now on."""
+
+    def __init__(self, taken: Capture) -> None:
+        self._taken = taken
+        self._whole = {place: value for place, value in taken.sharded.items() if isinstance(value, DTensor)}
+        self._versions = self._read(taken.values) if taken.versions is None else taken.versions
+        self._names_of_values = taken.names
+        self._stepping: list[torch.Tensor] = []  # parameters of which optimizers have begun to step
+        self._closed: list[str] | None = None
+
+    def close(self) -> None:
+        """Watch no longer: what changes from now on may do so."""
+        self._closed = self.changed()
+        self._stepping.clear()
+
+    def changed(self) -> list[str]:
+        """Return the names of the tensors that have changed, in the order of the state dict."""
+        if self._closed is not None:
+            return self._closed
+        values = list(self._taken.values)  # emptied when all is staged, perhaps by another thread and just now
+        now = self._read(values)
+        if (now == self._versions and not self._stepping) or not values:
+            return []
+        names = self._names()
+        changed = {name for name, one, other in zip(names, now, self._versions, strict=True) if one != other}
+        changed |= self._stepped(names, values)
+        return [fqn for place, fqn in enumerate(self._taken.fqns) if fqn in changed and place not in self._taken.frozen]
+
+    def begins_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count the captured parameters of an optimizer as changed.
+
+        In the thread of the training: which of the parameters are captured is found out later.
+        """
+        if self._closed is None:
+            for group in optimizer.param_groups:
+                self._stepping += [parameter for parameter in group["params"] if parameter.grad is not None]
+
+    def _stepped(self, names: list[str], values: list[Any]) -> set[str]:
+        """Return the names of the captured tensors that share memory with parameters that are stepped."""
+        memory: set[int] = set()
+        for parameter in self._stepping:
+            held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+            if is_plain(held):
+                memory.add(held.untyped_storage().data_ptr())
+        memory.discard(0)  # where nothing is stored, nothing changes
+        return {
+            name
+            for name, value in zip(names, values, strict=False)
+            if isinstance(value, torch.Tensor) and is_plain(value) and value.untyped_storage().data_ptr() in memory
+        }
+
+    def _read(self, values: list[Any]) -> list[int]:
+        """Return the versions of all values, and of `DTensor`s beside those of their local tensors: 0.1 us each."""
+        watched = [*values, *self._whole.values()] if self._whole else values
+        try:
+            return [value._version if isinstance(value, torch.Tensor) else 0 for value in watched]
+        except RuntimeError:  # one of them is an inference tensor
+            return [_version_of(value) for value in watched]
+
+    def _names(self) -> list[str]:
+        """Return the name of each value, in the order of `_read`."""
+        return [*self._names_of_values, *(self._taken.fqns[place] for place in self._whole)]
+
+
+def _version_of(value: Any) -> int:
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0

@@ -1,0 +1,8 @@
+"""One save, one load, at a time."""
+
+from .checkpoint import Checkpoint
+from .checkpointer import Checkpointer
+from .joint import JointCheckpoint, joint_checkpoint
+from .optimizer_guard import Guard
+
+__all__ = ["Checkpoint", "Checkpointer", "Guard", "JointCheckpoint", "joint_checkpoint"]

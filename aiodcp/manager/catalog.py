@@ -1,0 +1,274 @@
+"""The steps of one root as a manager knows them: which are complete, in use, and to be removed."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import anyio.lowlevel
+
+from .._engine.milestone import MilestoneSource
+from .._log import SafeLogger
+from ..errors import ClosedError, LoadError, NotACheckpointError, ReadError
+from ..storage.base import Storage
+from .retention import Retention
+from .steps import Step, in_order, list_steps, read_step, remove_leftovers, remove_step, step_path
+
+log = SafeLogger(__name__)
+
+
+RECHECKED = 64  # steps of which it is looked before each save whether others have saved them anew: the newest
+
+PAST_UNREADABLE = 1 << 20
+
+
+class StepCatalog:
+    """One rank's view. What is committed is taken in by the engine's thread, all else is the caller's."""
+
+    def __init__(self, storage: Storage, root: str, retention: Retention) -> None:
+        self.storage = storage
+        self.root = root
+        self.retention = retention
+        self._lock = threading.Lock()
+        self.has_looked = False
+        self._known: tuple[Step, ...] = ()
+        self.unreadable: dict[int, str] = {}  # steps that are there and cannot be read, and why
+        self._last_number = 0  # of a commit
+        self._seen: list[Step] = []  # of others, not known here, and there when it was last looked
+        self._numbers: dict[int, int] = {}  # by step, the number that is on the way to storage
+        self._damaged: set[int] = set()
+        self._changes: list[Step | int] = []  # what was taken in, and numbers of what was doomed, since the beginning
+        self._in_use: Counter[int] = Counter()  # by step, how many save or restore it: not to be removed
+        self._doomed: deque[int] = deque()
+        self._removing: dict[int, MilestoneSource] = {}  # reached when the step is removed, or cannot be
+        self._half_removed: dict[int, set[str]] = {}  # steps that are none any more, with names that are to be removed
+
+    @property
+    def known(self) -> tuple[Step, ...]:
+        """The complete steps, in order.
+
+        Raises:
+            ClosedError: nobody has looked yet.
+        """
+        if not self.has_looked:
+            raise ClosedError("the CheckpointManager does not know its steps yet: use it inside `async with` or `with`")
+        return self._known
+
+    @property
+    def newest(self) -> list[Step]:
+        """The complete steps, from the one that was committed last."""
+        return in_order(self.known)[::-1]
+
+    def mark(self) -> int:
+        """Return what `learn` is to be told of when the look began."""
+        return len(self._changes)
+
+    def learn(self, data: bytes, mark: int) -> None:
+        """Take what `look` has found, on whatever rank, for what there is, but for what has changed since `mark`."""
+        with self._lock:
+            seen = json.loads(data)
+            for step, why in seen["unreadable"]:
+                if step not in self.unreadable:
+                    log.warning("%s cannot be read, and counts as no step: %s", step_path(self.root, step), why)
+            self.unreadable = dict(seen["unreadable"])
+            found = {
+                step: Step(
+                    step=step,
+                    commit_number=number,
+                    after=frozenset(after),
+                    uncounted=frozenset(uncounted),
+                    saved_at=at,
+                    metrics=metrics,
+                )
+                for step, number, after, uncounted, at, metrics in seen["steps"]
+            }
+            for change in self._changes[mark:]:
+                if isinstance(change, Step):
+                    found[change.step] = change
+                else:
+                    found.pop(change, None)
+            self._set(found.values())
+            self.has_looked = True
+
+    def count_commit(self, step: int) -> dict[str, int | list[int]]:
+        """Return what is noted of the order of a commit that is made now, later than anything that is known."""
+        with self._lock:
+            # An unreadable step may have a number that is not known: it is left behind by far.
+            self._last_number += PAST_UNREADABLE if self.unreadable else 1
+            self._numbers[step] = self._last_number
+            after, uncounted = self._there(step)
+            return {
+                "commit_number": self._last_number,
+                "committed_after": sorted(after),
+                "uncounted": sorted(uncounted),
+            }
+
+    def _there(self, step: int) -> tuple[frozenset[int], frozenset[int]]:
+        """Return the steps that are there, but for one that is being saved, and of these those without a number."""
+        there = [each for each in (*self._known, *self._seen) if each.step != step]
+        unknown = frozenset(self.unreadable) - {step}
+        return (
+            unknown.union(each.step for each in there),
+            unknown.union(each.step for each in there if not each.commit_number),
+        )
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Know of a step that is committed now."""
+        with self._lock:
+            number = self._numbers.pop(step, self._last_number + 1)
+            after, uncounted = self._there(step)
+            self._add(
+                Step(
+                    step=step,
+                    commit_number=number,
+                    after=after,
+                    uncounted=uncounted,
+                    saved_at=time.time(),
+                    metrics=metrics,
+                )
+            )
+
+    def _add(self, step: Step) -> None:
+        self._damaged.discard(step.step)
+        self.unreadable.pop(step.step, None)
+        self._changes.append(step)
+        self._set([*(each for each in self._known if each.step != step.step), step])
+
+    def _set(self, steps: Iterable[Step]) -> None:
+        self._known = tuple(sorted(steps, key=lambda each: each.step))
+        self._last_number = max((self._last_number, *(each.commit_number for each in self._known)))
+
+    def mark_for_removal(self, *, removes: bool) -> None:
+        """Forget the steps that are not to be kept; `prune` removes them, on the rank that does so."""
+        with self._lock:
+            good = [each for each in self._known if each.step not in self._damaged]
+            doomed = [step for step in self.retention.doomed(good) if not self._in_use[step]]
+            self._changes += doomed
+            self._set([each for each in self._known if each.step not in doomed])
+            if removes:
+                self._removing.update({step: MilestoneSource(f"removal of step {step}") for step in doomed})
+                self._doomed += doomed
+
+    def mark_damaged(self, step: int) -> None:
+        """Count a step that is damaged not among those that are kept instead of others; it stays until it is saved."""
+        with self._lock:
+            self._damaged.add(step)
+
+    @contextmanager
+    def use(self, *steps: int) -> Iterator[None]:
+        """Keep steps from being removed while the block runs."""
+        self.hold(*steps)
+        try:
+            yield
+        finally:
+            self.let_go(*steps)
+
+    def hold(self, *steps: int) -> None:
+        with self._lock:
+            self._in_use.update(steps)
+
+    def let_go(self, *steps: int) -> None:
+        with self._lock:
+            self._in_use.subtract(steps)
+
+    async def until_removed(self, step: int) -> None:
+        """Wait for the end of a step's removal, if there is one."""
+        if (removed := self._removing.get(step)) is not None:
+            await removed.settled()
+
+    # --- on the engine's loop
+
+    async def look(self) -> bytes:
+        """Look which steps are complete, and return that for `learn`."""
+        found = await list_steps(self.storage, self.root, but=set(self._removing))
+        steps = [
+            [
+                each.step,
+                each.commit_number,
+                sorted(each.after),
+                sorted(each.uncounted),
+                each.saved_at,
+                dict(each.metrics),
+            ]
+            for each in found.steps
+        ]
+        return json.dumps({"steps": steps, "unreadable": list(found.unreadable.items())}).encode()
+
+    async def look_for_others(self) -> None:
+        """Look what others have committed since: the next commit is later than that, too."""
+        known = [each.step for each in self.newest]
+        try:
+            found = await list_steps(self.storage, self.root, but={*known[RECHECKED:], *self._removing})
+        except ReadError as error:
+            log.warning("whether others save to the same place is not known: %s", error)
+            return
+        with self._lock:
+            now = {each.step: each for each in found.steps}
+            known_steps = {each.step for each in self._known}
+            self._seen = [each for each in found.steps if each.step not in known_steps]
+            self._set([now.get(each.step, each) for each in self._known])
+            self._last_number = max((self._last_number, *(each.commit_number for each in found.steps)))
+
+    async def look_again(self, step: int) -> bool:
+        """After a save that failed, tell whether it was committed all the same; then the step is known."""
+        number = self._numbers.pop(step, None)
+        if number is None:  # it had not come to that
+            return False
+        try:
+            found = await read_step(self.storage, self.root, step)
+        except LoadError:
+            return False
+        if found.commit_number != number:
+            return False
+        with self._lock:
+            self._add(found)
+        return True
+
+    async def clear_up(self, is_live: Callable[[str], bool]) -> list[int]:
+        """Remove what interrupted saves have left, unless another process may be saving; return these steps."""
+        try:
+            async with self.storage.claim(self.root, alone=True) as alone:
+                return await remove_leftovers(self.storage, self.root, is_live) if alone else []
+        except OSError as error:  # they cost space, and no more
+            log.warning("%s: what interrupted saves have left could not be removed: %s", self.root, error)
+            return []
+
+    async def prune(self, tell: Callable[[int, OSError | None], None]) -> None:
+        """Remove the steps that are doomed, one after the other, and `tell` of each, or why it cannot be removed.
+
+        Cancellation: takes effect between two steps; the next manager removes the others.
+        """
+        for step in list(self._half_removed):
+            await self._remove(step, self._half_removed.pop(step), tell)
+        while self._doomed:
+            step = self._doomed.popleft()
+            try:
+                await self._remove(step, set(), tell)
+            finally:
+                self._removing.pop(step).reach()
+
+    async def _remove(self, step: int, seen: set[str], tell: Callable[[int, OSError | None], None]) -> None:
+        await anyio.lowlevel.checkpoint()
+        try:
+            await remove_step(self.storage, step_path(self.root, step), seen)
+        except OSError as error:
+            await self._put_back(step, seen)
+            tell(step, error)
+        else:
+            tell(step, None)
+
+    async def _put_back(self, step: int, seen: set[str]) -> None:
+        """Try again later to remove a step: it is known again, or half of it is there, which is none."""
+        try:
+            found = await read_step(self.storage, self.root, step)
+        except NotACheckpointError:
+            self._half_removed[step] = seen
+        except LoadError as error:
+            log.warning("%s: whether it is there is not known: %s", step_path(self.root, step), error)
+        else:
+            with self._lock:
+                self._add(found)

@@ -1,0 +1,179 @@
+"""What one rank reports: events, counters, spans and bars."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .._telemetry.otel import SpanExporter
+from .._telemetry.progress_bar import Bar, bar
+from .._telemetry.timeline import Timeline
+from ..checkpointer.checkpoint import Checkpoint
+from ..storage.retry import Attempt
+from .event_feed import EventFeed
+from .events import (
+    Event,
+    FellBack,
+    LeftoverRemoved,
+    Preempted,
+    RemovalFailed,
+    Restored,
+    Retried,
+    SaveBegan,
+    SaveFailed,
+    SaveFinished,
+    SaveSkipped,
+    Stats,
+    StepRemoved,
+)
+from .steps import step_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRecord:
+    """A save that is told of.
+
+    Attributes:
+        step: which.
+        began_s: when it was asked for, in seconds of `time.perf_counter()`.
+        here: within which span of the caller's.
+    """
+
+    step: int
+    began_s: float
+    here: Any
+
+
+class Reporter:
+    """What one rank tells.
+
+    Attributes:
+        feed: of events.
+        rank: which; set when it is known.
+        shows: whether bars are shown here.
+    """
+
+    def __init__(self, on_event: Callable[[Event], None] | None, place_of: Callable[[int], str]) -> None:
+        self.feed = EventFeed(on_event)
+        self.rank = 0
+        self.shows = False
+        self._place_of = place_of
+        self._telemetry = SpanExporter()
+        self._saved = self._failed = self._skipped = self._removed = self._retried = 0
+        self._waited_s = 0.0
+        self._last_commit: float | None = None
+
+    @property
+    def stats(self) -> Stats:
+        return Stats(
+            saved=self._saved,
+            failed=self._failed,
+            skipped=self._skipped,
+            removed=self._removed,
+            retried=self._retried,
+            waited_s=self._waited_s,
+            age_s=None if self._last_commit is None else time.monotonic() - self._last_commit,
+        )
+
+    def _of(self, step: int) -> dict[str, Any]:
+        return {"step": step, "rank": self.rank, "checkpoint_id": self._place_of(step)}
+
+    def save(self, step: int) -> SaveRecord:
+        """Begin to tell of a save, which is asked for now."""
+        return SaveRecord(step=step, began_s=time.perf_counter(), here=self._telemetry.here())
+
+    def skipped(self, step: int) -> None:
+        self._skipped += 1
+        self.feed.publish(SaveSkipped(**self._of(step)))
+
+    def began(self, saving: SaveRecord, timeline: Timeline) -> None:
+        """Tell that a state is captured."""
+        captured = timeline.between("capture")
+        assert captured is not None
+        waited_s = captured[0] - saving.began_s
+        self._waited_s += waited_s
+        self.feed.publish(SaveBegan(**self._of(saving.step), waited_s=waited_s, held_s=captured[1] - captured[0]))
+
+    def ended(self, saving: SaveRecord, parts: Sequence[Checkpoint], error: Exception | None) -> None:
+        """Tell how a save has ended, of one state or several."""
+        facts = self._of(saving.step)
+        nbytes = sum(part.progress.bytes_written for part in parts)
+        timelines = [part.timeline for part in parts]
+        if error is not None:
+            self._failed += 1
+            self.feed.publish(SaveFailed(**facts, error=error))
+        else:
+            self._saved += 1
+            self._last_commit = time.monotonic()
+            self.feed.publish(SaveFinished(**facts, nbytes=nbytes, **_times_of(timelines)))
+        attributes = {f"aiodcp.{name}": value for name, value in facts.items()} | {"aiodcp.nbytes": nbytes}
+        self._telemetry.tell("aiodcp.save", saving.here, saving.began_s, attributes, timelines, error)
+
+    async def show(self, step: int, checkpoint: Checkpoint) -> None:
+        """Show how far a save has come, until it has ended."""
+        if self.shows:
+            with bar(f"saving step {step}") as shown:
+                written = 0
+                async for progress in checkpoint.events():
+                    shown.total(progress.bytes_total)
+                    shown.advance(progress.bytes_written - written)
+                    written = progress.bytes_written
+
+    def retried(self, place: str, path: str, attempt: Attempt) -> None:
+        self._retried += 1
+        step = step_of(place.rpartition("/")[2])
+        facts = {"step": -1 if step is None else step, "rank": self.rank, "checkpoint_id": place}
+        self.feed.publish(Retried(**facts, path=path, attempt=attempt))  # type: ignore[arg-type]
+
+    def removed(self, step: int, error: OSError | None) -> None:
+        """Tell that a step is removed, or why it cannot be."""
+        if error is None:
+            self._removed += 1
+            self.feed.publish(StepRemoved(**self._of(step)))
+        else:
+            self.feed.publish(RemovalFailed(**self._of(step), error=error))
+
+    def cleared(self, step: int) -> None:
+        self.feed.publish(LeftoverRemoved(**self._of(step)))
+
+    def preempted(self, step: int, reason: str, left_s: float) -> None:
+        self.feed.publish(Preempted(**self._of(step), reason=reason, left_s=left_s))
+
+    @contextmanager
+    def restoring(self, step: int) -> Iterator[Bar]:
+        """Tell of a load, which is the block; it is given what shows how far it has come."""
+        began_s, here = time.perf_counter(), self._telemetry.here()
+        facts, failure = self._of(step), None
+        try:
+            with bar(f"loading step {step}", wanted=self.shows) as shown:
+                yield shown
+            self.feed.publish(Restored(**facts, seconds=time.perf_counter() - began_s))
+        except Exception as error:
+            failure = error
+            raise
+        finally:
+            attributes = {f"aiodcp.{name}": value for name, value in facts.items()}
+            self._telemetry.tell("aiodcp.restore", here, began_s, attributes, (), failure)
+
+    def fell_back(self, step: int, error: Exception) -> None:
+        self.feed.publish(FellBack(**self._of(step), error=error))
+
+
+def _times_of(timelines: Sequence[Timeline]) -> dict[str, Any]:
+    """Return the times of a `SaveFinished`, of the states that were saved together, now that all of them are."""
+    captured = [span for each in timelines if (span := each.between("capture")) is not None]
+    staged = [span for each in timelines if (span := each.between("stage")) is not None]
+    began = min(start for start, _ in captured)
+    phases: dict[str, float] = {}
+    for each in timelines:
+        for name in {span.name: None for span in each.spans}:
+            phases[name] = phases.get(name, 0.0) + each.seconds(name)
+    return {
+        "held_s": sum(each.held_s for each in timelines),
+        "staged_s": max((stop for _, stop in (*staged, *captured))) - began,
+        "seconds": time.perf_counter() - began,
+        "phases": phases,
+    }

@@ -1,0 +1,252 @@
+"""A root of steps: which of them are complete, what is noted of each, and how one is removed. No torch here.
+
+root/step-100/.metadata    a step is complete when its `.metadata` is there
+root/step-200/__0_....     the data of a save that goes on, or was interrupted
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+from anyio import CancelScope
+
+from .._engine.task_groups import one_error
+from .._format.naming import METADATA_NAME, is_our_leftover, save_id_of
+from .._load.read_custom_metadata import read_dated_custom_metadata
+from .._log import SafeLogger
+from ..errors import LoadError, NotACheckpointError, ReadError
+from ..storage.base import Storage
+
+log = SafeLogger(__name__)
+
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+
+
+def step_path(root: str, step: int) -> str:
+    """Return where below `root` the checkpoint of a step is: `step-<n>`, as torchtitan's."""
+    return f"{root}/step-{step}"
+
+
+def step_of(name: str) -> int | None:
+    """Return the step whose directory has this name; None if it is no step's."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+LOOKS_AT_ONCE = 16  # at steps: a shared file system answers each in milliseconds, and many at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A complete checkpoint of a root.
+
+    Attributes:
+        step: its number.
+        commit_number: larger than those of all steps that were there when it was committed; 0 if none was noted, as
+            by others than a manager.
+        after: steps that were there when it was committed, as far as was known.
+        uncounted: of these, those without a number, as far as was known.
+        saved_at: when it was committed, in seconds of `time.time()`: as noted of it, or else when its `.metadata` was
+            written; 0 if the storage cannot tell. For people: clocks of two hosts differ.
+        metrics: what was noted of it, by name.
+    """
+
+    step: int
+    commit_number: int = 0
+    after: frozenset[int] = frozenset()
+    uncounted: frozenset[int] = frozenset()
+    saved_at: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What there is below a root.
+
+    Attributes:
+        steps: the complete ones, in order.
+        unreadable: those whose `.metadata` is there and cannot be read, and why.
+    """
+
+    steps: list[Step]
+    unreadable: dict[int, str]
+
+
+async def list_steps(storage: Storage, root: str, *, but: Collection[int] = ()) -> Found:
+    """Look which steps are complete, of all `but` some.
+
+    Raises:
+        ReadError: storage does not list the root.
+    """
+    found: list[Step] = []
+    unreadable: dict[int, str] = {}
+    limit = anyio.Semaphore(LOOKS_AT_ONCE)
+
+    async def look(step: int) -> None:
+        async with limit:
+            try:
+                found.append(await read_step(storage, root, step))
+            except NotACheckpointError:
+                return
+            except LoadError as error:  # one bad sector is not the end of a run
+                unreadable[step] = str(error)
+
+    await _for_each(look, [step for step in await _numbers(storage, root) if step not in but])
+    return Found(steps=sorted(found, key=lambda each: each.step), unreadable=dict(sorted(unreadable.items())))
+
+
+async def read_step(storage: Storage, root: str, step: int) -> Step:
+    """Return what is noted of a step.
+
+    Raises:
+        NotACheckpointError, CorruptError, ReadError: see `read_note`.
+    """
+    note, modified_at = await read_dated_custom_metadata(storage, step_path(root, step))
+    number = note.get("commit_number")
+    return Step(
+        step=step,
+        commit_number=number if type(number) is int and 0 < number < 1 << 63 else 0,
+        after=_numbers_in(note.get("committed_after")),
+        uncounted=_numbers_in(note.get("uncounted")),
+        saved_at=_number(note.get("saved_at")) or modified_at or 0.0,
+        metrics=metrics_of(note),
+    )
+
+
+def _numbers_in(noted: object) -> frozenset[int]:
+    return frozenset(each for each in noted if type(each) is int) if isinstance(noted, list) else frozenset()
+
+
+def metrics_of(note: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a note; what is no number is none."""
+    metrics = note.get("metrics")
+    if not isinstance(metrics, dict):
+        return {}
+    numbers = {name: _number(value) for name, value in metrics.items()}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:  # an int that no float can be
+        return None
+
+
+def in_order(steps: Sequence[Step]) -> list[Step]:
+    """Return steps in the order in which they were committed: a run may have gone back to an earlier one.
+
+    Numbers say it, and no clock. A step without a number comes after those that were committed without knowing of it.
+    """
+    numbered = sorted((each for each in steps if each.commit_number), key=lambda each: (each.commit_number, each.step))
+
+    def place(step: Step) -> tuple[int, float, int]:
+        if step.commit_number:
+            return step.commit_number, 0.0, step.step
+        before = (each.commit_number for each in numbered if step.step not in each.uncounted)
+        return max(before, default=0), step.saved_at or 1.0, step.step
+
+    return sorted(steps, key=place)
+
+
+async def remove_step(storage: Storage, checkpoint_id: str, seen: set[str]) -> None:
+    """Remove a checkpoint, in an order in which a crash leaves no half of it that looks whole.
+
+    Files of the user's beside it, such as a tokenizer's, are that checkpoint's, and removed with it; what another
+    process is saving to the same place is not.
+
+    Args:
+        storage: where.
+        checkpoint_id: which.
+        seen: empty at first; then the names that are to be removed, for another attempt.
+
+    Raises:
+        OSError: storage refused; what is left is no checkpoint any more, or a whole one.
+
+    Cancellation: none; once it has begun it is finished.
+    """
+    with CancelScope(shield=True):
+        if not seen:
+            seen.update(await _own_names(storage, checkpoint_id))
+        await storage.remove(checkpoint_id, METADATA_NAME, durable=True)
+        names = await storage.names(checkpoint_id)
+        if seen.issuperset(names):
+            await storage.remove_tree(checkpoint_id)
+            return
+        for name in seen.intersection(names):
+            await storage.remove(checkpoint_id, name)
+
+
+async def _own_names(storage: Storage, checkpoint_id: str) -> set[str]:
+    """Return the names of a checkpoint's files: all but those of saves that its metadata does not know."""
+    try:
+        metadata = await storage.get(checkpoint_id, METADATA_NAME)
+    except FileNotFoundError:
+        metadata = b""
+    names = {METADATA_NAME, *await storage.names(checkpoint_id)}
+    others = {name for name in names if (save_id := save_id_of(name)) and save_id.encode() not in metadata}
+    return names - others
+
+
+async def remove_leftovers(
+    storage: Storage, root: str, is_live: Callable[[str], bool], is_old: Callable[[str], bool] = is_our_leftover
+) -> list[int]:
+    """Remove what interrupted saves have left in steps that are not complete, and return these steps.
+
+    Args:
+        storage: where.
+        root: of the steps. Its user makes sure that no other process saves there.
+        is_live: tells of a file whether a save of this process is writing it.
+        is_old: tells of a name whether it may be removed; by default of data of this library's.
+
+    Raises:
+        OSError: storage does not list the root; what it refuses of one step is logged.
+    """
+    removed: list[int] = []
+    limit = anyio.Semaphore(LOOKS_AT_ONCE)
+
+    async def look(step: int) -> None:
+        place = step_path(root, step)
+        async with limit:
+            try:
+                names = await storage.names(place)
+                if METADATA_NAME in names or any(map(is_live, names)) or (names and not any(map(is_old, names))):
+                    return
+                with CancelScope(shield=True):
+                    await _remove_data(storage, place, names, is_old)
+            except OSError as error:
+                log.warning("%s: what an interrupted save has left cannot be removed: %s", place, error)
+                return
+            removed.append(step)
+
+    await _for_each(look, await _numbers(storage, root))
+    return sorted(removed)
+
+
+async def _remove_data(
+    storage: Storage, checkpoint_id: str, names: Sequence[str], is_old: Callable[[str], bool]
+) -> None:
+    for name in names:
+        if is_old(name):
+            await storage.remove(checkpoint_id, name)
+    await storage.discard(checkpoint_id, made_by_anyone=True)
+
+
+async def _numbers(storage: Storage, root: str) -> list[int]:
+    try:
+        names = await storage.places(root)
+    except OSError as error:
+        raise ReadError(storage.locate(root), str(error)) from error
+    return sorted(step for step in map(step_of, names) if step is not None)
+
+
+async def _for_each(look: Callable[[int], Coroutine[Any, Any, None]], steps: Sequence[int]) -> None:
+    with one_error():
+        async with anyio.create_task_group() as group:
+            for step in steps:
+                group.start_soon(look, step)

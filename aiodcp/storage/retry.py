@@ -1,0 +1,237 @@
+"""Trying again what storage refuses for the moment: a network file system that stalls, a connection that is reset."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
+from dataclasses import dataclass
+from typing import TypeVar
+
+import anyio
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from ..errors import ArgumentError
+from .base import Reader, Storage, Writer
+
+T = TypeVar("T")
+
+_TRANSIENT = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EIO,  # what a network file system says when a server does not answer in time
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.EREMOTEIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+
+
+def is_transient(error: OSError) -> bool:
+    """Whether what storage refuses may well succeed a little later; a full disk or a missing permission will not."""
+    return error.errno in _TRANSIENT or isinstance(error, TimeoutError | ConnectionError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """How often, and after which waits, to try again what storage refuses for the moment.
+
+    What is written is tried again from the staged bytes: nothing is captured anew, and no other rank is bothered. A
+    file whose fsync failed is written anew as a whole: a second fsync may succeed without the data being there. Source:
+    https://lwn.net/Articles/752063/.
+
+    Args:
+        attempts: in all; 1 for never again.
+        wait_s: seconds to wait at most before the second attempt; twice as many before each further one, and a random
+            part of that, so that thousands of ranks do not come back at once.
+        max_wait_s: seconds to wait at most before any of them.
+        is_transient: tells of an `OSError` whether to try again; by default of time-outs, of connections and servers
+            that are gone, and of I/O errors.
+    """
+
+    attempts: int = 3
+    wait_s: float = 1.0
+    max_wait_s: float = 30.0
+    is_transient: Callable[[OSError], bool] = is_transient
+
+    def __post_init__(self) -> None:
+        if type(self.attempts) is not int or self.attempts < 1:
+            raise ArgumentError("attempts", f"{self.attempts!r} is not a number of attempts from 1 on")
+        for name in ("wait_s", "max_wait_s"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < float("inf"):
+                raise ArgumentError(name, f"{value!r} is not a number of seconds")
+
+    async def persist(self, function: Callable[[], Awaitable[T]], tell: Callable[[Attempt], None]) -> T:
+        """Call `function` until it succeeds, fails for good, or has failed too often; `tell` of each wait.
+
+        Raises:
+            Exception: what it raised last; but what it raised first, if what that has left is in the way.
+
+        Cancellation: ends a wait at once.
+        """
+
+        def before_sleep(state: RetryCallState) -> None:
+            assert state.outcome is not None
+            assert state.next_action is not None
+            error = _refusal(state.outcome.exception())
+            assert error is not None
+            tell(Attempt(number=state.attempt_number, error=error, wait_s=state.next_action.sleep))
+
+        def is_worth_it(error: BaseException) -> bool:
+            refusal = _refusal(error)
+            return refusal is not None and self.is_transient(refusal)
+
+        retrying = AsyncRetrying(
+            sleep=anyio.sleep,
+            stop=stop_after_attempt(self.attempts),
+            wait=wait_random_exponential(multiplier=self.wait_s, max=self.max_wait_s),
+            retry=retry_if_exception(is_worth_it),
+            before_sleep=before_sleep,
+            reraise=True,
+        )
+
+        first: list[Exception] = []
+
+        async def attempt() -> T:  # tenacity awaits what it sees to be a coroutine function, and nothing else
+            try:
+                return await function()
+            except Exception as error:
+                first.append(error)
+                if isinstance(_refusal(error), FileExistsError):
+                    raise first[0] from first[0].__cause__
+                del first[1:]
+                raise
+
+        try:
+            return await retrying(attempt)
+        finally:
+            first.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """An attempt that failed, after which another one is made.
+
+    Attributes:
+        number: from 1 on.
+        error: why it failed.
+        wait_s: seconds until the next one.
+    """
+
+    number: int
+    error: OSError
+    wait_s: float
+
+    def __str__(self) -> str:
+        return f"attempt {self.number} failed, trying again in {self.wait_s:.1f} s: {self.error}"
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """Return what storage raised: the error itself, or the cause of one of ours."""
+    for each in (error, error.__cause__ if error is not None else None):
+        if isinstance(each, OSError):
+            return each
+    return None
+
+
+class RetryingStorage:
+    """A storage that tries again. Files that are being written are not: who has their bytes writes them anew."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        retry: Retry,
+        tell: Callable[[str, str, Attempt], None],
+        doing: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Wrap `storage`; `tell` is called with the checkpoint, the path and each attempt that failed.
+
+        `doing` makes a block in which what it names is under way, for whoever watches.
+        """
+        self._storage = storage
+        self._retry = retry
+        self._tell = tell
+        self._doing = doing
+
+    def __repr__(self) -> str:
+        return repr(self._storage)
+
+    def resolve(self, checkpoint_id: str) -> str:
+        return self._storage.resolve(checkpoint_id)
+
+    def locate(self, checkpoint_id: str, name: str = "") -> str:
+        return self._storage.locate(checkpoint_id, name)
+
+    @asynccontextmanager
+    async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[Writer]:
+        with self._doing(f"writing {self._storage.locate(checkpoint_id, name)}"):
+            async with self._storage.create(checkpoint_id, name) as writer:
+                yield writer
+
+    @asynccontextmanager
+    async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[Reader]:
+        async with AsyncExitStack() as stack:
+
+            async def enter() -> Reader:
+                return await stack.enter_async_context(self._storage.open(checkpoint_id, name))
+
+            reader = await self.persist(enter, checkpoint_id, name)
+            yield _RetryingReader(reader, lambda function: self.persist(function, checkpoint_id, name))
+
+    async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
+        await self.persist(lambda: self._storage.put(checkpoint_id, name, data), checkpoint_id, name)
+
+    async def get(self, checkpoint_id: str, name: str) -> bytes:
+        return await self.persist(lambda: self._storage.get(checkpoint_id, name), checkpoint_id, name)
+
+    async def names(self, checkpoint_id: str) -> list[str]:
+        return await self.persist(lambda: self._storage.names(checkpoint_id), checkpoint_id)
+
+    async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
+        await self.persist(lambda: self._storage.remove(checkpoint_id, name, durable=durable), checkpoint_id, name)
+
+    async def discard(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
+        await self.persist(lambda: self._storage.discard(checkpoint_id, made_by_anyone=made_by_anyone), checkpoint_id)
+
+    async def remove_tree(self, checkpoint_id: str) -> None:
+        await self.persist(lambda: self._storage.remove_tree(checkpoint_id), checkpoint_id)
+
+    async def places(self, root: str) -> list[str]:
+        return await self.persist(lambda: self._storage.places(root), root)
+
+    def join(self, root: str) -> AbstractAsyncContextManager[bool]:
+        return self._storage.join(root)
+
+    def claim(self, root: str, *, alone: bool) -> AbstractAsyncContextManager[bool]:
+        return self._storage.claim(root, alone=alone)
+
+    async def persist(self, function: Callable[[], Awaitable[T]], checkpoint_id: str, name: str = "") -> T:
+        """Call `function`, which works on this file, until it succeeds or has failed too often."""
+        path = self._storage.locate(checkpoint_id, name)
+        with self._doing(f"storage: {path}"):
+            return await self._retry.persist(function, lambda attempt: self._tell(checkpoint_id, path, attempt))
+
+
+class _RetryingReader:
+    def __init__(self, reader: Reader, persist: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
+        self.nbytes = reader.nbytes
+        self.modified_at: float | None = getattr(reader, "modified_at", None)
+        self._reader = reader
+        self._persist = persist
+
+    async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        await self._persist(lambda: self._reader.read_into(offset, buffers))
