@@ -52,6 +52,7 @@ from .manager.events import (
 )
 
 if TYPE_CHECKING:
+    __version__: str
     from ._engine.milestone import Milestone as Milestone
     from ._telemetry.progress import Progress as Progress
     from .checkpointer import Checkpoint as Checkpoint

@@ -1,7 +1,7 @@
 """Every error that aiodcp raises.
 
     CheckpointError
-    ├── ArgumentError (also ValueError)      an argument of ours cannot be used: raised before anything happens
+    ├── ArgumentError (also ValueError)      an argument is invalid: raised before anything happens
     ├── ClosedError (also RuntimeError)      the Checkpointer is not open, or belongs to the parent of this fork
     │   └── DeadlockError                    the call would wait for what only its caller can end
     ├── BusyError                            a save is in flight and the caller chose not to wait
@@ -11,31 +11,50 @@
     │   ├── TornSnapshotError                tensors changed before they were staged: names their fqns
     │   ├── DisagreementError                the ranks hold different values of one name, and the caller forbade that
     │   ├── ParticipantError                 a participant of a joint checkpoint failed: names it
-    │   ├── WriteError                       storage refused: names the path, the OSError is its cause
+    │   ├── WriteError                       storage failed: names the path, the OSError is its cause
     │   └── SaveCancelled                    `Checkpoint.cancel()` was called; nothing was committed
     ├── RankError (a SaveError and LoadError) a rank failed or is missing: the same error on all ranks
     └── LoadError                            a load failed
         ├── NotACheckpointError (also FileNotFoundError)  no committed checkpoint there
-        ├── ReadError                        storage refused: names the path, the OSError is its cause
+        ├── ReadError                        storage failed: names the path, the OSError is its cause
         ├── CorruptError                     what is stored is not what was saved: names path and fqn
         ├── FormatError                      what is there is written in another format: says which
         ├── UnsafeError                      the checkpoint asks for more than data: names all that it needs
         ├── MismatchError                    checkpoint and state dict do not fit: names every fqn and why
         └── StatefulError                    an object's load_state_dict() raised: that error is the cause
 
-Every error takes its facts as arguments, so that it survives pickling, and keeps them as attributes.
+Every error is a dataclass: its facts are its arguments and its attributes, and it survives pickling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar, dataclass_transform
+
+E = TypeVar("E", bound=Exception)
+
+
+@dataclass_transform(eq_default=False, field_specifiers=(field,))
+def _error(cls: type[E]) -> type[E]:
+    """Make a dataclass of an exception, which stays equal to itself only, and prints its arguments."""
+    return dataclass(eq=False, repr=False)(cls)
 
 
 class CheckpointError(Exception):
     """The root of the tree: `except aiodcp.CheckpointError` catches all that this library raises."""
 
+    message: ClassVar[str] = ""  # a template over the fields
+    __match_args__: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        super().__init__(*(getattr(self, name) for name in self.__match_args__))  # its `args`, for pickling
+
+    def __str__(self) -> str:
+        return self.message.format_map(vars(self)) if self.message else super().__str__()
+
+
+@_error
 class ArgumentError(CheckpointError, ValueError):
     """An argument cannot be used.
 
@@ -44,13 +63,9 @@ class ArgumentError(CheckpointError, ValueError):
         problem: what is wrong with its value.
     """
 
-    def __init__(self, argument: str, problem: str) -> None:
-        super().__init__(argument, problem)
-        self.argument = argument
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"{self.argument}: {self.problem}"
+    message: ClassVar[str] = "{argument}: {problem}"
+    argument: str
+    problem: str
 
 
 class ClosedError(CheckpointError, RuntimeError):
@@ -58,9 +73,10 @@ class ClosedError(CheckpointError, RuntimeError):
 
 
 class DeadlockError(ClosedError):
-    """The call would wait for ever for what its own caller must end first, such as the block that it is in."""
+    """The call would wait for ever for what only its caller can end, such as the block that it is in."""
 
 
+@_error
 class BusyError(CheckpointError):
     """A save is in flight and `on_busy="raise"` was asked for.
 
@@ -68,71 +84,64 @@ class BusyError(CheckpointError):
         checkpoint_id: where the save in flight is going.
     """
 
-    def __init__(self, checkpoint_id: str) -> None:
-        super().__init__(checkpoint_id)
-        self.checkpoint_id = checkpoint_id
-
-    def __str__(self) -> str:
-        return f"a save to {self.checkpoint_id!r} is in flight"
+    message: ClassVar[str] = "a save to {checkpoint_id!r} is in flight"
+    checkpoint_id: str
 
 
 class SaveError(CheckpointError):
     """A save failed and committed nothing: what `checkpoint_id` held before, it still holds."""
 
 
+@_error
 class CaptureError(SaveError):
     """The state dict cannot be saved as it is.
 
     Attributes:
-        fqn: the value that cannot, by its dotted name; empty when it is the state dict as a whole.
+        fqn: the value that cannot be saved, by its dotted name; empty when it is the state dict as a whole.
         problem: why.
     """
 
-    def __init__(self, fqn: str, problem: str) -> None:
-        super().__init__(fqn, problem)
-        self.fqn = fqn
-        self.problem = problem
+    fqn: str
+    problem: str
 
     def __str__(self) -> str:
         return f"{self.fqn}: {self.problem}" if self.fqn else self.problem
 
 
+@_error
 class StageError(SaveError):
-    """Tensors could not be brought into host memory.
+    """Tensors could not be copied into host memory.
 
     Attributes:
         nbytes: the bytes that were to be staged.
         problem: why they were not.
     """
 
-    def __init__(self, nbytes: int, problem: str) -> None:
-        super().__init__(nbytes, problem)
-        self.nbytes = nbytes
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"staging {self.nbytes} bytes: {self.problem}"
+    message: ClassVar[str] = "staging {nbytes} bytes: {problem}"
+    nbytes: int
+    problem: str
 
 
+@_error
 class TornSnapshotError(SaveError):
-    """Tensors changed between `save` and `staged`: what was staged is no state that ever was.
+    """Tensors changed between `save` and `staged`: what was staged is a mix of states.
 
     Attributes:
         fqns: the tensors that changed, in the order of the state dict.
     """
 
-    SHOWN = 5
+    fqns: Sequence[str]
 
-    def __init__(self, fqns: Sequence[str]) -> None:
-        super().__init__(tuple(fqns))
-        self.fqns = tuple(fqns)
+    def __post_init__(self) -> None:
+        self.fqns = tuple(self.fqns)
+        super().__post_init__()
 
     def __str__(self) -> str:
-        more = f" and {len(self.fqns) - self.SHOWN} more" if len(self.fqns) > self.SHOWN else ""
-        names = ", ".join(self.fqns[: self.SHOWN])
-        return f"changed before they were staged: {names}{more}; wait for `staged` before changing tensors, or guard()"
+        advice = "wait for `staged` before changing tensors, or guard()"
+        return f"changed before they were staged: {_some(self.fqns)}; {advice}"
 
 
+@_error
 class DisagreementError(SaveError):
     """The ranks hold different values of what is saved once, and `on_disagreement="raise"` was asked for.
 
@@ -140,52 +149,45 @@ class DisagreementError(SaveError):
         fqns: the names, sorted.
     """
 
-    SHOWN = 5
+    fqns: Sequence[str]
 
-    def __init__(self, fqns: Sequence[str]) -> None:
-        super().__init__(tuple(fqns))
-        self.fqns = tuple(fqns)
+    def __post_init__(self) -> None:
+        self.fqns = tuple(self.fqns)
+        super().__post_init__()
 
     def __str__(self) -> str:
-        more = f" and {len(self.fqns) - self.SHOWN} more" if len(self.fqns) > self.SHOWN else ""
-        named = ", ".join(self.fqns[: self.SHOWN])
-        return f"the ranks hold different values of {named}{more}: wrap what is each rank's own in aiodcp.PerRank"
+        return f"the ranks hold different values of {_some(self.fqns)}: wrap what is each rank's own in aiodcp.PerRank"
 
 
+@_error
 class ParticipantError(SaveError):
     """A participant of a `JointCheckpoint` failed or was cancelled; what it raised is the cause.
 
     Attributes:
         participant: its name.
-        problem: what became of it.
+        problem: what happened to it.
     """
 
-    def __init__(self, participant: str, problem: str) -> None:
-        super().__init__(participant, problem)
-        self.participant = participant
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"participant {self.participant!r} {self.problem}"
+    message: ClassVar[str] = "participant {participant!r} {problem}"
+    participant: str
+    problem: str
 
 
+@_error
 class WriteError(SaveError):
-    """Storage refused a write; the `OSError` is the cause.
+    """Storage failed to write; the `OSError` is the cause.
 
     Attributes:
         path: the file or object that could not be written.
         problem: the system's words.
     """
 
-    def __init__(self, path: str, problem: str) -> None:
-        super().__init__(path, problem)
-        self.path = path
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"cannot write {self.path}: {self.problem}"
+    message: ClassVar[str] = "cannot write {path}: {problem}"
+    path: str
+    problem: str
 
 
+@_error
 class SaveCancelled(SaveError):  # noqa: N818 - the name asyncio gave to this outcome
     """The save was cancelled by `Checkpoint.cancel()`, and what it had written is removed.
 
@@ -193,18 +195,15 @@ class SaveCancelled(SaveError):  # noqa: N818 - the name asyncio gave to this ou
         checkpoint_id: where it was going.
     """
 
-    def __init__(self, checkpoint_id: str) -> None:
-        super().__init__(checkpoint_id)
-        self.checkpoint_id = checkpoint_id
-
-    def __str__(self) -> str:
-        return f"the save to {self.checkpoint_id!r} was cancelled"
+    message: ClassVar[str] = "the save to {checkpoint_id!r} was cancelled"
+    checkpoint_id: str
 
 
 class LoadError(CheckpointError):
     """A load failed."""
 
 
+@_error
 class NotACheckpointError(LoadError, FileNotFoundError):
     """There is no committed checkpoint at the path: no `.metadata`.
 
@@ -212,48 +211,39 @@ class NotACheckpointError(LoadError, FileNotFoundError):
         checkpoint_id: where one was looked for.
     """
 
-    def __init__(self, checkpoint_id: str) -> None:
-        super().__init__(checkpoint_id)
-        self.checkpoint_id = checkpoint_id
-
-    def __str__(self) -> str:
-        return f"no committed checkpoint at {self.checkpoint_id!r}: there is no .metadata"
+    message: ClassVar[str] = "no committed checkpoint at {checkpoint_id!r}: there is no .metadata"
+    checkpoint_id: str
 
 
+@_error
 class ReadError(LoadError):
-    """Storage refused a read; the `OSError` is the cause.
+    """Storage failed to read; the `OSError` is the cause.
 
     Attributes:
         path: the file or object that could not be read.
         problem: the system's words.
     """
 
-    def __init__(self, path: str, problem: str) -> None:
-        super().__init__(path, problem)
-        self.path = path
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"cannot read {self.path}: {self.problem}"
+    message: ClassVar[str] = "cannot read {path}: {problem}"
+    path: str
+    problem: str
 
 
+@_error
 class FormatError(LoadError):
-    """What is there is no checkpoint of this format, but of another one.
+    """What is there is in another format.
 
     Attributes:
         path: the file or directory.
-        problem: what it is, and what opens it.
+        problem: which format it is, and what opens it.
     """
 
-    def __init__(self, path: str, problem: str) -> None:
-        super().__init__(path, problem)
-        self.path = path
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.problem}"
+    message: ClassVar[str] = "{path}: {problem}"
+    path: str
+    problem: str
 
 
+@_error
 class StatefulError(LoadError):
     """An object's `load_state_dict()` raised, after everything was read; that error is the cause.
 
@@ -262,15 +252,12 @@ class StatefulError(LoadError):
         problem: what it raised.
     """
 
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(key, problem)
-        self.key = key
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.problem}"
+    message: ClassVar[str] = "{key}: {problem}"
+    key: str
+    problem: str
 
 
+@_error
 class CorruptError(LoadError):
     """What is stored is not what was saved.
 
@@ -280,17 +267,15 @@ class CorruptError(LoadError):
         problem: what was found.
     """
 
-    def __init__(self, path: str, fqn: str, problem: str) -> None:
-        super().__init__(path, fqn, problem)
-        self.path = path
-        self.fqn = fqn
-        self.problem = problem
+    path: str
+    fqn: str
+    problem: str
 
     def __str__(self) -> str:
-        where = f"{self.path} ({self.fqn})" if self.fqn else self.path
-        return f"{where}: {self.problem}"
+        return f"{_where(self.path, self.fqn)}: {self.problem}"
 
 
+@_error
 class UnsafeError(LoadError):
     """The checkpoint asks the reader to run or name something that is not plain data.
 
@@ -298,21 +283,23 @@ class UnsafeError(LoadError):
         path: the file that asks.
         fqn: the value that asks; empty for `.metadata`.
         problem: what it asks for.
-        names: of all classes and functions that the value needs, sorted.
+        names: all classes and functions that the value needs, sorted.
     """
 
-    def __init__(self, path: str, fqn: str, problem: str, names: Sequence[str] = ()) -> None:
-        super().__init__(path, fqn, problem, tuple(names))
-        self.path = path
-        self.fqn = fqn
-        self.problem = problem
-        self.names = tuple(names)
+    path: str
+    fqn: str
+    problem: str
+    names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.names = tuple(self.names)
+        super().__post_init__()
 
     def __str__(self) -> str:
-        where = f"{self.path} ({self.fqn})" if self.fqn else self.path
-        return f"{where}: {self.problem}"
+        return f"{_where(self.path, self.fqn)}: {self.problem}"
 
 
+@_error
 class MismatchError(LoadError):
     """Checkpoint and state dict do not fit; the state dict is untouched.
 
@@ -322,29 +309,22 @@ class MismatchError(LoadError):
         unexpected: fqns that the checkpoint has below the names that were asked for and no rank wants, sorted.
         problems: one sentence for each value that is in both and does not fit, each beginning with its fqn.
         suggestions: for missing fqns the stored ones that were most likely meant.
-        hint: what would help, if that can be told.
+        hint: what would help, if that is known.
     """
 
-    SHOWN = 10  # of each kind: a wrong model has thousands, and the first few tell which mistake it was
+    SHOWN: ClassVar[int] = 10  # of each kind: a wrong model has thousands, and the first few show which mistake it was
 
-    def __init__(
-        self,
-        checkpoint_id: str,
-        missing: Sequence[str] = (),
-        unexpected: Sequence[str] = (),
-        problems: Sequence[str] = (),
-        suggestions: Mapping[str, str] | None = None,
-        hint: str = "",
-    ) -> None:
-        super().__init__(
-            checkpoint_id, tuple(missing), tuple(unexpected), tuple(problems), dict(suggestions or {}), hint
-        )
-        self.checkpoint_id = checkpoint_id
-        self.missing = tuple(missing)
-        self.unexpected = tuple(unexpected)
-        self.problems = tuple(problems)
-        self.suggestions = dict(suggestions or {})
-        self.hint = hint
+    checkpoint_id: str
+    missing: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+    problems: Sequence[str] = ()
+    suggestions: Mapping[str, str] = field(default_factory=dict)
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        self.missing, self.unexpected = tuple(self.missing), tuple(self.unexpected)
+        self.problems, self.suggestions = tuple(self.problems), dict(self.suggestions)
+        super().__post_init__()
 
     def __str__(self) -> str:
         text = f"the checkpoint at {self.checkpoint_id!r} does not fit the state dict"
@@ -380,8 +360,9 @@ class RankFailure:
     traceback: str
 
 
+@_error
 class RankError(SaveError, LoadError):
-    """A save or load of several ranks failed; every rank is told the same. A save has committed nothing.
+    """A save or load of several ranks failed; every rank raises the same. A save has committed nothing.
 
     On the ranks that failed their own exception is the cause.
 
@@ -391,28 +372,39 @@ class RankError(SaveError, LoadError):
         missing: ranks that died, left, or were not done in time.
     """
 
-    SHOWN = 4  # different failures told in full; of the others the ranks
+    SHOWN: ClassVar[int] = 4  # different failures shown in full; of the others the ranks
 
-    def __init__(self, phase: str, failures: Sequence[RankFailure] = (), missing: Sequence[int] = ()) -> None:
-        super().__init__(phase, tuple(failures), tuple(missing))
-        self.phase = phase
-        self.failures = tuple(failures)
-        self.missing = tuple(missing)
+    phase: str
+    failures: Sequence[RankFailure] = ()
+    missing: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self.failures, self.missing = tuple(self.failures), tuple(self.missing)
+        super().__post_init__()
 
     def __str__(self) -> str:
-        told: list[str] = []
+        parts: list[str] = []
         if self.missing:
             ranks = ", ".join(f"rank {rank}" for rank in self.missing)
-            told.append(f"missing (died, left, or not done in time): {ranks}")
+            parts.append(f"missing (died, left, or not done in time): {ranks}")
         alike: dict[tuple[str, str], list[RankFailure]] = {}
         for failure in self.failures:
             alike.setdefault((failure.kind, failure.text), []).append(failure)
         tracebacks = ""
         for (kind, text), failures in list(alike.items())[: self.SHOWN]:
             ranks = ", ".join(f"rank {failure.rank}" for failure in failures)
-            told.append(f"{ranks}: {kind}: {text}")
+            parts.append(f"{ranks}: {kind}: {text}")
             tracebacks += f"\n--- rank {failures[0].rank}\n{failures[0].traceback.rstrip()}"
         rest = [str(failure.rank) for failures in list(alike.values())[self.SHOWN :] for failure in failures]
         if rest:
-            told.append("differently: rank " + ", ".join(rest))
-        return f"{self.phase}: " + "; ".join(told or ["the ranks were cut off from each other"]) + tracebacks
+            parts.append("with other errors: rank " + ", ".join(rest))
+        return f"{self.phase}: " + "; ".join(parts or ["the ranks lost their connection"]) + tracebacks
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _where(path: str, fqn: str) -> str:
+    return f"{path} ({fqn})" if fqn else path

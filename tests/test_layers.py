@@ -1,4 +1,4 @@
-"""The table of imports, who may know what, and the public names."""
+"""The table of imports, who may know what, how long a file may be, and the public names."""
 
 import ast
 import subprocess
@@ -31,6 +31,7 @@ TABLE = {
     | {"storage", "_engine", "_telemetry", "checkpointer"}
     # Plain data and types of the public signatures, and what lists steps without torch.
     | {"_format.naming", "_load.options", "_load.read_custom_metadata", "_load.report", "_distributed.stop_agreement"},
+    "testing": LEAVES | {"storage", "checkpointer", "manager"},
     "_cli": LEAVES | ENGINE_ROOM | {"_save", "_load", "checkpointer", "manager"},
 }
 
@@ -116,6 +117,80 @@ def test_what_the_command_line_needs_at_once_imports_no_torch() -> None:
     program = "import sys, importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
     program += "    assert 'torch' not in sys.modules, name"
     subprocess.run([sys.executable, "-c", program, *WITHOUT_TORCH], check=True)
+
+
+# Private names of torch and Python: where each is used, for the day on which one of them is gone.
+PRIVATE = {
+    "_cli.bench.hardware": {"_foreach_copy_"},
+    "_engine.device_copies": {"_foreach_copy_"},
+    "_engine.device_gather": {"_foreach_copy_"},
+    "_engine.loop": {"_register_atexit"},
+    "_format.archive_writer": {"_utils", "_rebuild_tensor_v3"},
+    "_format.dtypes": {"_get_layout"},
+    "_format.plain_data": {"_Unpickler", "_weights_only_unpickler", "_get_allowed_globals"},
+    "_state.capture": {"_version"},
+    "_state.planner_capture": {"_enable_plan_caching"},
+    "_state.sharding": {"_local_tensor"},
+    "_state.stateful": {"_modules"},
+    "_state.tear_detector": {"_version"},
+    "checkpointer.optimizer_guard": {"_optimizer_step_pre_hooks"},
+}
+
+
+def _reaches(tree: ast.Module) -> set[str]:
+    """Return the attributes with an underscore that a file uses and does not define."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    used: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            (own if is_own else used).add(node.attr)
+    return used - own
+
+
+def test_nobody_reaches_for_an_underscored_attribute_of_another_file() -> None:
+    found = {name: _reaches(ast.parse(path.read_text())) for name, path in FILES.items()}
+    assert {name: used for name, used in found.items() if used} == PRIVATE
+
+
+# What may be imported only there.
+ONLY_IN = {
+    "asyncio": {"_engine", "checkpointer", "manager", "_cli", "testing"},
+    "concurrent": {"_engine", "_distributed", "checkpointer"},
+    "logging": {"_log", "_load", "manager"},  # in the last two for the names of levels
+}
+
+
+@pytest.mark.parametrize("module", ONLY_IN)
+def test_what_few_may_know_nobody_else_imports(module: str) -> None:
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+                if module in {each.split(".")[0] for each in names} and not (
+                    isinstance(node, ast.ImportFrom) and node.level
+                ):
+                    assert name.split(".")[0] in ONLY_IN[module], f"{name} imports {module}"
+
+
+def test_threads_are_made_in_the_engine_room_only() -> None:
+    makers = {name for name, path in FILES.items() if "threading.Thread(" in path.read_text()}
+    assert {name.split(".")[0] for name in makers} == {"_engine"}
+
+
+LINES, CODE_LINES = 500, 60
+
+
+def test_no_file_and_no_function_is_too_long() -> None:
+    for name, path in FILES.items():
+        text = path.read_text()
+        assert len(text.splitlines()) <= LINES, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                docstring = ast.get_docstring(node, clean=False) or ""
+                lines = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+                assert lines <= CODE_LINES, f"{name}: {node.name}"
 
 
 def test_public_names_are_documented_and_imported_as_they_are_declared() -> None:

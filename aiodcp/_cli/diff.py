@@ -11,8 +11,7 @@ import torch
 
 from .._format.dcp import TensorStorageMetadata
 from .._state.plain_tensors import is_plain
-from ..checkpointer.checkpointer import Checkpointer
-from .reading import load, name_of, nbytes_of, pieces, read
+from .reading import load, name_of, nbytes_of, opened, pieces, read
 from .text_tables import number, plural, table
 
 
@@ -55,9 +54,10 @@ def diff(a: str, b: str, advance: Callable[[int], None], total: Callable[[int], 
         else:
             alike.append(fqn)
     total(sum(nbytes_of(entries[0][fqn]) for fqn in alike))
-    with Checkpointer(no_dist=True) as checkpointer:
+    with opened(a) as of_a, opened(b) as of_b:
         for names in pieces(entries[0], alike):
-            states = [load(checkpointer, each, {fqn: entries[0][fqn] for fqn in names}) for each in (a, b)]
+            wanted = {fqn: entries[0][fqn] for fqn in names}
+            states = [load(of_a, a, wanted), load(of_b, b, wanted)]
             for fqn in names:
                 difference = _compare(fqn, states[0][fqn], states[1][fqn])
                 if difference is not None:

@@ -13,9 +13,8 @@ import torch
 from .._format.dcp import KeyPath, Metadata, TensorStorageMetadata
 from .._format.extension import container_notes
 from .._state.structure import int_keys_of, rebuild
-from ..checkpointer.checkpointer import Checkpointer
 from ..errors import ArgumentError, WriteError
-from .reading import load, pieces, read
+from .reading import load, opened, pieces, read
 
 SHARD_NBYTES = 5_000_000_000
 """Of one file of safetensors at most, unless a tensor is larger. Source: Hugging Face's `save_pretrained`."""
@@ -32,7 +31,7 @@ def export_torch(checkpoint_id: str, out: str) -> dict[str, Any]:
     """
     metadata, _ = read(checkpoint_id)
     _refuse_existing(Path(out))
-    with Checkpointer(no_dist=True) as checkpointer:
+    with opened(checkpoint_id) as checkpointer:
         flat = load(checkpointer, checkpoint_id, metadata.state_dict_metadata)
     state = nest(flat, metadata)
     temporary = f"{out}.tmp"
@@ -105,7 +104,7 @@ def export_safetensors(
     weight_map: dict[str, str] = {}
     nbytes = {fqn: entry.size.numel() * entry.properties.dtype.itemsize for fqn, entry in entries.items()}
     total(sum(nbytes.values()))
-    with Checkpointer(no_dist=True) as checkpointer:
+    with opened(checkpoint_id) as checkpointer:
         for name, fqns in zip(names, shards, strict=True):
             state = load(checkpointer, checkpoint_id, {fqn: entries[fqn] for fqn in fqns})
             tensors = {fqn.removeprefix(prefix): state.pop(fqn) for fqn in fqns}

@@ -10,34 +10,33 @@ from .._format.naming import is_leftover
 from ..errors import ArgumentError
 from ..manager.retention import Retention
 from ..manager.steps import list_steps, remove_leftovers, remove_step, step_path
-from ..storage.local import LocalStorage
-from .ls import _check_root, _look
+from ..storage.base import Storage
+from .locations import refuse_checkpoint, storage_of_root
+from .ls import rows_of
 
 
 def collect(root: str, retention: Retention, *, dry_run: bool) -> dict[str, Any]:
     """Remove the steps that are not to be kept, and what interrupted saves have left; return which.
 
     Raises:
-        ArgumentError: it is no directory of steps, or a process that saves there is alive.
+        ArgumentError: it is not a directory of steps, or a process that saves there is alive.
         OSError: a step cannot be removed.
     """
-    _check_root(root)
-    retention.check()
-    return anyio.run(_collect, root, retention, dry_run)
+    return anyio.run(_collect, storage_of_root(root), root, retention, dry_run)
 
 
-async def _collect(root: str, retention: Retention, dry_run: bool) -> dict[str, Any]:
-    storage = LocalStorage()
-    async with storage.claim(root, alone=False):  # there may be none there yet, of which to be alone
+async def _collect(storage: Storage, root: str, retention: Retention, dry_run: bool) -> dict[str, Any]:
+    await refuse_checkpoint(storage, root)
+    async with storage.lock(root, exclusive=False):  # there may be no lock there yet that could be exclusive
         pass
-    async with storage.claim(root, alone=True) as alone:
-        if not alone:
+    async with storage.lock(root, exclusive=True) as is_locked:
+        if not is_locked:
             raise ArgumentError("root", f"a process that saves below {root} is alive, and removes steps by itself")
-        doomed = retention.doomed((await list_steps(storage, root)).steps)
+        to_remove = retention.to_remove((await list_steps(storage, root)).steps)
         if dry_run:
-            leftovers = [row["step"] for row in await _look(root) if not row["complete"]]
+            leftovers = [row["step"] for row in await rows_of(storage, root) if not row["complete"]]
         else:
             leftovers = await remove_leftovers(storage, root, lambda name: False, is_leftover)
-            for step in doomed:
+            for step in to_remove:
                 await remove_step(storage, step_path(root, step), set())
-    return {"removed": doomed, "leftovers": leftovers}
+    return {"removed": to_remove, "leftovers": leftovers}

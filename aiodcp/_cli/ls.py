@@ -2,82 +2,75 @@
 
 from __future__ import annotations
 
-import os
 import time
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import anyio
 
 from .._format.naming import METADATA_NAME, is_leftover
-from .._load.read_custom_metadata import read_custom_metadata
-from ..errors import ArgumentError, LoadError, NotACheckpointError
+from .._load.read_custom_metadata import read_dated_custom_metadata
+from ..errors import LoadError, NotACheckpointError
 from ..manager.steps import metrics_of, step_of, step_path
-from ..storage.local import LocalStorage
+from ..storage.base import Storage
+from .locations import refuse_checkpoint, storage_of_root
 from .text_tables import number, plural, size, table
 
 
 def list_rows(root: str) -> list[dict[str, Any]]:
-    """Return what there is of each step, in order: complete ones and what saves under way or interrupted have left.
+    """Return what there is of each step, in order: complete ones, and what unfinished or interrupted saves have left.
 
     Raises:
-        ArgumentError: it is no directory, or a checkpoint.
+        ArgumentError: it is not a directory, or a checkpoint.
     """
-    _check_root(root)
-    return anyio.run(_look, root)
+    return anyio.run(rows_of, storage_of_root(root), root)
 
 
-def _check_root(root: str) -> None:
-    if not Path(root).is_dir():
-        raise ArgumentError("root", f"{root} is no directory")
-    if Path(root, METADATA_NAME).exists():
-        raise ArgumentError("root", f"{root} is a checkpoint, not a directory of steps: see `aiodcp show`")
-
-
-async def _look(root: str) -> list[dict[str, Any]]:
-    storage = LocalStorage()
+async def rows_of(storage: Storage, root: str) -> list[dict[str, Any]]:
+    """As `list_rows`, from a storage."""
+    await refuse_checkpoint(storage, root)
     rows: list[dict[str, Any]] = []
-    for name in await storage.places(root):
+    for name in await storage.list_children(root):
         step = step_of(name)
         if step is None:
             continue
-        place = step_path(root, step)
-        stats = {}
-        for file in await storage.names(place):
-            with suppress(FileNotFoundError):  # a save goes on meanwhile
-                stats[file] = os.stat(os.path.join(place, file))
-        complete = METADATA_NAME in stats
-        if stats and not complete and not any(map(is_leftover, stats)):
+        sizes = await storage.file_sizes(step_path(root, step))
+        complete = METADATA_NAME in sizes
+        if sizes and not complete and not any(map(is_leftover, sizes)):
             continue  # files of the user's own
-        rows.append(
-            {
-                "step": step,
-                "complete": complete,
-                "saved_at": stats[METADATA_NAME].st_mtime if complete else None,
-                "nbytes": sum(stat.st_size for stat in stats.values()),
-                "files": len(stats),
-                "metrics": {},
-                "problem": "",
-            }
-        )
+        row: dict[str, Any] = {
+            "step": step,
+            "complete": complete,
+            "saved_at": None,
+            "nbytes": sum(sizes.values()),
+            "files": len(sizes),
+            "metrics": {},
+            "problem": "",
+        }
+        rows.append(row)
         if complete:
-            try:
-                rows[-1]["metrics"] = metrics_of(await read_custom_metadata(storage, place))
-            except NotACheckpointError:  # removed meanwhile
-                continue
-            except LoadError as error:
-                rows[-1]["problem"] = str(error)
+            await _read_note(storage, step_path(root, step), row)
     return sorted(rows, key=lambda row: row["step"])
+
+
+async def _read_note(storage: Storage, path: str, row: dict[str, Any]) -> None:
+    """Add what the custom metadata says, and when it was written."""
+    try:
+        custom_metadata, row["saved_at"] = await read_dated_custom_metadata(storage, path)
+        row["metrics"] = metrics_of(custom_metadata)
+    except NotACheckpointError:  # removed meanwhile
+        return
+    except LoadError as error:
+        row["problem"] = str(error)
 
 
 def format_steps(rows: list[dict[str, Any]]) -> str:
     """Return the table of `aiodcp ls`."""
     cells = []
     for row in rows:
-        when = (
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["saved_at"])) if row["complete"] else "not complete"
-        )
+        when = "not complete"
+        if row["complete"]:
+            saved_at = row["saved_at"]
+            when = "?" if saved_at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved_at))
         metrics = row["problem"] or ", ".join(f"{name} {number(value)}" for name, value in row["metrics"].items())
         cells.append([str(row["step"]), when, size(row["nbytes"]), str(row["files"]), metrics])
     total = f"{plural(len(rows), 'step')}, {size(sum(row['nbytes'] for row in rows))}"

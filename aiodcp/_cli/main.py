@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from typing import Any
@@ -67,72 +67,89 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="aiodcp", description="Asyncio-native checkpoints for PyTorch.")
-    parser.add_argument("--version", action="version", version=f"aiodcp {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+class _Commands:
+    """The parser of the command line, to which commands are added."""
 
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    def __init__(self) -> None:
+        self.parser = argparse.ArgumentParser(prog="aiodcp", description="Asyncio-native checkpoints for PyTorch.")
+        self.parser.add_argument("--version", action="version", version=f"aiodcp {_version()}")
+        self._commands = self.parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(self, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        """Add a command that calls `run` with its options; `text` is what its help says."""
+        command = self._commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=run)
         return command
 
-    ls = add("ls", _ls, "list the steps below a root, complete or not")
+
+def _parser() -> argparse.ArgumentParser:
+    commands = _Commands()
+    _add_ls(commands)
+    _add_show(commands)
+    _add_verify(commands)
+    _add_diff(commands)
+    _add_gc(commands)
+    _add_export(commands)
+    _add_bench(commands)
+    return commands.parser
+
+
+def _add_ls(commands: _Commands) -> None:
+    ls = commands.add("ls", _ls, "list the steps below a root, complete or not")
     ls.add_argument("root", help="the directory with step-<n> in it")
 
-    show = add("show", _show, "show what a checkpoint holds: names, shapes, dtypes, sizes, files")
+
+def _add_show(commands: _Commands) -> None:
+    show = commands.add("show", _show, "show what a checkpoint holds: names, shapes, dtypes, sizes, files")
     show.add_argument("checkpoint", help="its directory")
     show.add_argument("fqn", nargs="?", help="only this value, and what lies below it")
     show.add_argument("--chunks", action="store_true", help="show of each tensor where its chunks are stored, too")
 
-    verify = add("verify", _verify, "read all of a checkpoint and check it: coverage, files, the CRC32 of every item")
-    verify.add_argument("checkpoint", help="its directory")
 
-    diff = add("diff", _diff, "compare two checkpoints: what changed, and by how much")
+def _add_verify(commands: _Commands) -> None:
+    text = "read all of a checkpoint and check it: coverage, files, the CRC32 of every item"
+    commands.add("verify", _verify, text).add_argument("checkpoint", help="its directory")
+
+
+def _add_diff(commands: _Commands) -> None:
+    diff = commands.add("diff", _diff, "compare two checkpoints: what changed, and by how much")
     diff.add_argument("a", help="the directory of one")
     diff.add_argument("b", help="the directory of the other")
 
-    gc = add("gc", _gc, "remove steps that are not to be kept, and what interrupted saves have left")
+
+def _add_gc(commands: _Commands) -> None:
+    gc = commands.add("gc", _gc, "remove steps that are not to be kept, and leftovers of interrupted saves")
     gc.add_argument("root", help="the directory with step-<n> in it")
     gc.add_argument("--keep-last", type=_positive_int, metavar="N", help="keep the newest N steps; without it, all")
     gc.add_argument("--keep-every", type=_positive_int, metavar="N", help="keep multiples of N besides")
-    gc.add_argument(
-        "--keep-best", type=_best, metavar="METRIC:min|max[:N]", help="keep the N best besides (default: 1)"
-    )
+    best = "keep the N best besides (default: 1)"
+    gc.add_argument("--keep-best", type=_best, metavar="METRIC:min|max[:N]", help=best)
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
-    export = add("export", _export, "write a checkpoint in another format")
+
+def _add_export(commands: _Commands) -> None:
+    export = commands.add("export", _export, "write a checkpoint in another format")
     export.add_argument("checkpoint", help="its directory")
     export.add_argument("--to", choices=["safetensors", "torch"], required=True, help="the format")
     export.add_argument("out", help="a file for torch, a directory for safetensors")
     export.add_argument("--prefix", default="", help="safetensors: only what lies below this name, and without it")
-    export.add_argument(
-        "--shard-gb", type=_positive_float, default=5.0, help="safetensors: GB of one file at most (default: 5)"
-    )
+    size = "safetensors: GB of one file at most (default: 5)"
+    export.add_argument("--shard-gb", type=_positive_float, default=5.0, help=size)
 
-    bench = add(
-        "bench", _bench, "measure saving and loading on this machine, or under torchrun, against DCP; takes minutes"
-    )
-    bench.add_argument(
-        "directory",
-        nargs="?",
-        default=".",
-        help="on the file system to measure; made if it is not there (default: here)",
-    )
+
+def _add_bench(commands: _Commands) -> None:
+    text = "measure saving and loading on this machine, or under torchrun, against DCP; takes minutes"
+    bench = commands.add("bench", _bench, text)
+    where = "on the file system to measure; created if it does not exist (default: here)"
+    bench.add_argument("directory", nargs="?", default=".", help=where)
     bench.add_argument("--gib", type=_positive_float, default=1.0, help="size of the state in 64 tensors (default: 1)")
-    bench.add_argument(
-        "--tensors",
-        type=_positive_int,
-        default=10_000,
-        help="of 4 KiB, on a device of 16 KiB, in the other state (default: 10000)",
-    )
+    small = "of 4 KiB, on a device of 16 KiB, in the other state (default: 10000)"
+    bench.add_argument("--tensors", type=_positive_int, default=10_000, help=small)
     bench.add_argument("--repeat", type=_positive_int, default=5, help="rounds that count (default: 5)")
     bench.add_argument("--plan", type=_positive_int, metavar="RANKS", help="measure planning, for simulated ranks")
-    bench.add_argument(
-        "--device", default="cpu", help="where the state is; cuda measures what a save holds up on host and device"
-    )
-    return parser
+    device = "where the state is; cuda measures what a save holds up on host and device"
+    bench.add_argument("--device", default="cpu", help=device)
 
 
 # Each command imports what it needs: torch takes seconds to import.
@@ -158,7 +175,7 @@ def _gc(options: argparse.Namespace) -> int:
     def summary() -> str:
         what = "would remove" if options.dry_run else "removed"
         lines = [f"{what} step {step}" for step in result["removed"]]
-        lines += [f"{what} what an interrupted save has left of step {step}" for step in result["leftovers"]]
+        lines += [f"{what} leftovers of an interrupted save of step {step}" for step in result["leftovers"]]
         return "\n".join(lines) or "nothing to remove"
 
     _print(options, result, summary)
@@ -221,7 +238,7 @@ def _export(options: argparse.Namespace) -> int:
 
     def text() -> str:
         left_out = result["left_out"]
-        more = f"\nleft out, as they are no tensors: {', '.join(left_out)}" if left_out else ""
+        more = f"\nleft out, since they are not tensors: {', '.join(left_out)}" if left_out else ""
         return "\n".join(result["files"]) + f"\n{result['tensors']} tensors" + more
 
     _print(options, result, text)

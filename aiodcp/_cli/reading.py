@@ -1,13 +1,12 @@
-"""A checkpoint of the local file system, read for people: what it says it holds, and its values."""
+"""A checkpoint, read for people: what it says it holds, and its values."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from math import prod
-from pathlib import Path
 from typing import Any
 
+import anyio
 import torch
 
 from .._engine.gc_pause import gc_paused
@@ -19,37 +18,50 @@ from .._format.seal import Seal, SealError
 from ..checkpointer.checkpointer import Checkpointer
 from ..errors import ArgumentError, CorruptError, NotACheckpointError
 from ..manager.steps import step_of, step_path
-from ..storage.file_access import open_inside
+from ..storage.base import Storage
+from .locations import storage_of
 
 PIECE_NBYTES = 256 << 20  # of tensors held in memory at a time, from each of two checkpoints
 
 
 def read(checkpoint_id: str) -> tuple[Metadata, Seal]:
-    """Return what a checkpoint of the local file system holds, and what stands behind that.
+    """Return what a checkpoint holds, and what stands behind that in its `.metadata`.
 
     Raises:
+        ArgumentError: there are steps instead.
         NotACheckpointError: there is none.
         CorruptError, UnsafeError: see `read_metadata`.
     """
-    path = os.path.join(checkpoint_id, METADATA_NAME)
+    return anyio.run(read_from, storage_of(checkpoint_id), checkpoint_id)
+
+
+async def read_from(storage: Storage, checkpoint_id: str) -> tuple[Metadata, Seal]:
+    """As `read`, from a storage."""
     try:
-        with open_inside(checkpoint_id, METADATA_NAME) as file:
-            data = file.read()
+        data = await storage.get(checkpoint_id, METADATA_NAME)
     except (FileNotFoundError, NotADirectoryError) as error:
-        complete = Path(checkpoint_id).glob(f"step-*/{METADATA_NAME}")
-        steps = [step for each in complete if (step := step_of(each.parent.name)) is not None]
-        if steps:
-            newest = step_path(checkpoint_id, max(steps))
+        if newest := await _find_newest_step(storage, checkpoint_id):
             problem = f"{checkpoint_id} is a directory of steps, such as {newest}: see `aiodcp ls`"
             raise ArgumentError("checkpoint", problem) from error
         raise NotACheckpointError(checkpoint_id) from error
+    path = storage.describe(checkpoint_id, METADATA_NAME)
     with gc_paused():
         metadata, seal = read_sealed(data, path)
     try:
-        decode_custom_metadata(seal.note)
+        decode_custom_metadata(seal.custom_metadata)
     except SealError as error:
         raise CorruptError(path, "", str(error)) from error
     return metadata, seal
+
+
+async def _find_newest_step(storage: Storage, root: str) -> str:
+    """Return the complete step with the largest number below `root`; empty if there is none."""
+    steps = [step for name in await storage.list_children(root) if (step := step_of(name)) is not None]
+    for step in sorted(steps, reverse=True):
+        path = step_path(root, step)
+        if METADATA_NAME in await storage.list_files(path):
+            return path
+    return ""
 
 
 def pieces(
@@ -68,6 +80,11 @@ def pieces(
         yield piece
 
 
+def opened(checkpoint_id: str) -> Checkpointer:
+    """Return a Checkpointer, still to be entered, that loads what is at `checkpoint_id`."""
+    return Checkpointer(storage=storage_of(checkpoint_id), no_dist=True)
+
+
 def load(
     checkpointer: Checkpointer,
     checkpoint_id: str,
@@ -84,8 +101,10 @@ def load(
 
 
 def nbytes_of(entry: TensorStorageMetadata | BytesStorageMetadata) -> int:
+    """Return the bytes of a tensor's elements; of another value 0."""
     return prod(entry.size) * entry.properties.dtype.itemsize if isinstance(entry, TensorStorageMetadata) else 0
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Return the short name of a dtype, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

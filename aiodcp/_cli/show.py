@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from math import prod
 from typing import Any
 
+import anyio
+
 from .._format.custom_metadata import decode_custom_metadata
 from .._format.dcp import BytesStorageMetadata, MetadataIndex, StorageInfo, TensorStorageMetadata
 from .._load.decode import ItemDecoder
 from ..errors import ArgumentError
-from .reading import name_of, read
+from ..storage.base import Storage
+from ..storage.error_mapping import read_errors
+from .locations import storage_of
+from .reading import name_of, read_from
 from .text_tables import plural, size, table
 
 
@@ -22,7 +26,11 @@ def show(checkpoint_id: str, fqn: str | None = None) -> dict[str, Any]:
     Raises:
         ArgumentError: there is nothing of that name.
     """
-    metadata, seal = read(checkpoint_id)
+    return anyio.run(_show, storage_of(checkpoint_id), checkpoint_id, fqn)
+
+
+async def _show(storage: Storage, checkpoint_id: str, fqn: str | None) -> dict[str, Any]:
+    metadata, seal = await read_from(storage, checkpoint_id)
     stored: dict[str, list[tuple[MetadataIndex, StorageInfo]]] = {}
     for index, info in metadata.storage_data.items():
         stored.setdefault(index.fqn, []).append((index, info))
@@ -30,10 +38,14 @@ def show(checkpoint_id: str, fqn: str | None = None) -> dict[str, Any]:
     if not names and fqn is not None:
         raise ArgumentError("fqn", f"{checkpoint_id} holds nothing that is named {fqn!r}")
     rows = [_describe(name, metadata.state_dict_metadata[name], stored.get(name, [])) for name in names]
-    result = {"checkpoint_id": checkpoint_id, "custom_metadata": decode_custom_metadata(seal.note), "values": rows}
+    result = {
+        "checkpoint_id": checkpoint_id,
+        "custom_metadata": decode_custom_metadata(seal.custom_metadata),
+        "values": rows,
+    }
     if names == [fqn] and isinstance(metadata.state_dict_metadata[names[0]], BytesStorageMetadata):
         [(_, info)] = stored[names[0]]
-        result["value"] = repr(_decode(checkpoint_id, names[0], info))
+        result["value"] = repr(await _decode(storage, checkpoint_id, names[0], info))
     return result
 
 
@@ -64,12 +76,13 @@ def _describe(
     return {"fqn": fqn, "shape": list(entry.size), "dtype": name_of(dtype), "nbytes": nbytes, "chunks": chunks}
 
 
-def _decode(checkpoint_id: str, fqn: str, info: StorageInfo) -> Any:
-    with open(os.path.join(checkpoint_id, info.relative_path), "rb") as file:
-        file.seek(info.offset)
-        data = file.read(info.length)
-    check = ItemDecoder(locate=partial(os.path.join, checkpoint_id), crc32=None, weights_only=True)
-    return check.value(fqn, info.relative_path, data)
+async def _decode(storage: Storage, checkpoint_id: str, fqn: str, info: StorageInfo) -> Any:
+    data = bytearray(info.length)
+    with read_errors(storage.describe(checkpoint_id, info.relative_path)):
+        async with storage.open(checkpoint_id, info.relative_path) as reader:
+            await reader.read_into(info.offset, [memoryview(data)])
+    decoder = ItemDecoder(describe=partial(storage.describe, checkpoint_id), crc32=None, weights_only=True)
+    return decoder.value(fqn, info.relative_path, bytes(data))
 
 
 def format_show(result: Mapping[str, Any], *, chunks: bool) -> str:

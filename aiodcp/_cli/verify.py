@@ -8,24 +8,31 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from typing import BinaryIO
+from typing import IO, Any
 
+import anyio
+import anyio.from_thread
+import anyio.to_thread
 import torch
 
+from .._engine.task_groups import one_error
 from .._format.chunks import is_whole
 from .._format.dcp import Metadata, MetadataIndex, StorageInfo, TensorStorageMetadata
 from .._format.item_tables import ItemTables, is_the_item
 from .._format.naming import METADATA_NAME
 from .._load.decode import check_records
-from ..errors import CorruptError, UnsafeError
-from ..storage.file_access import open_inside
-from .reading import read
+from ..errors import CorruptError
+from ..storage.base import Reader, Storage
+from .locations import storage_of
+from .reading import read_from
 from .text_tables import plural
 
 MISSING = "the file is missing"
+
+WHOLE_NBYTES = 16 << 20  # up to which an item is read in one go
+BUFFER_NBYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,41 +60,87 @@ def verify(checkpoint_id: str, advance: Callable[[int], None], total: Callable[[
         UnsafeError: it leads out of its directory.
         PermissionError: it may not be read.
     """
+    return anyio.run(_verify, storage_of(checkpoint_id), checkpoint_id, advance, total)
+
+
+async def _verify(
+    storage: Storage, checkpoint_id: str, advance: Callable[[int], None], total: Callable[[int], None]
+) -> list[Problem]:
     try:
-        metadata, seal = read(checkpoint_id)
+        metadata, seal = await read_from(storage, checkpoint_id)
         tables = ItemTables(metadata, seal.tables)
     except CorruptError as error:
         return [Problem(fqn="", file=METADATA_NAME, problem=error.problem)]
     except ValueError:
         return [Problem(fqn="", file=METADATA_NAME, problem="it names more or fewer files than were written")]
+    items: dict[str, list[_Item]] = {}
+    for index, info in metadata.storage_data.items():
+        item = _Item(fqn=index.fqn, info=info, payload_nbytes=_payload_nbytes(metadata, index))
+        items.setdefault(info.relative_path, []).append(item)
+    total(sum(each.info.length for of_file in items.values() for each in of_file))
     problems = list(_uncovered(metadata))
-    crcs: dict[str, dict[int, int]] = {}
-    for file in sorted({info.relative_path for info in metadata.storage_data.values()}):
-        crcs[file], problem = _table(checkpoint_id, file, tables)
-        problems += [Problem(fqn="", file=file, problem=problem)] if problem else []
-    items = sorted(metadata.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset))
-    total(sum(info.length for _, info in items))
-
-    def check(item: tuple[MetadataIndex, StorageInfo]) -> Problem | None:
-        index, info = item
-        crc = crcs[info.relative_path].get(info.offset)
-        problem = _damage(checkpoint_id, info, _payload_nbytes(metadata, index), crc)
-        advance(info.length)
-        return Problem(fqn=index.fqn, file=info.relative_path, problem=problem) if problem else None
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # a CRC32 of much data lets go of the GIL
-        problems += [problem for problem in pool.map(check, items) if problem is not None]
+    limiter = anyio.CapacityLimiter(min(4, os.cpu_count() or 1))
+    for file, of_file in sorted(items.items()):
+        of_file.sort(key=lambda each: each.info.offset)
+        problems += await _check_file(storage, checkpoint_id, file, of_file, tables, limiter, advance)
     return _by_file(problems)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Item:
+    """An item of a data file; `payload_nbytes` is how many bytes of a tensor it must hold at least."""
+
+    fqn: str
+    info: StorageInfo
+    payload_nbytes: int | None
+
+
+async def _check_file(
+    storage: Storage,
+    checkpoint_id: str,
+    file: str,
+    items: Sequence[_Item],
+    tables: ItemTables,
+    limiter: anyio.CapacityLimiter,
+    advance: Callable[[int], None],
+) -> list[Problem]:
+    """Read all items of a file, some of them at once, and return what is wrong with them."""
+    problems: list[Problem] = []
+    try:
+        async with storage.open(checkpoint_id, file) as reader:
+            crcs, problem = await _read_table(reader, file, tables)
+            if problem:
+                problems.append(Problem(fqn="", file=file, problem=problem))
+
+            async def check(item: _Item) -> None:
+                async with limiter:
+                    problem = await _check_item(reader, item, crcs.get(item.info.offset))
+                if problem:
+                    problems.append(Problem(fqn=item.fqn, file=file, problem=problem))
+                advance(item.info.length)
+
+            with one_error():
+                async with anyio.create_task_group() as group:
+                    for item in items:
+                        group.start_soon(check, item)
+    except FileNotFoundError:
+        return [Problem(fqn=each.fqn, file=file, problem=MISSING) for each in items]
+    except PermissionError:  # no damage, for all that is known
+        raise
+    except OSError as error:
+        return [Problem(fqn="", file=file, problem=f"cannot be read: {error}")]
+    order = {item.fqn: number for number, item in enumerate(items)}
+    return sorted(problems, key=lambda each: order.get(each.fqn, -1))
+
+
 def _by_file(problems: Sequence[Problem]) -> list[Problem]:
-    """Tell once of a file what would be told of every value in it."""
+    """Report once of a file what would be reported of every value in it."""
     values = Counter(problem.file for problem in problems if problem.problem == MISSING)
-    told = [
+    missing = [
         Problem(fqn="", file=file, problem=f"{MISSING}, and with it {plural(count, 'value')}")
         for file, count in values.items()
     ]
-    return [*told, *(problem for problem in problems if problem.problem != MISSING)]
+    return [*missing, *(problem for problem in problems if problem.problem != MISSING)]
 
 
 def _uncovered(metadata: Metadata) -> Iterator[Problem]:
@@ -116,67 +169,75 @@ def _payload_nbytes(metadata: Metadata, index: MetadataIndex) -> int | None:
     return None
 
 
-def _table(checkpoint_id: str, file: str, tables: ItemTables) -> tuple[dict[int, int], str]:
-    """Return a file's table of its items, or what is wrong with it; neither, if the file tells by itself."""
+async def _read_table(reader: Reader, file: str, tables: ItemTables) -> tuple[dict[int, int], str]:
+    """Return a file's table of its items, or what is wrong with it; neither, if it has none or is too short."""
     nbytes = tables.nbytes(file)
-    if not nbytes:
+    if not 0 < nbytes <= reader.nbytes:
         return {}, ""
+    table = bytearray(nbytes)
+    await reader.read_into(reader.nbytes - nbytes, [memoryview(table)])
     try:
-        with open_inside(checkpoint_id, file) as opened:
-            opened.seek(max(0, os.fstat(opened.fileno()).st_size - nbytes))
-            return tables.read(file, opened.read()), ""
+        return tables.read(file, bytes(table)), ""
     except ValueError as error:
         return {}, str(error)
-    except (PermissionError, UnsafeError):
-        raise
-    except OSError:
-        return {}, ""
 
 
-def _damage(checkpoint_id: str, info: StorageInfo, payload_nbytes: int | None, crc: int | None) -> str:
-    """Say what is wrong with an item; empty if nothing is."""
+async def _check_item(reader: Reader, item: _Item, crc: int | None) -> str:
+    """Return what is wrong with an item; empty if nothing is."""
+    info = item.info
     if getattr(info, "transform_descriptors", None):
         return f"is stored through the extensions {info.transform_descriptors}, which this reader has not"
+    if info.offset + info.length > reader.nbytes:
+        return f"the file has {reader.nbytes} bytes, the value ends at {info.offset + info.length}"
     try:
-        with open_inside(checkpoint_id, info.relative_path) as file:
-            nbytes = os.fstat(file.fileno()).st_size
-            if info.offset + info.length > nbytes:
-                return f"the file has {nbytes} bytes, the value ends at {info.offset + info.length}"
-            window = _Window(file, info.offset, info.length)
-            with zipfile.ZipFile(window) as archive:
-                check_records(archive.infolist(), info.length)
-                damaged = archive.testzip()
-                if damaged is not None:
-                    return f"the CRC32 of {damaged} is not the one it was saved with"
-                if crc is not None and not is_the_item(crc, lambda: _crc_of(window), archive.infolist()):
-                    return "is whole, and is not what was saved there"
-                sizes = {each.filename.partition("/")[2]: each.file_size for each in archive.infolist()}
-    except FileNotFoundError:
-        return MISSING
-    except (PermissionError, UnsafeError):  # no damage, for all that is known
-        raise
+        if info.length <= WHOLE_NBYTES:
+            data = bytearray(info.length)
+            await reader.read_into(info.offset, [memoryview(data)])
+            file: IO[bytes] = io.BytesIO(data)
+        else:
+            file = io.BufferedReader(_Window(reader, info.offset, info.length), BUFFER_NBYTES)
+        return await anyio.to_thread.run_sync(_damage, file, item, crc)  # a CRC32 of much data releases the GIL
     except OSError as error:
         return f"cannot be read: {error}"
+
+
+def _damage(file: IO[bytes], item: _Item, crc: int | None) -> str:
+    """Return what is wrong with an archive; empty if nothing is. In a worker thread."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            check_records(records, item.info.length)
+            damaged = archive.testzip()
+    except OSError:
+        raise
     except Exception as error:  # a damaged archive can raise almost anything
         return f"is not an archive of torch.save: {error!r}"
+    if damaged is not None:
+        return f"the CRC32 of {damaged} is not the one it was saved with"
+    if crc is not None and not is_the_item(crc, lambda: _crc_of(file), records):
+        return "is intact, but is not what was saved there"
+    sizes = {each.filename.partition("/")[2]: each.file_size for each in records}
     if "data.pkl" not in sizes:
         return "is an archive without data.pkl, which torch.save writes"
     held = sum(nbytes for name, nbytes in sizes.items() if name.startswith("data/"))
-    if payload_nbytes is not None and held < payload_nbytes:
-        return f"holds {held} bytes, its shape and dtype ask for {payload_nbytes}"
+    if item.payload_nbytes is not None and held < item.payload_nbytes:
+        return f"holds {held} bytes, its shape and dtype ask for {item.payload_nbytes}"
     return ""
 
 
-def _crc_of(window: _Window) -> int:
-    window.seek(0)
-    return zlib.crc32(window.read())
+def _crc_of(file: IO[bytes]) -> int:
+    file.seek(0)
+    crc = 0
+    while data := file.read(BUFFER_NBYTES):
+        crc = zlib.crc32(data, crc)
+    return crc
 
 
 class _Window(io.RawIOBase):
-    """A stretch of a file, as a file of its own."""
+    """A stretch of a file, as a file of its own. Read in a worker thread, it has the event loop read."""
 
-    def __init__(self, file: BinaryIO, start: int, nbytes: int) -> None:
-        self._file = file
+    def __init__(self, reader: Reader, start: int, nbytes: int) -> None:
+        self._reader = reader
         self._start = start
         self._nbytes = nbytes
         self._position = 0
@@ -194,9 +255,10 @@ class _Window(io.RawIOBase):
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._nbytes}[whence]
         return self._position
 
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._nbytes - self._position)
-        self._file.seek(self._start + self._position)
-        data = self._file.read(left if size < 0 else min(size, left))
-        self._position += len(data)
-        return data
+    def readinto(self, buffer: Any) -> int:
+        memory = memoryview(buffer).cast("B")
+        memory = memory[: max(0, self._nbytes - self._position)]
+        if memory.nbytes:
+            anyio.from_thread.run(self._reader.read_into, self._start + self._position, [memory])
+        self._position += memory.nbytes
+        return memory.nbytes

@@ -1,23 +1,20 @@
-"""The private line between ranks: a gloo group of the library's own, whose collectives can be awaited.
+"""The private channel between ranks: a gloo group of the library's own, whose collectives can be awaited.
 
 Only the engine's loop uses it, one collective at a time. It is made from a prefix of the process group's store and is
-not registered with torch.distributed, so the training's groups, and other lines, never meet it.
+not registered with torch.distributed, so the training's groups, and other channels, never meet it.
 
-A line that breaks (a rank died, left, or did not answer in time) is *cut* for all: every rank that notices checks in
-at the store, whoever has not checked in a little later is missing, and the first rank to say so says it for all. The
-next operation connects anew, under the next generation's names.
+A channel that breaks (a rank died, left, or did not answer in time) breaks for all: every rank that notices checks in
+at the store, whoever has not checked in a little later is missing, and the first rank to record that decides it for
+all. The next operation connects anew, under the next generation's names.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import resource
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
 
-from .._engine.threads import NAME
+from .._engine.broadcast import Signal
+from .._engine.threads import in_own_thread, start_thread
 from .._log import SafeLogger
 from ..errors import ClosedError
 
@@ -35,7 +33,7 @@ log = SafeLogger(__name__)
 
 T = TypeVar("T")
 
-ALARM_PERIOD_S = 1.0  # how often a rank that waits looks whether another one has found the line broken
+ALARM_PERIOD_S = 1.0  # how often a rank that waits looks whether another one has found the channel broken
 
 ROLL_CALL_S = 3.0  # for which the others may be silent before they count as missing: looked for, and noticed, in 1 s
 
@@ -70,7 +68,7 @@ def _have_descriptors(count: int) -> None:
 
 
 class ChannelBrokenError(Exception):
-    """The line broke.
+    """The channel broke.
 
     Attributes:
         missing: positions in the group of the ranks that did not check in afterwards.
@@ -89,17 +87,17 @@ class Channel:
         size: how many ranks it has.
         root: position of the coordinator.
         members: their ranks in the world, by position.
-        timeout_s: seconds after which a rank that does not answer breaks the line.
+        timeout_s: seconds after which a rank that does not answer breaks the channel.
         nbytes: bytes that went through this end since it was made.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, root: int, timeout_s: float) -> None:
-        self.rank = group.rank()
-        self.size = group.size()
+        self.rank: int = group.rank()
+        self.size: int = group.size()
         self.root = root
-        self.members = dist.get_process_group_ranks(group)
+        self.members: list[int] = dist.get_process_group_ranks(group)
         self.timeout_s = timeout_s
-        self.nbytes = 0
+        self.nbytes: int = 0
         self._world: dist.ProcessGroup = group
         self._store: Any = None  # a PrefixStore, of which torch types the constructor only
         self._opened = 0
@@ -108,7 +106,7 @@ class Channel:
 
     @property
     def store(self) -> Any:
-        """The store that the ranks share, once they are connected; under names that no other line has."""
+        """The store that the ranks share, once they are connected; under names that no other channel has."""
         return self._store
 
     async def connect(self) -> Any:
@@ -121,22 +119,22 @@ class Channel:
         """
         if self._group is None:
             try:
-                self._group = await _in_thread(self._make_group, self.timeout_s + STORE_S)
+                self._group = await in_own_thread("ranks", self._make_group, self.timeout_s + STORE_S)
             except ClosedError:
                 raise
             except RuntimeError as error:
                 if self._store is None:
                     raise ChannelBrokenError(self._host()) from error
-                raise await self._cut() from error
+                raise await self._break() from error
         return self._group
 
     def _make_group(self) -> ProcessGroupGloo:
         _have_descriptors(DESCRIPTORS_A_PEER * self.size + DESCRIPTORS_BESIDES)
         if self._store is None:
-            # A connection of our own: a wait on the training's would hold everybody else's use of it.
+            # A connection of our own: a wait on the training's connection would block all other users of it.
             store = self._world.get_group_store().clone()  # type: ignore[attr-defined]
             name = f"aiodcp/{self._world.group_name}"
-            # Ranks open their lines in the same order, so each may count for itself; but for those that came to
+            # Ranks open their channels in the same order, so each may count for itself; but for those that came to
             # nothing, which not all ranks need have tried to open.
             number = store.add(f"{name}/{self.rank}", 1)
             while store.check([f"{name}/{number}/failed"]):
@@ -146,12 +144,12 @@ class Channel:
         return ProcessGroupGloo(prefix, self.rank, self.size, timedelta(seconds=self.timeout_s))
 
     async def give_up_opening(self) -> None:
-        """Say that this line was never opened, so that nobody waits under its number."""
+        """Record that this channel was never opened, so that no rank waits under its number."""
         with suppress(RuntimeError):
-            await _in_thread(lambda: self._store.set("failed", ""), STORE_S)
+            await in_own_thread("ranks", lambda: self._store.set("failed", ""), STORE_S)
 
     def close(self) -> None:
-        """Let go of the group: whoever waits for this rank is told that it is gone."""
+        """Drop the group: whoever waits for this rank sees its connection close."""
         self._group = None
 
     async def gather(self, row: torch.Tensor) -> torch.Tensor | None:
@@ -195,38 +193,34 @@ class Channel:
         await self._finish(group.scatter, ([row], rows, options))
 
     async def _finish(self, collective: Any, arguments: tuple[Any, ...]) -> None:
-        loop = asyncio.get_running_loop()
-        finished = anyio.Event()
-
-        def wake(_: object) -> None:  # in a thread of gloo's
-            with suppress(RuntimeError):  # the engine has stopped meanwhile
-                loop.call_soon_threadsafe(finished.set)
-
+        finished = Signal()
         try:
             work = collective(*arguments)
             try:
                 future = work.get_future()
-                future.add_done_callback(wake)
+                future.add_done_callback(lambda _: finished.set())  # in a thread of gloo's
                 with anyio.move_on_after(ALARM_PERIOD_S):
                     await finished.wait()
                 if not finished.is_set() and await self._is_alarmed_before(finished):
-                    raise await self._cut()
+                    raise await self._break()
                 future.value()
             finally:
                 if not finished.is_set():
                     _keep_until_done(work, collective, arguments)
         except RuntimeError as error:
-            raise await self._cut() from error
+            raise await self._break() from error
 
-    async def _is_alarmed_before(self, finished: anyio.Event) -> bool:
-        """Wait until a collective is done, or another rank has found the line broken; say whether it is the latter."""
+    async def _is_alarmed_before(self, finished: Signal) -> bool:
+        """Wait for a collective, or until another rank has found the channel broken; return whether that came first."""
         alarmed = False
 
         async def watch() -> None:
             nonlocal alarmed
             while not alarmed:
                 with suppress(RuntimeError):  # the store may be out of reach: gloo's own limit holds in any case
-                    alarmed = await _in_thread(lambda: self._store.check([f"{self._generation}/alarm"]), STORE_S)
+                    alarmed = await in_own_thread(
+                        "ranks", lambda: self._store.check([f"{self._generation}/alarm"]), STORE_S
+                    )
                 await anyio.sleep(ALARM_PERIOD_S)
             group.cancel_scope.cancel()
 
@@ -236,10 +230,10 @@ class Channel:
             group.cancel_scope.cancel()
         return alarmed and not finished.is_set()
 
-    async def _cut(self) -> ChannelBrokenError:
+    async def _break(self) -> ChannelBrokenError:
         self._group = None  # closes the connections: whoever waits for this rank notices
         try:
-            missing = await _in_thread(self._call_roll, ROLL_CALL_LIMIT_S)
+            missing = await in_own_thread("ranks", self._call_roll, ROLL_CALL_LIMIT_S)
         except RuntimeError:
             missing = self._host()
         self._generation += 1
@@ -277,32 +271,4 @@ def _keep_until_done(work: Any, *used: object) -> None:
         with suppress(RuntimeError):  # how it ended is of no interest any more
             work.wait()
 
-    threading.Thread(target=keep, args=(work, used), name=f"{NAME}-ranks", daemon=True).start()
-
-
-async def _in_thread(function: Callable[[], T], limit_s: float) -> T:
-    """Call what may never return, because the other side does not answer, in a thread that nobody waits for.
-
-    Raises:
-        RuntimeError: there was no answer for `limit_s` seconds.
-
-    Cancellation: leaves the thread behind.
-    """
-    loop = asyncio.get_running_loop()
-    finished = anyio.Event()
-    answer: Future[T] = Future()
-
-    def call() -> None:
-        try:
-            answer.set_result(function())
-        except Exception as error:
-            answer.set_exception(error)
-        with suppress(RuntimeError):  # the engine has stopped meanwhile
-            loop.call_soon_threadsafe(finished.set)
-
-    threading.Thread(target=call, name=f"{NAME}-ranks", daemon=True).start()
-    with anyio.move_on_after(limit_s):
-        await finished.wait()
-    if not finished.is_set():
-        raise RuntimeError(f"no answer for {limit_s} s")
-    return answer.result()
+    start_thread("ranks", keep, work, used)

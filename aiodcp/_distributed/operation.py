@@ -1,14 +1,15 @@
 """What all ranks do together: one operation at a time, and each of its phases succeeds on all ranks or on none.
 
-A phase is some local work that every rank does, and an agreement on how it went. While a rank works it *beats*: it
-tells the coordinator its state and hears the coordinator's verdict, a few times a second. So a failure stops the work
-of all others soon, a rank that is not done at the deadline can be named, and one that died is noticed.
+A phase is some local work that every rank does, and an agreement on how it went. While a rank works it sends
+*heartbeats*: it reports its state to the coordinator and hears the coordinator's decision, a few times a second. So a
+failure stops the work of all others soon, a rank that is not done at the deadline can be named, and one that died is
+noticed.
 
-    rank       working -> done | failed                       one row of integers: `_Row`
-    verdict    go on -> all done | stop -> failed             one row of integers, the same for all
+    rank       working -> done | failed                       one row of integers: `votes.Row`
+    decision   go on -> all done | stop -> failed             one row of integers, the same for all
 
-What a phase exchanges besides are few integers (`facts` up, `answer` down), or bytes in `gather`, `scatter` and
-`broadcast`. With one rank all of this is nothing but the work itself.
+What a phase exchanges besides are few integers (a proposal up, what is agreed down), or bytes in `gather`, `scatter`
+and `broadcast`. With one rank all of this is nothing but the work itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Generic, TypeVar
 
 import anyio.lowlevel
@@ -25,16 +27,27 @@ from anyio import CancelScope, Event
 
 from ..errors import CheckpointError, RankError, RankFailure
 from .channel import Channel, ChannelBrokenError
-from .exchange import broadcast_bytes, bytes_of, gather_bytes, tensor_of
-from .failures import describe_failure, failure_as_json
+from .exchange import broadcast_bytes, gather_bytes, scatter_bytes
+from .failures import describe_failure
 from .skip_agreement import SkipAgreement
-from .votes import FACTS, STOP_GRACE_S, Agree, Decision, OperationKind, PhaseVote, RankState, Row, is_final, padded
+from .votes import (
+    PROPOSAL_LENGTH,
+    STOP_GRACE_S,
+    Agree,
+    Decision,
+    OperationKind,
+    PhaseVote,
+    RankState,
+    Row,
+    is_final,
+    padded,
+)
 
 T = TypeVar("T")
 
-FIRST_BEAT_S = 0.01
+FIRST_HEARTBEAT_S = 0.01
 
-LAST_BEAT_S = 0.25  # beats cost some 0.1 ms each on every rank: this often they are no load
+LAST_HEARTBEAT_S = 0.25  # heartbeats cost some 0.1 ms each on every rank: this often they are no load
 
 PART = "part"  # the phase in which ranks meet for one of several states, or for the end of them
 
@@ -74,13 +87,13 @@ class Operation:
     """A save, a load or a preparation, on all ranks.
 
     Attributes:
-        agreed: whether a failure of the operation was agreed on. False when the line broke: then nobody can be sure
-            what the others did after they were last heard.
+        is_failure_agreed: whether a failure of the operation was agreed on. False when the channel broke: then what
+            the others did after their last heartbeat is unknown.
     """
 
     def __init__(
         self,
-        line: Channel | None,
+        channel: Channel | None,
         kind: OperationKind,
         number: int,
         cancelled: CheckpointError,
@@ -91,15 +104,15 @@ class Operation:
         """Begin.
 
         Args:
-            line: to the other ranks; None when there are none.
+            channel: to the other ranks; None when there are none.
             kind: what is done; all ranks must do the same.
             number: of the caller's call. A rank that is behind the others fails its operations until it has caught up.
             cancelled: raised when this rank gives up.
-            skips: counted by the caller as under way; closed here, with the last verdict.
-            on_failure: called when a failure is known and local work does not stop: who waits is told before.
+            skips: counted by the caller as under way; closed here, with the last decision.
+            on_failure: called when a failure is known and local work does not stop: whoever waits hears of it before.
         """
-        self.agreed = True
-        self._line = line
+        self.is_failure_agreed: bool = True
+        self._channel = channel
         self._kind = kind
         self._number = number
         self._given_up = cancelled
@@ -113,22 +126,22 @@ class Operation:
 
     @property
     def rank(self) -> int:
-        return self._line.rank if self._line else 0
+        return self._channel.rank if self._channel else 0
 
     @property
     def size(self) -> int:
-        return self._line.size if self._line else 1
+        return self._channel.size if self._channel else 1
 
     @property
     def is_coordinator(self) -> bool:
-        return self._line is None or self._line.rank == self._line.root
+        return self._channel is None or self._channel.rank == self._channel.root
 
     def world_rank(self, rank: int) -> int:
         """Return which rank of the world, as torchrun counts, a rank of the group is."""
-        return self._line.members[rank] if self._line else rank
+        return self._channel.members[rank] if self._channel else rank
 
     def cancel(self, error: CheckpointError | None = None) -> None:
-        """Give up: the work under way is cancelled, and no other begins. `error` says why, if it is to be told."""
+        """Give up: the work under way is cancelled, and no other begins. It fails with `error`, if that is given."""
         if error is not None and not self._cancelled:
             self._given_up = error
         self._cancelled = True
@@ -139,18 +152,18 @@ class Operation:
 
     def branch(self) -> Operation:
         """Return an operation for work that is done beside other branches', where there are no other ranks."""
-        assert self._line is None
+        assert self._channel is None
         branch = Operation(None, self._kind, self._number, self._given_up)
         branch._cancelled = self._cancelled
         self._branches.append(branch)
         return branch
 
     async def wait_for(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Wait for what is not this operation's work, such as the caller's next wish.
+        """Wait for what is not this operation's work, such as the caller's next request.
 
         Raises:
             CheckpointError: the one for giving up, on the rank that does so meanwhile.
-            RankError: the same, told by another rank.
+            RankError: the same, reported by another rank.
         """
         found: list[T] = []
         with CancelScope() as self._scope:
@@ -158,25 +171,25 @@ class Operation:
                 found.append(await function())
         self._scope = None
         while not found:
-            await self.together(PART, _nothing)  # raises, and tells the other ranks
+            await self.run_phase(PART, _nothing)  # raises, also on the other ranks
         return found[0]
 
-    async def together(
+    async def run_phase(
         self,
         phase: str,
         function: Callable[[], Awaitable[T]],
         *,
-        facts: Callable[[T], Sequence[int]] | None = None,
-        decide: Agree | None = None,
+        propose: Callable[[T], Row] | None = None,
+        agree: Agree | None = None,
         last: bool = False,
     ) -> tuple[T, Row]:
-        """Run `function` on every rank, and return its result when all have succeeded, with the coordinator's answer.
+        """Run `function` on every rank, and return its result when all have succeeded, with what is agreed.
 
         Args:
             phase: for errors: what is being done.
             function: this rank's work. It is cancelled when another rank has failed.
-            facts: makes of the result up to `FACTS` integers for the coordinator.
-            decide: the coordinator makes of all ranks' facts the answer, up to `FACTS` integers. It may raise.
+            propose: makes of the result up to `PROPOSAL_LENGTH` integers for the coordinator.
+            agree: makes, on the coordinator, of all ranks' proposals as many integers for all of them. It may raise.
             last: whether the operation ends with this phase.
 
         Raises:
@@ -187,7 +200,7 @@ class Operation:
         self._scope = work.scope
         if self._cancelled:
             work.scope.cancel()
-        if self._line is None:
+        if self._channel is None:
             await work.run(function)
             self._scope = None
             if last or not work.result:
@@ -196,16 +209,16 @@ class Operation:
                 raise work.error
             if not work.result:
                 raise self._given_up
-            table = [padded(facts(work.result[0]) if facts else ())]
-            return work.result[0], padded(decide(table) if decide else ())
+            table = [padded(propose(work.result[0]) if propose else ())]
+            return work.result[0], padded(agree(table) if agree else ())
         failure: RankError | None = None
-        answer: Row = []
+        agreed: Row = []
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(work.run, function)
                 with CancelScope(shield=True):
                     try:
-                        answer = await self._agree(self._line, phase, work, facts, decide, last)
+                        agreed = await self._agree(self._channel, phase, work, propose, agree, last)
                     except RankError as error:
                         failure = error
                         failure.__cause__ = work.error
@@ -220,83 +233,83 @@ class Operation:
             if self._cancelled and not failure.missing:
                 raise self._given_up from failure
             raise failure
-        return work.result[0], answer
+        return work.result[0], agreed
 
     async def _agree(
         self,
-        line: Channel,
+        channel: Channel,
         phase: str,
         work: _Work[T],
-        facts: Callable[[T], Sequence[int]] | None,
-        decide: Agree | None,
+        propose: Callable[[T], Row] | None,
+        agree: Agree | None,
         last: bool,
     ) -> Row:
         self._doing = phase
         self._step += 1
-        judge = PhaseVote(line.timeout_s, decide)
-        beat_s = FIRST_BEAT_S
+        vote = PhaseVote(channel.timeout_s, agree)
+        heartbeat_s = FIRST_HEARTBEAT_S
         while True:
-            with anyio.move_on_after(beat_s):
+            with anyio.move_on_after(heartbeat_s):
                 await work.finished.wait()
-            beat_s = min(2 * beat_s, LAST_BEAT_S)
+            heartbeat_s = min(2 * heartbeat_s, LAST_HEARTBEAT_S)
             state = RankState.STOPPED if self._cancelled and work.finished.is_set() and not last else work.state
-            mine = facts(work.result[0]) if facts and state is RankState.DONE else ()
-            verdict, answer = await self._beat(line, phase, judge, state, mine, work.error, last=last)
-            if verdict == Decision.ALL_DONE:
-                return answer
-            if verdict == Decision.STOP:
+            mine = propose(work.result[0]) if propose and state is RankState.DONE else ()
+            decision, agreed = await self._heartbeat(channel, phase, vote, state, mine, work.error, last=last)
+            if decision == Decision.ALL_DONE:
+                return agreed
+            if decision == Decision.STOP:
                 work.scope.cancel()
 
-    async def _beat(
+    async def _heartbeat(
         self,
-        line: Channel,
+        channel: Channel,
         step: str,
-        judge: PhaseVote,
+        vote: PhaseVote,
         state: RankState,
-        facts: Sequence[int],
+        proposal: Sequence[int],
         error: Exception | None = None,
         *,
         last: bool = False,
     ) -> tuple[int, Row]:
-        """Tell the coordinator this rank's state and facts; return its verdict and answer, unless it is a failure."""
+        """Report this rank's state and proposal; return the decision and what is agreed, unless it is a failure."""
         doing = zlib.crc32(step.encode())
-        row = torch.tensor([self._number, self._kind, self._step, doing, state, *padded(facts)], dtype=torch.int64)
-        with self._cut_told(line, error):
-            table = await line.gather(row)
-            heard = torch.zeros(2 + FACTS, dtype=torch.int64)
+        row = torch.tensor([self._number, self._kind, self._step, doing, state, *padded(proposal)], dtype=torch.int64)
+        with self._breaks_reported(channel, error):
+            table = await channel.gather(row)
+            heard = torch.zeros(2 + PROPOSAL_LENGTH, dtype=torch.int64)
             if table is not None:
-                verdict, *answer = judge.judge(table.tolist())
-                heard = torch.tensor([verdict, self._skipped(is_final(verdict, last)), *answer], dtype=torch.int64)
-            await line.broadcast(heard)
-        verdict, skipped, *answer = heard.tolist()
+                decision, *agreed = vote.decide(table.tolist())
+                heard = torch.tensor([decision, self._skipped(is_final(decision, last)), *agreed], dtype=torch.int64)
+            await channel.broadcast(heard)
+        decision, skipped, *agreed = heard.tolist()
         if not self.is_coordinator and self._skips:
             self._skips.hear(skipped)
-        if verdict == Decision.BEHIND:
-            if self._number == answer[0]:
-                return Decision.GO_ON, answer
-            behind = CheckpointError(f"this is call {self._number} of this rank, others are at call {answer[0]}")
-            raise RankError(self._doing, [describe_failure(line, behind)])
-        if is_final(verdict, last):
+        if decision == Decision.BEHIND:
+            if self._number == agreed[0]:
+                return Decision.GO_ON, agreed
+            behind = CheckpointError(f"this is call {self._number} of this rank, others are at call {agreed[0]}")
+            raise RankError(self._doing, [describe_failure(channel, behind)])
+        if is_final(decision, last):
             self.close()
-        if verdict in (Decision.FAILED, Decision.OUT_OF_STEP):
-            raise await self._tell(line, error, judge)
-        return verdict, answer
+        if decision in (Decision.FAILED, Decision.OUT_OF_STEP):
+            raise await self._share_failures(channel, error, vote)
+        return decision, agreed
 
-    async def _meet(self, line: Channel, step: str, nbytes: int) -> int:
+    async def _meet(self, channel: Channel, step: str, nbytes: int) -> int:
         """Begin an exchange of bytes on all ranks, and return the largest number of them.
 
         All that ranks send without having agreed before is a row of this one size: gloo ends the process when sizes
         differ.
         """
         self._step += 1
-        judge = PhaseVote(line.timeout_s, lambda table: [max(row[0] for row in table)])
+        vote = PhaseVote(channel.timeout_s, lambda table: [max(row[0] for row in table)])
         while True:
-            verdict, answer = await self._beat(line, step, judge, RankState.DONE, [nbytes])
-            if verdict == Decision.ALL_DONE:
-                return answer[0]
+            decision, agreed = await self._heartbeat(channel, step, vote, RankState.DONE, [nbytes])
+            if decision == Decision.ALL_DONE:
+                return agreed[0]
 
     def _skipped(self, final: bool) -> int:
-        """Return, on the coordinator, what a verdict says of skipped saves."""
+        """Return, on the coordinator, what a decision says of skipped saves."""
         if self._skips is None:
             return 0
         return self.close() if final else self._skips.current()
@@ -308,72 +321,62 @@ class Operation:
         skips, self._skips = self._skips, None
         return skips.close()
 
-    async def _tell(self, line: Channel, error: Exception | None, judge: PhaseVote) -> RankError:
-        """Share what went wrong, and make one error of it."""
+    async def _share_failures(self, channel: Channel, error: Exception | None, vote: PhaseVote) -> RankError:
+        """Share what went wrong with all ranks, and make one error of it."""
         if self._cancelled and error is None:
             error = self._given_up
-        mine = json.dumps(failure_as_json(describe_failure(line, error))).encode() if error else b""
-        with self._cut_told(line, error):
-            texts = await gather_bytes(line, mine)
-            told = b""
+        mine = json.dumps(asdict(describe_failure(channel, error))).encode() if error else b""
+        with self._breaks_reported(channel, error):
+            texts = await gather_bytes(channel, mine)
+            report = b""
             if texts:
                 failures = [json.loads(text) for text in texts if text]
-                if judge.error is not None:
-                    failures.append(failure_as_json(describe_failure(line, judge.error)))
-                told = json.dumps([failures, judge.missing]).encode()
-            failures, missing = json.loads(await broadcast_bytes(line, told))
-        if line.root in missing:  # it may still finish what it does, a commit too
-            self.agreed = False
+                if vote.error is not None:
+                    failures.append(asdict(describe_failure(channel, vote.error)))
+                report = json.dumps([failures, vote.missing]).encode()
+            failures, missing = json.loads(await broadcast_bytes(channel, report))
+        if channel.root in missing:  # it may still finish what it does, a commit too
+            self.is_failure_agreed = False
         return RankError(
-            self._doing, [RankFailure(**failure) for failure in failures], [line.members[rank] for rank in missing]
+            self._doing, [RankFailure(**failure) for failure in failures], [channel.members[rank] for rank in missing]
         )
 
     @contextmanager
-    def _cut_told(self, line: Channel, error: Exception | None = None) -> Iterator[None]:
+    def _breaks_reported(self, channel: Channel, error: Exception | None = None) -> Iterator[None]:
         try:
             yield
         except ChannelBrokenError as cut:
-            self.agreed = False
+            self.is_failure_agreed = False
             self.close()
-            failures = [describe_failure(line, error)] if error else []
-            told = RankError(self._doing, failures, [line.members[rank] for rank in cut.missing])
-            raise told from None
+            failures = [describe_failure(channel, error)] if error else []
+            broken = RankError(self._doing, failures, [channel.members[rank] for rank in cut.missing])
+            raise broken from None
 
-    # --- bytes: these raise RankError when the line breaks.
+    # --- bytes: these raise RankError when the channel breaks.
 
     async def gather(self, data: bytes) -> list[bytes]:
         """Collect each rank's bytes at the coordinator, by position; an empty list elsewhere."""
-        line = self._line
-        if line is None:
+        channel = self._channel
+        if channel is None:
             return [data]
-        await self._meet(line, "gather", len(data))
-        with self._cut_told(line):
-            return await gather_bytes(line, data)
+        await self._meet(channel, "gather", len(data))
+        with self._breaks_reported(channel):
+            return await gather_bytes(channel, data)
 
     async def scatter(self, parts: Sequence[bytes]) -> bytes:
-        """Give each rank its part of the coordinator's `parts`, which nobody else looks at."""
-        line = self._line
-        if line is None:
+        """Give each rank its part of the coordinator's `parts`, which no other rank sees."""
+        channel = self._channel
+        if channel is None:
             return parts[0]
-        longest = max(1, await self._meet(line, "scatter", max(map(len, parts), default=0)))
-        with self._cut_told(line):
-            lengths = torch.tensor([[len(part)] for part in parts], dtype=torch.int64) if parts else None
-            length = torch.zeros(1, dtype=torch.int64)
-            await line.scatter(lengths, length)
-            table = None
-            if parts:
-                table = torch.zeros(line.size, longest, dtype=torch.uint8)
-                for rank, part in enumerate(parts):
-                    table[rank, : len(part)] = tensor_of(part)
-            row = torch.zeros(longest, dtype=torch.uint8)
-            await line.scatter(table, row)
-        return bytes_of(row[: int(length)])
+        longest = max(1, await self._meet(channel, "scatter", max(map(len, parts), default=0)))
+        with self._breaks_reported(channel):
+            return await scatter_bytes(channel, parts, longest)
 
     async def broadcast(self, data: bytes) -> bytes:
         """Give every rank the coordinator's bytes."""
-        line = self._line
-        if line is None:
+        channel = self._channel
+        if channel is None:
             return data
-        await self._meet(line, "broadcast", len(data))
-        with self._cut_told(line):
-            return await broadcast_bytes(line, data)
+        await self._meet(channel, "broadcast", len(data))
+        with self._breaks_reported(channel):
+            return await broadcast_bytes(channel, data)

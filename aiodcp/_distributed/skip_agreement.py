@@ -1,9 +1,9 @@
 """Which saves are skipped because one is in flight: the coordinator chooses, and every rank does the same.
 
 Ranks reach the end of a save at slightly different moments; were each to look for itself, one would skip and another
-would save. So calls that may be skipped are numbered, alike on all ranks, and each verdict of an operation brings with
+would save. So calls that may be skipped are numbered, alike on all ranks, and each decision of an operation brings with
 it the number up to which the coordinator has skipped. Whoever finds no save under way, and has not heard that its call
-is skipped, may go on: the coordinator skips only while a verdict is still to come.
+is skipped, may go on: the coordinator skips only while a decision is still to come.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SkipAgreement:
         self._lock = threading.Lock()
         self._asked = 0
         self._skipped = 0  # up to which call those were skipped that found a save under way
-        self._open = 0  # saves that have been asked for and whose last verdict is still to come
+        self._open = 0  # saves that have been asked for and whose last decision is still to come
         self._news = MilestoneSource("news")
 
     def open(self) -> None:

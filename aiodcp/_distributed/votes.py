@@ -1,24 +1,27 @@
-"""The coordinator's verdict on a phase, from what all ranks tell of it. No talk, no threads: rows in, a row out.
+"""The coordinator's decision on a phase, from what all ranks report of it. Pure: rows in, a row out.
 
 rank       working -> done | failed                       one row of integers: `Row`
-verdict    go on -> all done | stop -> failed             one row of integers, the same for all
+decision   go on -> all done | stop -> failed             one row of integers, the same for all
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from enum import IntEnum
+from typing import Self
 
 from ..errors import CheckpointError
 
 Row = list[int]
 
-Agree = Callable[[list[Row]], Sequence[int]]
+Agree = Callable[[list[Row]], Row]
 
 STOP_GRACE_S = 1.0  # for which a failure waits for those who are still stopping, to name all who failed
 
-FACTS = 8
+PROPOSAL_LENGTH = 8
+"""Integers that a rank can propose, and that the coordinator can answer."""
 
 
 class OperationKind(IntEnum):
@@ -46,33 +49,33 @@ class Decision(IntEnum):
 
 
 class PhaseVote:
-    """The coordinator's verdict on one phase, beat after beat."""
+    """The coordinator's decision on one phase, heartbeat after heartbeat."""
 
-    def __init__(self, timeout_s: float, decide: Agree | None) -> None:
-        self._decide = decide
+    def __init__(self, timeout_s: float, agree: Agree | None) -> None:
+        self._agree = agree
         self._deadline = time.monotonic() + timeout_s
         self._stopped_at: float | None = None
         self.missing: list[int] = []
         self.error: Exception | None = None
 
-    def judge(self, table: list[Row]) -> Row:
-        """Return the verdict on one beat, and the answer, from all ranks' rows."""
+    def decide(self, table: list[Row]) -> Row:
+        """Return the decision on one heartbeat, and what is agreed, from all ranks' rows."""
         now = time.monotonic()
         latest = max(row[0] for row in table)
         if any(row[0] < latest for row in table):
             return [Decision.BEHIND, *padded([latest])]
         if any(row[:4] != table[0][:4] for row in table):
             self.error = CheckpointError(_out_of_step(table))
-            return padded([Decision.OUT_OF_STEP], 1 + FACTS)
+            return padded([Decision.OUT_OF_STEP], 1 + PROPOSAL_LENGTH)
         states = [row[4] for row in table]
         working = [rank for rank, state in enumerate(states) if state == RankState.WORKING]
         if not working and all(state == RankState.DONE for state in states):
             try:
-                answer = self._decide([row[5:] for row in table]) if self._decide else ()
-                return [Decision.ALL_DONE, *padded(answer)]
+                agreed = self._agree([row[5:] for row in table]) if self._agree else ()
+                return [Decision.ALL_DONE, *padded(agreed)]
             except Exception as error:
                 self.error = error
-                return padded([Decision.FAILED], 1 + FACTS)
+                return padded([Decision.FAILED], 1 + PROPOSAL_LENGTH)
         late = bool(working) and now > self._deadline
         if late and not self.missing:
             self.missing = working
@@ -80,21 +83,39 @@ class PhaseVote:
             if self._stopped_at is None:
                 self._stopped_at = now
             over = not working or now > self._stopped_at + STOP_GRACE_S
-            return padded([Decision.FAILED if over else Decision.STOP], 1 + FACTS)
-        return padded([Decision.GO_ON], 1 + FACTS)
+            return padded([Decision.FAILED if over else Decision.STOP], 1 + PROPOSAL_LENGTH)
+        return padded([Decision.GO_ON], 1 + PROPOSAL_LENGTH)
 
 
 def _out_of_step(table: list[Row]) -> str:
     doing = [
         f"rank {rank} is in step {row[2]} of a {OperationKind(row[1]).name.lower()}" for rank, row in enumerate(table)
     ]
-    return "the ranks do not do the same: " + ", ".join(doing[:8]) + (", ..." if len(doing) > 8 else "")
+    return "the ranks are out of step: " + ", ".join(doing[:8]) + (", ..." if len(doing) > 8 else "")
 
 
-def is_final(verdict: int, last: bool) -> bool:
-    return verdict in (Decision.FAILED, Decision.OUT_OF_STEP) or (last and verdict == Decision.ALL_DONE)
+def is_final(decision: int, last: bool) -> bool:
+    return decision in (Decision.FAILED, Decision.OUT_OF_STEP) or (last and decision == Decision.ALL_DONE)
 
 
-def padded(values: Sequence[int], length: int = FACTS) -> Row:
+def padded(values: Sequence[int], length: int = PROPOSAL_LENGTH) -> Row:
     assert len(values) <= length
     return [*map(int, values), *[0] * (length - len(values))]
+
+
+class Proposal:
+    """What a rank proposes, or all agree on, as a row: for dataclasses of ints and bools."""
+
+    def to_row(self) -> Row:
+        """Return the fields, in their order."""
+        return [int(getattr(self, each.name)) for each in fields(self)]  # type: ignore[arg-type]
+
+    @classmethod
+    def from_row(cls, row: Row) -> Self:
+        """Return what `to_row` was given."""
+        return cls(**{each.name: row[place] for place, each in enumerate(fields(cls))})  # type: ignore[arg-type]
+
+
+def any_rank(table: list[Row]) -> Row:
+    """Agree on yes if any rank proposes it, by the first number of its row."""
+    return [int(any(row[0] for row in table))]

@@ -186,7 +186,7 @@ class DeviceCopies:
 
         Raises:
             ClosedError: as `wait_for`.
-            RuntimeError: the device does not tell.
+            RuntimeError: the device does not answer.
         """
         if not self._lanes:
             return
@@ -202,7 +202,7 @@ class DeviceCopies:
                     if time.monotonic() > until_s or self._streams.given_up.wait(UNKNOWN_S / 100):
                         raise
             if is_lost:
-                raise RuntimeError(f"{self._named()} does not tell whether its copies are done")
+                raise RuntimeError(f"{self._named()} does not report whether its copies are done")
         except BaseException:
             _in_use.extend(memory)
             log.error("%s may still use memory of what has failed: it is never freed", self._named())
@@ -238,14 +238,14 @@ class CopyStreams:
 
     Attributes:
         lock: to be held by whoever enters one of them.
-        activity: is told what is waited for.
-        given_up: set when nobody wants to wait any longer.
+        activity: keeps what is waited for.
+        given_up: set when waiting is given up.
     """
 
     def __init__(self, activity: Activity | None = None, given_up: threading.Event | None = None) -> None:
-        self.lock = threading.Lock()
-        self.activity = activity or Activity()
-        self.given_up = given_up or threading.Event()
+        self.lock: threading.Lock = threading.Lock()
+        self.activity: Activity = activity or Activity()
+        self.given_up: threading.Event = given_up or threading.Event()
         self._streams: dict[torch.device, torch.Stream] = {}
         self._making = threading.Lock()
 

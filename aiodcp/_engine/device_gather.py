@@ -79,7 +79,7 @@ class Gather:
             targets, sources: in step.
         """
         self.stretch = stretch
-        self.gathered = memory[: stretch.nbytes]
+        self.gathered: torch.Tensor = memory[: stretch.nbytes]
         self._where = list(map(torch.Tensor.get_device, sources))
         start, here = stretch.data_ptr(), memory.get_device()
         host: list[int] = []
@@ -94,9 +94,9 @@ class Gather:
             is_alike = source.stride() == place.stride() and not source.is_conj() and not source.is_neg()
             places[number] = place
             groups.setdefault(target.dtype if is_alike else None, []).append(number)
-        self.host_targets = [targets[number] for number in host]
-        self.pick_host = picker(host)
-        self.groups = [_group(dtype, numbers, places) for dtype, numbers in groups.items()]
+        self.host_targets: list[torch.Tensor] = [targets[number] for number in host]
+        self.pick_host: Pick = picker(host)
+        self.groups: list[_Group] = [_group(dtype, numbers, places) for dtype, numbers in groups.items()]
 
     def fits(self, sources: Tensors) -> bool:
         """Whether these are where the ones were that this was planned for, and can be seen as integers as those."""

@@ -33,7 +33,7 @@ def _machine_nbytes() -> int:
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
             return 1024 * int(rest.split()[0])
-    raise StageError(0, "/proc/meminfo does not tell how much memory is free")
+    raise StageError(0, "/proc/meminfo does not say how much memory is free")
 
 
 def _groups_nbytes() -> Iterator[int]:

@@ -33,13 +33,13 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; the constant is not in Python's mmap. S
 
 _ERRORS = {  # Source: cudaError_t in the CUDA runtime's reference
     1: "invalid value",
-    2: "out of memory: of what the driver may pin, which is no matter of `ulimit -l`",
+    2: "out of memory: of what the driver may pin, to which `ulimit -l` does not matter",
     801: "not supported on this system",
 }
 
 _pinned_for_ever: list[mmap.mmap] = []
 
-_warned = False  # of memory that cannot be pinned: told once
+_warned = False  # of memory that cannot be pinned: once
 
 _libc = ctypes.CDLL(None, use_errno=True)  # mmap.madvise() holds the GIL while it populates; this does not
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -105,7 +105,7 @@ class Engine:
         self._pid = 0
         self._forgotten: weakref.finalize[..., Engine] | None = None
         self.threads: Threads
-        self.activity = Activity()
+        self.activity: Activity = Activity()
 
     def __repr__(self) -> str:
         return f"<Engine {'closed' if self._running is None else 'running'}>"
@@ -151,7 +151,7 @@ class Engine:
     def stop(self, *, wait: bool = True) -> None:
         """Wait for the last work and end every thread. Blocks for a few milliseconds when nothing is under way.
 
-        Without `wait` what is under way is given up: it may go on, and nobody waits for it.
+        Without `wait` what is under way is given up: it may go on, and is not waited for.
         """
         running, self._running = self._running, None
         if self._forgotten is not None:

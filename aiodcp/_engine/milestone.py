@@ -19,7 +19,7 @@ import anyio
 
 from .._log import SafeLogger
 from ..errors import ClosedError
-from .broadcast import FORKED, call_soon
+from .broadcast import FORKED, Signal
 from .callbacks import callbacks
 
 log = SafeLogger(__name__)
@@ -36,7 +36,7 @@ class MilestoneSource:
         self._error: Exception | None = None
         self._abandoned: Exception | None = None
         self._first: list[Callable[[Exception | None], None]] = []
-        self._on_loops: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}
+        self._on_loops: set[Signal] = set()  # one for each waiter: cancelling one leaves the rest
         self._in_threads = 0
         self._is_retrieved = False
         self._check: Callable[[bool], None] = lambda blocking: None
@@ -71,12 +71,12 @@ class MilestoneSource:
         self._wake_all()
 
     def abandon(self, error: Exception) -> None:
-        """Let go whoever waits, with `error`: it will not be reached any more, and is not done either."""
+        """Wake all waiters with `error`: it will not be reached any more, and is not done either."""
         self._abandoned = error
         self._wake_all()
 
     def when_done(self, function: Callable[[Exception | None], None]) -> None:
-        """Call `function` with how it has ended, before anyone who waits is let go, in whatever thread says so."""
+        """Call `function` with how it has ended, before any waiter wakes, in whatever thread it ends."""
         with self._changed:
             if self._state == "pending":
                 self._first.append(function)
@@ -86,7 +86,7 @@ class MilestoneSource:
     def check_before(self, check: Callable[[bool], None]) -> None:
         """Have `check` called before anyone waits; it may raise, where to wait would be for ever.
 
-        It is told whether the wait would block the thread.
+        Its argument is whether the wait would block the thread.
         """
         self._check = check
 
@@ -100,8 +100,8 @@ class MilestoneSource:
         return self._error if self._state == "settled" else None
 
     def unretrieved(self) -> Exception | None:
-        """Return the failure that nobody has seen yet or is about to see, if there is one."""
-        if self._is_retrieved or self._in_threads or any(loop.is_running() for loop in list(self._on_loops.values())):
+        """Return the failure, unless it was retrieved or is about to be."""
+        if self._is_retrieved or self._in_threads or any(each.has_running_loop() for each in list(self._on_loops)):
             return None
         return self.error()
 
@@ -185,32 +185,26 @@ class MilestoneSource:
         return self._state == "settled" or self._abandoned is not None
 
     async def _until_woken(self) -> None:
-        """Sleep until it is over; each waiter has a future of its own, so cancelling one leaves the rest."""
-        loop = asyncio.get_running_loop()
-        woken = loop.create_future()
+        """Sleep until it is over."""
+        woken = Signal()
         with self._changed:
             if self._is_over():
                 return
-            self._on_loops[woken] = loop
+            self._on_loops.add(woken)
         try:
-            await woken
+            await woken.wait()
         finally:
             with self._changed:
-                self._on_loops.pop(woken, None)
+                self._on_loops.discard(woken)
 
     def _wake_all(self) -> None:
         with self._changed:
             self._changed.notify_all()
-            waiting = list(self._on_loops.items())
-        for woken, loop in waiting:
-            if not call_soon(loop, _wake, woken):
+            waiting = list(self._on_loops)
+        for woken in waiting:
+            if not woken.set():
                 with self._changed:
-                    self._on_loops.pop(woken, None)  # nobody waits there any more
-
-
-def _wake(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
+                    self._on_loops.discard(woken)  # that loop is closed
 
 
 class Handle(Coroutine[Any, Any, None]):

@@ -55,7 +55,7 @@ class SyncContext(ABC):
 
         try:
             self._runner.run(enter())
-        except BaseException:  # Ctrl-C, too, of which the runner tells when all is done
+        except BaseException:  # Ctrl-C, too, which the runner raises when all is done
             try:
                 if entered:
                     self._runner.run(self.__aexit__(None, None, None))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from functools import partial
 from typing import TypeVar, TypeVarTuple
 
+import anyio
 import torch
 from anyio import CancelScope
 
+from .broadcast import Signal
 from .worker_threads import WorkerThreads
 
 T = TypeVar("T")
@@ -33,10 +35,10 @@ class Threads:
     """
 
     def __init__(self, copy_threads: int, compute_threads: int, io_threads: int) -> None:
-        self.given_up = threading.Event()
-        self.staging = WorkerThreads(1, f"{NAME}-stage", partial(_limit_torch, copy_threads))
-        self.compute = WorkerThreads(compute_threads, f"{NAME}-compute", partial(_limit_torch, 1))
-        self.files = WorkerThreads(io_threads, f"{NAME}-io")
+        self.given_up: threading.Event = threading.Event()
+        self.staging: WorkerThreads = WorkerThreads(1, f"{NAME}-stage", partial(_limit_torch, copy_threads))
+        self.compute: WorkerThreads = WorkerThreads(compute_threads, f"{NAME}-compute", partial(_limit_torch, 1))
+        self.files: WorkerThreads = WorkerThreads(io_threads, f"{NAME}-io")
 
     def close(self, *, wait: bool = True) -> None:
         """Let the threads end, and wait for that, up to a bound; or, without `wait`, give them up."""
@@ -70,3 +72,36 @@ def _limit_torch(threads: int) -> None:
             torch.set_num_threads(before)
             raise
         restore.join()
+
+
+def start_thread(name: str, function: Callable[[*Ts], object], *args: *Ts) -> threading.Thread:
+    """Start a thread `aiodcp-<name>`, for which the interpreter does not wait when it ends."""
+    thread = threading.Thread(target=function, args=args, name=f"{NAME}-{name}", daemon=True)
+    thread.start()
+    return thread
+
+
+async def in_own_thread(name: str, function: Callable[[], T], limit_s: float) -> T:
+    """Call what may never return, because the other side does not answer, in a thread that is not waited for.
+
+    Raises:
+        RuntimeError: there was no answer for `limit_s` seconds.
+
+    Cancellation: leaves the thread behind.
+    """
+    finished = Signal()
+    answer: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            answer.set_result(function())
+        except Exception as error:
+            answer.set_exception(error)
+        finished.set()
+
+    start_thread(name, call)
+    with anyio.move_on_after(limit_s):
+        await finished.wait()
+    if not finished.is_set():
+        raise RuntimeError(f"no answer for {limit_s} s")
+    return answer.result()

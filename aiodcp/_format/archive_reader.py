@@ -36,7 +36,7 @@ class StoredTensor:
         dtype, sizes, strides: what it is.
         offset: elements, where in the storage it begins.
         start, stop: bytes, where in the archive the storage lies.
-        has_checksums: whether the archive has CRC32s; torch can be told to write none.
+        has_checksums: whether the archive has CRC32s; torch can be set to write none.
         crc: of the storage.
     """
 

@@ -1,13 +1,7 @@
-"""Where every byte of a data file lies. Pure: no files, no clock, no tensors.
+"""`torch.save`'s zip framing around a payload, and around values without tensors. Pure: no files, no clock, no tensors.
 
-A data file is a row of items, each a zip archive as `torch.save` writes it, with nothing between them but padding:
-
-    | segment 0                        | segment 1     | ... | tail                     |
-    | head payload foot . head payload | head payload  |     | frozen values, back to back
-
-An item's *head* ends where its payload begins, on a multiple of 64 bytes; its *foot* is the archive's directory.
-Both depend only on the payload's dtype and shape, except for the payload's CRC32, which stands once in each. A
-segment is what is staged, checksummed and written as one; it begins on a block, so that segments are independent.
+An item's *header* ends where its payload begins, on a multiple of 64 bytes; its *trailer* is the archive's directory.
+Both depend only on the payload's dtype and shape, except for the payload's CRC32, which stands once in each.
 """
 
 from __future__ import annotations
@@ -52,21 +46,21 @@ class Frame:
 
     Attributes:
         dtype, shape, strides: what the payload is, contiguous.
-        head: bytes before the payload; its length is a multiple of `ALIGNMENT`.
-        foot: bytes after it.
-        head_crc: where the CRC32 stands in `head`.
-        foot_crc: where it stands in `foot`.
-        item_nbytes: head, payload and foot.
+        header: bytes before the payload; its length is a multiple of `ALIGNMENT`.
+        trailer: bytes after it.
+        header_crc: where the CRC32 stands in `header`.
+        trailer_crc: where it stands in `trailer`.
+        item_nbytes: header, payload and trailer.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    head: bytes
+    header: bytes
     nbytes: int
-    foot: bytes
-    head_crc: int
-    foot_crc: int
+    trailer: bytes
+    header_crc: int
+    trailer_crc: int
     item_nbytes: int
 
 
@@ -78,39 +72,39 @@ def frame_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
     """
     nbytes = prod(shape) * dtype.itemsize
     strides = tuple(prod(max(size, 1) for size in shape[dimension + 1 :]) for dimension in range(len(shape)))
-    head, directory = _begin_archive(_pickle_tensor(dtype, shape, strides, nbytes))
+    header, directory = _begin_archive(_pickle_tensor(dtype, shape, strides, nbytes))
     name = b"archive/data/0"
-    head_crc = len(head) + _LOCAL_CRC
-    foot_crc = len(directory) + _CENTRAL_CRC
-    directory += _central_entry(name, 0, nbytes, len(head))
-    head += _local_header(name, 0, nbytes, pad_from=len(head))
-    foot = directory + _end(3, len(directory), len(head) + nbytes)
+    header_crc = len(header) + _LOCAL_CRC
+    trailer_crc = len(directory) + _CENTRAL_CRC
+    directory += _central_entry(name, 0, nbytes, len(header))
+    header += _local_header(name, 0, nbytes, pad_from=len(header))
+    trailer = directory + _end(3, len(directory), len(header) + nbytes)
     return Frame(
         dtype=dtype,
         shape=shape,
         strides=strides,
-        head=head,
+        header=header,
         nbytes=nbytes,
-        foot=foot,
-        head_crc=head_crc,
-        foot_crc=foot_crc,
-        item_nbytes=len(head) + nbytes + len(foot),
+        trailer=trailer,
+        header_crc=header_crc,
+        trailer_crc=trailer_crc,
+        item_nbytes=len(header) + nbytes + len(trailer),
     )
 
 
 def frame_value(pickled: bytes) -> bytes:
     """Return the archive that makes `torch.load` see a value without tensors, from its pickle."""
-    head, directory = _begin_archive(pickled)
-    return head + directory + _end(2, len(directory), len(head))
+    header, directory = _begin_archive(pickled)
+    return header + directory + _end(2, len(directory), len(header))
 
 
 def _begin_archive(pickled: bytes) -> tuple[bytes, bytes]:
     """The two records that every archive begins with, and their entries in the directory."""
-    head, directory = b"", b""
+    header, directory = b"", b""
     for name, data in ((b"archive/data.pkl", pickled), (b"archive/version", b"3\n")):
-        directory += _central_entry(name, zlib.crc32(data), len(data), len(head))
-        head += _local_header(name, zlib.crc32(data), len(data)) + data
-    return head, directory
+        directory += _central_entry(name, zlib.crc32(data), len(data), len(header))
+        header += _local_header(name, zlib.crc32(data), len(data)) + data
+    return header, directory
 
 
 def _local_header(name: bytes, crc: int, nbytes: int, pad_from: int | None = None) -> bytes:

@@ -1,8 +1,10 @@
-"""What is taken from `torch.distributed.checkpoint`'s metadata, its one private record included."""
+"""What is taken from `torch.distributed.checkpoint`'s metadata, its private names included."""
 
 from __future__ import annotations
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.checkpoint.filesystem import _StoragePrefix as StoragePrefix
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     BytesStorageMetadata,
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 __all__ = [
+    "MEM_FORMAT_ENCODING",
     "STORAGE_TYPES",
     "BytesStorageMetadata",
     "ChunkStorageMetadata",
@@ -23,6 +26,7 @@ __all__ = [
     "MetadataIndex",
     "StorageInfo",
     "StorageMeta",
+    "StoragePrefix",
     "TensorProperties",
     "TensorStorageMetadata",
 ]

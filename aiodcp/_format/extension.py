@@ -30,7 +30,7 @@ def container_notes(metadata: Metadata) -> ContainerNotes | None:
 
 
 def framed_by_us(metadata: Metadata) -> Callable[[str], bool]:
-    """Return a function that tells of an fqn whether its tensor lies in this library's framing."""
+    """Return a function: whether the tensor of an fqn lies in this library's framing."""
     mark = vars(metadata).get("aiodcp")
     if not isinstance(mark, dict) or mark.get("framing") != 1:
         return lambda fqn: False

@@ -1,4 +1,12 @@
-"""Where every byte of a data file lies. Pure: no files, no clock, no tensors."""
+"""Where every byte of a data file lies. Pure: no files, no clock, no tensors.
+
+A data file is a row of items, each a zip archive as `torch.save` writes it, with nothing between them but padding:
+
+    | segment 0                                       | segment 1       | ... | tail                        |
+    | header payload trailer . header payload trailer | header payload  |     | frozen values, back to back |
+
+A segment is what is staged, checksummed and written as one; it begins on a block, so that segments are independent.
+"""
 
 from __future__ import annotations
 

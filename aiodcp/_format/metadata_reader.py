@@ -77,7 +77,7 @@ def _check(metadata: Any, path: str) -> None:
     if type(fields.get("state_dict_metadata")) is not dict:
         raise DamagedError("it names no values")
     if type(fields.get("storage_data")) is not dict:
-        raise CorruptError(path, "", "says of no value where it is stored")
+        raise CorruptError(path, "", "does not say where any value is stored")
     sound: set[tuple[int, ...]] = set()  # ids of what has been checked: equal tensors share their shapes
     for fqn, entry in metadata.state_dict_metadata.items():
         if type(fqn) is not str:
@@ -139,7 +139,7 @@ def _check_places(metadata: Metadata, path: str) -> None:
             written = shown(file) if type(file) is str else f"a {type(file).__name__}"
             raise UnsafeError(path, shown(index.fqn), f"is stored outside the checkpoint, in {written!r}")
         if not file.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in file):
-            raise CorruptError(path, shown(index.fqn), f"is stored in {file!r:.{SHOWN}}, which is no file's name")
+            raise CorruptError(path, shown(index.fqn), f"is stored in {file!r:.{SHOWN}}, which is not a file name")
         files.add(file)
 
 
@@ -151,11 +151,11 @@ def _check_rest(fields: dict[str, Any], path: str) -> None:
     if type(mark) is not dict or not all(
         type(mark.get(key, ())) in (list, tuple) for key in ("opaque", "empty", "int_keys")
     ):
-        raise CorruptError(path, "", "what this library has noted in the metadata is damaged")
+        raise CorruptError(path, "", "this library's fields in the metadata are damaged")
     if not all(type(name) is str for name in mark.get("opaque", ())):
-        raise CorruptError(path, "", "what this library has noted in the metadata is damaged")
+        raise CorruptError(path, "", "this library's fields in the metadata are damaged")
     if not all(_is_path(each) for key in ("empty", "int_keys") for each in mark.get(key, ())):
-        raise CorruptError(path, "", "what this library has noted in the metadata is damaged")
+        raise CorruptError(path, "", "this library's fields in the metadata are damaged")
     meta = fields.get("storage_meta")
     if meta is not None and not isinstance(meta, StorageMeta):
         raise CorruptError(path, "", "the metadata does not say by whom it was saved")

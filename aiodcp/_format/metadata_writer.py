@@ -41,7 +41,7 @@ def build_metadata(
         planned: what a save planner returns: names, shapes, chunks.
         paths: fqn -> the keys that lead to it in the state dict; None if a planner has not said.
         stored: where each item lies.
-        storage_meta: as DCP's; ids are `str` (a pickled `Path` tells the host's paths and does not travel).
+        storage_meta: as DCP's; ids are `str` (a pickled `Path` leaks the host's paths, and differs between Pythons).
         opaque: fqns of tensors that lie there as `torch.save` wrote them, not in this library's framing.
         notes: what the names do not say of the containers.
     """

@@ -29,11 +29,11 @@ _OUR_TEMPORARY = re.compile(re.escape(METADATA_NAME) + r"\.[0-9a-f]{32}\.tmp")
 
 
 def save_id_of(name: str) -> str | None:
-    """Return the id of the save of this library that a data file belongs to; None if it is no such file."""
+    """Return the id of the save of this library that a data file belongs to; None if it is not such a file."""
     found = _OURS.fullmatch(name)
     return found[1] if found else None
 
 
 def is_our_leftover(name: str) -> bool:
-    """Whether a file of this name is data of this library's: what `dcp.save` writes may be alive, and cannot tell."""
+    """Whether a file of this name is data of this library's: files of `dcp.save` may be in use, and do not say so."""
     return save_id_of(name) is not None or _OUR_TEMPORARY.fullmatch(name) is not None

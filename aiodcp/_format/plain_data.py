@@ -5,7 +5,7 @@ a program defines itself: building one runs no code of the checkpoint's. A class
 modules that it has imported already. `torch.serialization.add_safe_globals` allows more.
 
 The pickle module's own C unpickler would let a pickle set attributes of the classes that it names; this one is the
-Python implementation, which can be told not to.
+Python implementation, which need not.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, ClassVar
 
 import torch
+
+from .dtypes import layout_named
 
 Global = tuple[str, str]
 
@@ -138,7 +140,7 @@ def unsafe_in_archive(archive: bytes) -> list[str]:
     """Return what an archive of `torch.save` names that neither `torch.load` takes for data nor this library, sorted.
 
     Raises:
-        ValueError: it is no such archive.
+        ValueError: it is not such an archive.
     """
     unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(archive)))
     if not unknown:
@@ -239,11 +241,6 @@ def _member(kind: Any, name: str) -> Any:
     return kind.__members__[name]
 
 
-def _layout(name: str) -> torch.layout:
-    layout: torch.layout = torch.serialization._get_layout(name)  # type: ignore[no-untyped-call]
-    return layout
-
-
 class _DefaultDict:
     def __call__(self, factory: Any = None) -> Any:
         if factory is not None and factory not in _FACTORIES:
@@ -264,7 +261,7 @@ _GUARDED: dict[Global, Any] = {
     ("collections", "defaultdict"): _DefaultDict(),
     ("copyreg", "_reconstructor"): _rebuild_object,
     ("builtins", "object"): object,
-    ("torch.serialization", "_get_layout"): _layout,
+    ("torch.serialization", "_get_layout"): layout_named,
     ("datetime", "UTC"): datetime.UTC,
 }
 

@@ -50,30 +50,30 @@ class Seal:
 
     Attributes:
         nbytes: of it; 0 if there is nothing.
-        note: the custom metadata, encoded.
-        crc: of the pickle; None if it was not noted.
+        custom_metadata: encoded.
+        crc: of the pickle; None if it was not stored.
         tables: CRC32s of the tables at the ends of data files, in the order of the files' names.
     """
 
     nbytes: int = 0
-    note: bytes = b""
+    custom_metadata: bytes = b""
     crc: int | None = None
     tables: tuple[int, ...] = ()
 
 
-def seal(pickled: bytes, note: bytes, tables: Sequence[int] = ()) -> bytes:
+def seal(pickled: bytes, custom_metadata: bytes, tables: Sequence[int] = ()) -> bytes:
     """Return the content of `.metadata`, given the CRC32s of the data files' tables in the order of their names."""
-    between = note + b"".join(map(_CRC.pack, tables))
+    between = custom_metadata + b"".join(map(_CRC.pack, tables))
     crc = zlib.crc32(pickled)
-    own = zlib.crc32(_NUMBERS.pack(crc, len(note), len(tables), 0), zlib.crc32(between))
-    return b"".join((pickled, between, _NUMBERS.pack(crc, len(note), len(tables), own), MARK))
+    own = zlib.crc32(_NUMBERS.pack(crc, len(custom_metadata), len(tables), 0), zlib.crc32(between))
+    return b"".join((pickled, between, _NUMBERS.pack(crc, len(custom_metadata), len(tables), own), MARK))
 
 
 def seal_nbytes(tail: bytes) -> int:
     """Return how many of a file's last bytes are its seal, from its last `FOOT_NBYTES` or more; 0 if it has none."""
     if tail.endswith(MARK) and len(tail) >= FOOT_NBYTES:
-        _, note_nbytes, files, _ = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
-        return FOOT_NBYTES + int(note_nbytes) + _CRC.size * int(files)
+        _, custom_nbytes, files, _ = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
+        return FOOT_NBYTES + int(custom_nbytes) + _CRC.size * int(files)
     if tail.endswith(OLD_MARK) and len(tail) >= _OLD_FOOT_NBYTES:
         return _OLD_FOOT_NBYTES + int(_LENGTH.unpack_from(tail, len(tail) - _OLD_FOOT_NBYTES)[0])
     return 0
@@ -93,13 +93,13 @@ def read_seal(tail: bytes) -> Seal:
     if nbytes > len(tail):
         raise SealError(f"the custom metadata would have {nbytes} bytes")
     if tail.endswith(OLD_MARK):
-        return Seal(nbytes=nbytes, note=tail[len(tail) - nbytes : len(tail) - _OLD_FOOT_NBYTES])
+        return Seal(nbytes=nbytes, custom_metadata=tail[len(tail) - nbytes : len(tail) - _OLD_FOOT_NBYTES])
     between = tail[len(tail) - nbytes : len(tail) - FOOT_NBYTES]
     crc, length, files, own = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
     if zlib.crc32(_NUMBERS.pack(crc, length, files, 0), zlib.crc32(between)) != own:
         raise SealError("the custom metadata is not what was saved: its CRC32 is another one")
     tables = tuple(each for (each,) in _CRC.iter_unpack(between[length:]))
-    return Seal(nbytes=nbytes, note=between[:length], crc=crc, tables=tables)
+    return Seal(nbytes=nbytes, custom_metadata=between[:length], crc=crc, tables=tables)
 
 
 def open_seal(data: bytes) -> tuple[memoryview, Seal]:

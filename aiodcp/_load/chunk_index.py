@@ -67,7 +67,7 @@ class ChunkIndex:
             if last - first < BARE_BELOW * nbytes:
                 if frame.item_nbytes != nbytes:
                     raise CorruptError(self.checkpoint_id, fqn, f"{nbytes} bytes are not {dtype} of {tuple(sizes)}")
-                start, nbytes, bare = start + len(frame.head) + first, last - first, True
+                start, nbytes, bare = start + len(frame.header) + first, last - first, True
         return TensorRead(fqn, info.relative_path, start, nbytes, dtype, sizes, frame, part, into, bare)
 
 

@@ -32,22 +32,22 @@ class ItemDecoder:
     """How items are checked and decoded.
 
     Attributes:
-        locate: tells by what name an error calls a file.
+        describe: returns what an error calls a file.
         crc32: computes checksums; None when they are not to be compared.
         weights_only: whether values may only be plain data.
-        unchecked: called when an item has no checksums.
+        note_unchecked: called when an item has no checksums.
     """
 
-    locate: Callable[[str], str]
+    describe: Callable[[str], str]
     crc32: Checksum | None
     weights_only: bool
-    unchecked: Callable[[], None] = lambda: None
+    note_unchecked: Callable[[], None] = lambda: None
 
-    def framed(self, read: TensorRead, place: int, head: memoryview, payload: memoryview) -> None:
-        """Compare a payload with the CRC32 at `place` of `head`."""
+    def framed(self, read: TensorRead, place: int, header: memoryview, payload: memoryview) -> None:
+        """Compare a payload with the CRC32 at `place` of `header`."""
         if self.crc32 is None:
             return
-        self.compare(read, self.crc32(payload, 0), int.from_bytes(head[place : place + 4], "little"))
+        self.compare(read, self.crc32(payload, 0), int.from_bytes(header[place : place + 4], "little"))
 
     def compare(self, read: TensorRead, crc: int, stored: int) -> None:
         """Compare a payload's CRC32 with the one that is stored with it, and with the one in its file's table."""
@@ -78,9 +78,9 @@ class ItemDecoder:
         except CorruptError:
             raise
         except Exception as error:  # a damaged archive can raise almost anything
-            if problem := other_format(data):
-                raise FormatError(self.locate(file), problem) from error
-            raise CorruptError(self.locate(file), fqn, f"not an archive of torch.save: {_said(error)}") from error
+            if problem := _other_format(data):
+                raise FormatError(self.describe(file), problem) from error
+            raise CorruptError(self.describe(file), fqn, f"not an archive of torch.save: {_said(error)}") from error
         try:
             if self.weights_only:
                 return load_archive(data)
@@ -92,10 +92,10 @@ class ItemDecoder:
         except Exception as error:
             if checked:  # the bytes are those that were saved
                 raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
-            raise CorruptError(self.locate(file), fqn, f"cannot be loaded: {_said(error)}") from error
+            raise CorruptError(self.describe(file), fqn, f"cannot be loaded: {_said(error)}") from error
 
     def value(self, fqn: str, file: str, data: bytes, crc: int | None = None) -> Any:
-        """Load a value that is no tensor; without torch's slow unpickler when nothing but builtins is in it."""
+        """Load a value that is not a tensor; without torch's slow unpickler when nothing but builtins is in it."""
         start, nbytes = 46, int.from_bytes(data[18:22], "little")
         pickled = data[start : start + nbytes]
         if frame_value(pickled) == data:  # our own framing, byte for byte, checksums included
@@ -106,7 +106,7 @@ class ItemDecoder:
             except _NotBuiltinError:
                 pass
             except Exception as error:
-                raise CorruptError(self.locate(file), fqn, f"cannot be unpickled: {error!r}") from error
+                raise CorruptError(self.describe(file), fqn, f"cannot be unpickled: {error!r}") from error
             if self.weights_only:
                 try:
                     return load_plain(pickled)
@@ -120,7 +120,7 @@ class ItemDecoder:
         """Whether an archive was saved with checksums: `torch.serialization.set_crc32_options` can leave them out."""
         if any(record.CRC for record in archive.infolist()):
             return True
-        self.unchecked()
+        self.note_unchecked()
         return False
 
     def _unsafe(self, fqn: str, file: str, names: Sequence[str]) -> UnsafeError:
@@ -128,18 +128,18 @@ class ItemDecoder:
             f"needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not plain data; "
             "torch.serialization.add_safe_globals allows them one by one, weights_only=False allows any code"
         )
-        return UnsafeError(self.locate(file), fqn, problem, names)
+        return UnsafeError(self.describe(file), fqn, problem, names)
 
     def _undefined(self, fqn: str, file: str, error: Exception) -> UnsafeError:
-        return UnsafeError(self.locate(file), fqn, f"needs a class that this program does not have: {error}")
+        return UnsafeError(self.describe(file), fqn, f"needs a class that this program has not imported: {error}")
 
     def _another(self, fqn: str, file: str) -> CorruptError:
-        problem = "is whole, and is not what was saved there; check_crc=False loads it nevertheless"
-        return CorruptError(self.locate(file), fqn, problem)
+        problem = "is intact, but is not what was saved there; check_crc=False loads it nevertheless"
+        return CorruptError(self.describe(file), fqn, problem)
 
     def _damaged(self, fqn: str, file: str) -> CorruptError:
         problem = "its CRC32 is not the one it was saved with; check_crc=False loads it nevertheless"
-        return CorruptError(self.locate(file), fqn, problem)
+        return CorruptError(self.describe(file), fqn, problem)
 
 
 def check_records(records: Sequence[zipfile.ZipInfo], nbytes: int) -> None:
@@ -164,7 +164,7 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:SAID]
 
 
-def other_format(data: bytes) -> str:
+def _other_format(data: bytes) -> str:
     """Say in what other format an item is written, if it is one that is known; else nothing."""
     # A length, then JSON of that length. Items that torch 2.13 writes so begin there, and are said to be shorter.
     if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") < SAFETENSORS_HEADER_NBYTES:
@@ -184,16 +184,16 @@ class _BuiltinsUnpickler(pickle.Unpickler):
         raise _NotBuiltinError
 
 
-def unpack(read: TensorRead, arena: Arena, start: int, check: ItemDecoder) -> torch.Tensor:
+def unpack(read: TensorRead, arena: Arena, start: int, decoder: ItemDecoder) -> torch.Tensor:
     """Return the tensor of an archive of `torch.save` that begins at `start`; a view of the arena if it can be one."""
     archive = arena.memory[start : start + read.nbytes]
-    stored = find_tensor(archive, check.crc32)
+    stored = find_tensor(archive, decoder.crc32)
     if stored is not None:
-        check.whole(read, archive)
+        decoder.whole(read, archive)
     if stored is not None and not stored.has_checksums:
-        check.unchecked()
+        decoder.note_unchecked()
     if stored is None:
-        tensor = check.archive(read.fqn, read.file, bytes(archive), read.crc)
+        tensor = decoder.archive(read.fqn, read.file, bytes(archive), read.crc)
     else:
         storage = arena.tensor[start + stored.start : start + stored.stop]
         if (start + stored.start) % ALIGNMENT:
@@ -204,4 +204,4 @@ def unpack(read: TensorRead, arena: Arena, start: int, check: ItemDecoder) -> to
     if isinstance(tensor, torch.Tensor) and tensor.shape == read.sizes and tensor.dtype == read.dtype:
         return tensor
     problem = f"a {type(tensor).__name__}, where {read.dtype} of {tuple(read.sizes)} was announced"
-    raise CorruptError(check.locate(read.file), read.fqn, problem)
+    raise CorruptError(decoder.describe(read.file), read.fqn, problem)

@@ -36,9 +36,9 @@ def find_targets(
         LoadError: a `state_dict()` raised.
     """
     if planner is not None and not isinstance(planner, LoadPlanner):
-        raise ArgumentError("planner", f"a {type(planner).__name__} is no LoadPlanner")
+        raise ArgumentError("planner", f"a {type(planner).__name__} is not a LoadPlanner")
     if not isinstance(state_dict, MutableMapping):
-        raise ArgumentError("state_dict", f"a {type(state_dict).__name__} takes no values: pass a dict")
+        raise ArgumentError("state_dict", f"a {type(state_dict).__name__} cannot take new values: pass a dict")
     try:
         states = call_stateful(state_dict)
         leaves = flatten(states, rank)
@@ -77,7 +77,7 @@ def _begin_copies(
 ) -> DeviceCopies:
     """Begin the copies to all that is filled, as this rank holds it."""
     tensors = [value for value in (*leaves.values, *parameters) if isinstance(value, torch.Tensor)]
-    if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these do not tell where they are
+    if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these have no `device`
         tensors = [value for value in tensors if not isinstance(value, ShardedTensor)]
         tensors += [part for value in sharded for part in held_parts(value)]
     devices = {home.place_of(tensor) for tensor in tensors if not tensor.is_cpu}
@@ -96,7 +96,7 @@ def _begin_copies(
 
 
 def _object_in(value: object) -> object | None:
-    """Return an object that has a `state_dict()` and nobody would ask for it."""
+    """Return an object whose `state_dict()` would not be called."""
     if isinstance(value, list | tuple):
         return next(filter(None, map(_object_in, value)), None)
     return value if not isinstance(value, type) and isinstance(value, Stateful) else None

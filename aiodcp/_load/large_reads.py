@@ -75,19 +75,19 @@ class LargeRead:
     def is_compared(self) -> bool:
         return self._crc_place is not None or self._stored is not None
 
-    def fill(self, number: int, arena: Arena, check: ItemDecoder, device_copies: DeviceCopies) -> None:
+    def fill(self, number: int, arena: Arena, decoder: ItemDecoder, device_copies: DeviceCopies) -> None:
         """Checksum window `number`, which has been read into `arena`, and copy it on. In order, if `is_compared`.
 
         Raises:
             CorruptError: with the last window: the bytes are not those that were saved.
         """
         window, read = self.windows[number], self.read
-        if self.is_compared and check.crc32 is not None:
+        if self.is_compared and decoder.crc32 is not None:
             if self._crc_place is not None and number == 0:
                 self._stored = int.from_bytes(arena.memory[self._crc_place : self._crc_place + 4], "little")
-            self._crc = check.crc32(arena.memory[slice(*window.payload)], self._crc)
+            self._crc = decoder.crc32(arena.memory[slice(*window.payload)], self._crc)
             if number == len(self.windows) - 1 and self._stored is not None:
-                check.compare(read, self._crc, self._stored)
+                decoder.compare(read, self._crc, self._stored)
         targets, sources = [], []
         typed = arena.tensor[: arena.nbytes // read.dtype.itemsize * read.dtype.itemsize].view(read.dtype)
         for piece in window.pieces:
@@ -118,9 +118,9 @@ def in_windows(read: TensorRead, stored: StoredTensor | None = None, nbytes: int
         return None
     if read.frame is None:
         return _archive(read, stored, nbytes) if stored is not None else None
-    head = 0 if read.bare else len(read.frame.head)
+    header = 0 if read.bare else len(read.frame.header)
     if read.part is None:
-        return LargeRead(read, [*_flat(read, read.offset, head, read.frame.nbytes, nbytes)], read.frame.head_crc)
+        return LargeRead(read, [*_flat(read, read.offset, header, read.frame.nbytes, nbytes)], read.frame.header_crc)
     if not read.bare:
         return None
     windows = list(_rows(read, read.part[1], read.frame.strides, nbytes))
@@ -144,17 +144,17 @@ def _archive(read: TensorRead, stored: StoredTensor, nbytes: int) -> LargeRead |
     return LargeRead(read, windows, None, stored.crc if stored.has_checksums else None)
 
 
-def _flat(read: TensorRead, start: int, head: int, payload: int, nbytes: int) -> Iterator[Window]:
-    """Cut a tensor, all of which is wanted, at elements; with the `head` bytes before it."""
+def _flat(read: TensorRead, start: int, header: int, payload: int, nbytes: int) -> Iterator[Window]:
+    """Cut a tensor, all of which is wanted, at elements; with the `header` bytes before it."""
     itemsize, position = read.dtype.itemsize, 0
     while position < payload:
-        before = head if position == 0 else 0
+        before = header if position == 0 else 0
         stop = min(payload, position + (nbytes - before) // itemsize * itemsize)
         at, pieces = before, []
         for strip in element_views(read.into.detach(), position // itemsize, stop // itemsize):
             pieces.append(_Piece(strip, at, _row_major(strip.shape)))
             at += strip.numel() * itemsize
-        first = start + head + position - before
+        first = start + header + position - before
         yield Window(first, first + before + stop - position, (before, before + stop - position), pieces)
         position = stop
 

@@ -13,14 +13,15 @@ from ..storage.error_mapping import read_errors
 _RANK_METADATA = re.compile(r"__\d+\.metadata")
 
 
-async def get_metadata(storage: Storage, checkpoint_id: str, path: str) -> bytes:
+async def get_metadata(storage: Storage, checkpoint_id: str) -> bytes:
     """Return the metadata's content.
 
     Raises:
         NotACheckpointError: there is none.
         FormatError: there are files of another format instead.
-        ReadError: storage refused.
+        ReadError: storage failed.
     """
+    path = storage.describe(checkpoint_id, METADATA_NAME)
     try:
         with read_errors(path):
             return await storage.get(checkpoint_id, METADATA_NAME)
@@ -30,13 +31,13 @@ async def get_metadata(storage: Storage, checkpoint_id: str, path: str) -> bytes
         names: list[str] = []
         if isinstance(error.__cause__, FileNotFoundError):
             with read_errors(path):
-                names = await storage.names(checkpoint_id)
-        if problem := other_format(names):
+                names = await storage.list_files(checkpoint_id)
+        if problem := _other_format(names):
             raise FormatError(checkpoint_id, problem) from error.__cause__
         raise NotACheckpointError(checkpoint_id) from error.__cause__
 
 
-def other_format(names: Sequence[str]) -> str:
+def _other_format(names: Sequence[str]) -> str:
     """Say of what other format these files are, if it is one that is known; else nothing."""
     if any(_RANK_METADATA.fullmatch(name) for name in names):
         return (

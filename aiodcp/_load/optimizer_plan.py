@@ -144,12 +144,12 @@ def _match_by_name(
     lacking = sorted({each for names in mine for each in names} - {each for names in theirs for each in names})
     unknown = sorted({each for names in theirs for each in names} - {each for names in mine for each in names})
     if lacking or unknown:
-        told = [
+        parts = [
             f"{what} {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
-            for what, names in (("lacks", lacking), ("has besides", unknown))
+            for what, names in (("lacks", lacking), ("also has", unknown))
             if names
         ]
-        plan.problems.append(f"{name} is of other parameters: the checkpoint's {' and '.join(told)}")
+        plan.problems.append(f"{name} is of other parameters: the checkpoint's {' and '.join(parts)}")
         return []
     by_names = {frozenset(names): number for number, names in enumerate(theirs)}
     matched = []

@@ -12,7 +12,7 @@ from .._format.archive_writer import Frame
 
 @dataclass(slots=True)
 class ValueRead:
-    """A stored value that is no tensor.
+    """A stored value that is not a tensor.
 
     Attributes:
         fqn: the value.

@@ -140,7 +140,9 @@ class _Planner:
 
     def _plan_opaque(self, place: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
         if len(entry.chunks) != 1:
-            self._problems.append(f"{fqn} is stored in {len(entry.chunks)} pieces, of which no such tensor can be made")
+            self._problems.append(
+                f"{fqn} is stored in {len(entry.chunks)} pieces, from which such a tensor cannot be made"
+            )
             return
         self._plan.opaque.append(place)
         self._read_whole(place, fqn, source, entry)

@@ -12,26 +12,26 @@ from ..storage.base import Storage
 
 
 async def read_custom_metadata(storage: Storage, checkpoint_id: str) -> dict[str, Any]:
-    """Return what is noted of a checkpoint.
+    """Return the custom metadata of a checkpoint.
 
     Raises:
         NotACheckpointError: there is no committed checkpoint.
         CorruptError: it is not what was saved.
-        ReadError: storage refused.
+        ReadError: storage failed.
     """
-    note, _ = await read_dated_custom_metadata(storage, checkpoint_id)
-    return note
+    custom_metadata, _ = await read_dated_custom_metadata(storage, checkpoint_id)
+    return custom_metadata
 
 
 async def read_dated_custom_metadata(storage: Storage, checkpoint_id: str) -> tuple[dict[str, Any], float | None]:
-    """Return what is noted of a checkpoint, and when it was committed as the storage knows it.
+    """Return the custom metadata of a checkpoint, and when it was committed as the storage knows it.
 
     Raises:
         NotACheckpointError: there is no committed checkpoint.
         CorruptError: it is not what was saved.
-        ReadError: storage refused.
+        ReadError: storage failed.
     """
-    path = storage.locate(checkpoint_id, METADATA_NAME)
+    path = storage.describe(checkpoint_id, METADATA_NAME)
     try:
         async with storage.open(checkpoint_id, METADATA_NAME) as reader:
             modified_at: float | None = getattr(reader, "modified_at", None)
@@ -46,6 +46,6 @@ async def read_dated_custom_metadata(storage: Storage, checkpoint_id: str) -> tu
     except (OSError, EOFError) as error:
         raise ReadError(path, str(error)) from error
     try:
-        return decode_custom_metadata(read_seal(bytes(tail)).note), modified_at
+        return decode_custom_metadata(read_seal(bytes(tail)).custom_metadata), modified_at
     except SealError as error:
         raise CorruptError(path, "", str(error)) from error

@@ -30,7 +30,7 @@ def refuse(
     """
     missing = sorted(found.missing)
     if not strict:
-        # What has nothing in common is no partial load, but the wrong checkpoint or the wrong name.
+        # Nothing in common is not a partial load, but the wrong checkpoint or the wrong name.
         missing = _misnamed(targets, found, missing) if targets.fqns else missing
         unexpected = unexpected if missing else ()
     if not missing and not unexpected and not found.problems:
@@ -44,7 +44,7 @@ def refuse(
 
 
 def _misnamed(targets: LoadTargets, found: Resolution, missing: Sequence[str]) -> list[str]:
-    """Return the names of whole parts of which nothing is stored but under a name that nobody asks for."""
+    """Return the names of whole parts that are stored only under a top-level name that was not asked for."""
     elsewhere = {fqn.partition(".")[2] for fqn in found.others if _top_of(targets, fqn) not in targets.kinds}
     misnamed: list[str] = []
     for top in sorted(found.absent):

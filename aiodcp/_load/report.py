@@ -11,7 +11,7 @@ class LoadReport:
 
     Attributes:
         missing: fqns that were wanted and are not stored: with `strict=False`, and of a `PerRank` on a new rank.
-        unexpected: fqns that are stored below the names that were asked for, and nobody wanted: with `strict=False`.
+        unexpected: fqns that are stored below the names that were asked for, and no rank wanted: with `strict=False`.
         converted: fqns of tensors that were converted to another dtype, and of numbers to tensors and back.
     """
 

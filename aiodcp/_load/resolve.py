@@ -1,7 +1,7 @@
 """The load contract: of what is wanted and what is stored, what is loaded, and into what. Pure.
 
 Names are compared below the names of the top level that are asked for. Tensors are filled in place where one of the
-right name, shape and dtype is there. Beyond that the structure is the checkpoint's, where it is nobody's to insist on:
+right name, shape and dtype is there. Beyond that the structure is the checkpoint's, as far as its owner allows:
 
     module       names of parameters and buffers must agree, both ways; its `_extra_state` is as stored
     optimizer    see `_optimizer_state`

@@ -16,7 +16,7 @@ from .decode import ItemDecoder, unpack
 from .plan import TensorRead
 
 
-def scatter(span: ReadSpan, arena: Arena, check: ItemDecoder, device_copies: DeviceCopies) -> None:
+def scatter(span: ReadSpan, arena: Arena, decoder: ItemDecoder, device_copies: DeviceCopies) -> None:
     """Check the items of a span that has been read into `arena`, and copy them to their targets."""
     memory = arena.memory
     typed: dict[torch.dtype, torch.Tensor] = {}
@@ -35,7 +35,7 @@ def scatter(span: ReadSpan, arena: Arena, check: ItemDecoder, device_copies: Dev
             frame, dtype, into = read.frame, read.dtype, read.into
             offset = read.offset - span.start
             if frame is None:
-                tensor = unpack(read, arena, offset, check)
+                tensor = unpack(read, arena, offset, decoder)
             elif read.bare:
                 assert read.part is not None
                 rows, place = as_typed(dtype), offset // dtype.itemsize
@@ -43,8 +43,8 @@ def scatter(span: ReadSpan, arena: Arena, check: ItemDecoder, device_copies: Dev
                     rows, place = arena.tensor[offset : offset + read.nbytes].clone().view(dtype), 0
                 tensor = rows.as_strided(read.part[1], frame.strides, place)
             else:
-                start = offset + len(frame.head)
-                check.framed(read, frame.head_crc + offset, memory, memory[start : start + frame.nbytes])
+                start = offset + len(frame.header)
+                decoder.framed(read, frame.header_crc + offset, memory, memory[start : start + frame.nbytes])
                 tensor = as_typed(dtype).as_strided(frame.shape, frame.strides, start // dtype.itemsize)
             if read.part is not None and not read.bare:
                 tensor = cut(tensor, read.part)

@@ -120,7 +120,7 @@ def _renaming(rename: Rename) -> Callable[[str], str]:
         return rename
     for each in (*rename, *rename.values()):
         if not isinstance(each, str):
-            raise ArgumentError("rename", f"{each!r} is no prefix")
+            raise ArgumentError("rename", f"{each!r} is not a prefix")
     prefixes = sorted(rename, key=len, reverse=True)
 
     def renamed(name: str) -> str:

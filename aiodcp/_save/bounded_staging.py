@@ -1,13 +1,13 @@
 """Staging through a few windows, over and over, where host memory is not to hold the whole file: `max_host_bytes`.
 
 Windows cut the file into stretches that fit a slot of the arena. A record lies whole within one, unless it is larger
-than a slot: then its parts fill one window after the other, and since its head carries the checksum of all of them,
-the head's block is held back and written last. Windows end where a record ends, blocks do not: the bytes of the block
+than a slot: then its parts fill one window after the other, and since its header carries the checksum of all of them,
+the header's block is held back and written last. Windows end where a record ends, blocks do not: the bytes of the block
 that two windows share are carried over.
 
     file     | r0 | r1 |   r2 ............................. | r3 | r4 |
     windows  | 0             | 1           | 2              . 3       |
-                     held back: r2's head                   ^ carried over from 2 to 3
+                     held back: r2's header                 ^ carried over from 2 to 3
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ class BoundedStaging:
 
     def _strips(self, part: Part, source: torch.Tensor, shift: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         frame, offset = self.layout.frames[part.record], self.layout.offsets[part.record]
-        head, itemsize = len(frame.head), frame.dtype.itemsize
+        header, itemsize = len(frame.header), frame.dtype.itemsize
         # A border between windows is a multiple of 64 bytes from where the payload begins: no element is cut.
-        start, stop = (min(max(edge - head, 0), frame.nbytes) // itemsize for edge in (part.start, part.stop))
-        position = offset + head + start * itemsize + shift
+        start, stop = (min(max(edge - header, 0), frame.nbytes) // itemsize for edge in (part.start, part.stop))
+        position = offset + header + start * itemsize + shift
         for strip in element_views(source.detach(), start, stop):
             memory = self.arena.tensor[position : position + strip.numel() * itemsize]
             yield copyable(memory.view(frame.dtype).view(strip.shape)), copyable(strip)
@@ -154,12 +154,12 @@ class BoundedStaging:
             position = stop
 
     def _begin_record(self, part: Part, shift: int) -> tuple[int, int]:
-        """Put the head of a large record, and hold back the blocks with its checksum; return where they are."""
+        """Put the header of a large record, and hold back the blocks with its checksum; return where they are."""
         frame, offset = self.layout.frames[part.record], self.layout.offsets[part.record]
         memory = self.arena.memory
-        memory[offset + shift : offset + len(frame.head) + shift] = frame.head
-        start = (offset + frame.head_crc) // BLOCK * BLOCK
-        stop = round_up(offset + frame.head_crc + CRC.size, BLOCK)
+        memory[offset + shift : offset + len(frame.header) + shift] = frame.header
+        start = (offset + frame.header_crc) // BLOCK * BLOCK
+        stop = round_up(offset + frame.header_crc + CRC.size, BLOCK)
         blocks = self._free.pop()
         blocks[: stop - start] = memory[start + shift : stop + shift]
         self._held = start, stop, blocks
@@ -169,24 +169,24 @@ class BoundedStaging:
     def _go_on(self, part: Part, number: int, shift: int, crc32: Checksum) -> list[FileRange]:
         """Checksum a part of a large record; if that was the last of its payload, return the blocks held back."""
         frame, offset = self.layout.frames[part.record], self.layout.offsets[part.record]
-        memory, head = self.arena.memory, len(frame.head)
-        start, stop = (min(max(edge, head), head + frame.nbytes) for edge in (part.start, part.stop))
+        memory, header = self.arena.memory, len(frame.header)
+        start, stop = (min(max(edge, header), header + frame.nbytes) for edge in (part.start, part.stop))
         if start < stop:
             self._crc = crc32(memory[offset + start + shift : offset + stop + shift], self._crc)
-        if part.stop < head + frame.nbytes:
+        if part.stop < header + frame.nbytes:
             return []
         self.crcs[part.record] = self._crc
-        foot = bytearray(frame.foot)
-        CRC.pack_into(foot, frame.foot_crc, self._crc)
-        begin = max(part.start, head + frame.nbytes)
-        memory[offset + begin + shift : offset + part.stop + shift] = foot[
-            begin - head - frame.nbytes : part.stop - head - frame.nbytes
+        trailer = bytearray(frame.trailer)
+        CRC.pack_into(trailer, frame.trailer_crc, self._crc)
+        begin = max(part.start, header + frame.nbytes)
+        memory[offset + begin + shift : offset + part.stop + shift] = trailer[
+            begin - header - frame.nbytes : part.stop - header - frame.nbytes
         ]
-        if self._held is None:  # the foot alone went on into this window
+        if self._held is None:  # the trailer alone went on into this window
             return []
         place, end, blocks = self._held
         self._held = None
-        CRC.pack_into(blocks, offset + frame.head_crc - place, self._crc)
+        CRC.pack_into(blocks, offset + frame.header_crc - place, self._crc)
         self._lent[number].append(blocks)
         return [(place, blocks[: end - place])]
 

@@ -19,17 +19,17 @@ class UncommittedFiles:
     """What a save has brought to storage so far, which is removed if it fails.
 
     Attributes:
-        files: begun.
-        written: whether all that has been begun is complete.
-        committing: whether the commit may have been seen to.
+        names: of the files that were begun.
+        are_written: whether all of them are complete.
+        may_be_committed: whether the commit has been begun.
     """
 
     def __init__(self, checkpoint_id: str, save_id: str) -> None:
         self.checkpoint_id = checkpoint_id
         self.save_id = save_id
-        self.files: list[str] = []
-        self.written = False
-        self.committing = False
+        self.names: list[str] = []
+        self.are_written = False
+        self.may_be_committed = False
 
 
 _live: set[str] = set()  # ids of the saves that are under way in this process; they are in their data files' names
@@ -50,59 +50,59 @@ def is_live(name: str) -> bool:
     return any(save_id in name for save_id in _live)
 
 
-async def commit(storage: Storage, checkpoint_id: str, record: bytes, files: set[str]) -> None:
-    """Make `record`, whose data is in `files`, the checkpoint.
+async def commit(storage: Storage, checkpoint_id: str, content: bytes, files: set[str]) -> None:
+    """Make `content`, whose data is in `files`, the checkpoint's metadata.
 
     Raises:
-        SaveError: the data is gone: another process saves to the same place, and took it for a leftover. There is no
+        SaveError: the data is gone: another process saves to the same place, and took it for leftovers. There is no
             checkpoint then: what names data that is not there is none.
 
     Cancellation: none; once it has begun it is finished.
     """
     with CancelScope(shield=True):
-        if gone := await _gone(storage, checkpoint_id, files):  # before what is there is replaced
-            raise SaveError(_tell_gone(gone))
-        await storage.put(checkpoint_id, METADATA_NAME, record)
+        if missing := await _find_missing(storage, checkpoint_id, files):  # before what is there is replaced
+            raise SaveError(_describe_missing(missing))
+        await storage.put(checkpoint_id, METADATA_NAME, content)
         try:
-            gone = await _gone(storage, checkpoint_id, files)
+            missing = await _find_missing(storage, checkpoint_id, files)
         except OSError as error:  # it is committed and durable
-            log.warning("%s: cannot be listed after the commit: %s", storage.locate(checkpoint_id), error)
+            log.warning("%s: cannot be listed after the commit: %s", storage.describe(checkpoint_id), error)
             return
-        if gone:
-            await _take_back(storage, checkpoint_id, record)
-            raise SaveError(_tell_gone(gone))
+        if missing:
+            await _revert(storage, checkpoint_id, content)
+            raise SaveError(_describe_missing(missing))
 
 
-async def _gone(storage: Storage, checkpoint_id: str, files: set[str]) -> list[str]:
+async def _find_missing(storage: Storage, checkpoint_id: str, files: set[str]) -> list[str]:
     """Return which files are not there. A listing may be some seconds old, of network file systems: to open is not."""
     gone: list[str] = []
-    for file in sorted(files.difference(await storage.names(checkpoint_id))):
+    for file in sorted(files.difference(await storage.list_files(checkpoint_id))):
         try:
             async with storage.open(checkpoint_id, file):
                 pass
         except (FileNotFoundError, NotADirectoryError):
-            gone.append(storage.locate(checkpoint_id, file))
+            gone.append(storage.describe(checkpoint_id, file))
     return gone
 
 
-def _tell_gone(gone: Sequence[str]) -> str:
+def _describe_missing(gone: Sequence[str]) -> str:
     more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
     return f"{gone[0]}{more} is gone: does another process save there too?"
 
 
-async def _take_back(storage: Storage, checkpoint_id: str, record: bytes) -> None:
+async def _revert(storage: Storage, checkpoint_id: str, content: bytes) -> None:
     """Remove the metadata that has just been written, unless another process has replaced it since."""
-    with _told_in_the_log(storage, checkpoint_id):
+    with _errors_logged(storage, checkpoint_id):
         try:
             found = await storage.get(checkpoint_id, METADATA_NAME)
         except FileNotFoundError:
             return
-        if found == record:
+        if found == content:
             await storage.remove(checkpoint_id, METADATA_NAME, durable=True)
 
 
 async def may_be_committed(storage: Storage, checkpoint_id: str, save_id: str) -> bool:
-    """After a commit that failed, tell whether it took place nevertheless, as far as can be known.
+    """After a commit that failed, return whether it took place nevertheless, as far as can be known.
 
     A rename may be done and the fsync after it fail: then the new checkpoint is there, and its data must stay.
 
@@ -123,10 +123,10 @@ async def find_replaced(storage: Storage, checkpoint_id: str, files: set[str]) -
 
     Cancellation: none.
     """
-    with CancelScope(shield=True), _told_in_the_log(storage, checkpoint_id):
+    with CancelScope(shield=True), _errors_logged(storage, checkpoint_id):
         return [
             name
-            for name in await storage.names(checkpoint_id)
+            for name in await storage.list_files(checkpoint_id)
             if is_leftover(name) and name not in files and not is_live(name)
         ]
     return []
@@ -137,24 +137,24 @@ async def remove_files(storage: Storage, checkpoint_id: str, names: Sequence[str
 
     Cancellation: none.
     """
-    with CancelScope(shield=True), _told_in_the_log(storage, checkpoint_id):
+    with CancelScope(shield=True), _errors_logged(storage, checkpoint_id):
         for name in names:
             await storage.remove(checkpoint_id, name)
 
 
-async def forget_empty(storage: Storage, checkpoint_id: str) -> None:
-    """After a failed save, forget a place that holds nothing.
+async def remove_if_empty(storage: Storage, checkpoint_id: str) -> None:
+    """After a failed save, remove the directory if nothing is in it.
 
     Cancellation: none.
     """
-    with CancelScope(shield=True), _told_in_the_log(storage, checkpoint_id):
-        await storage.discard(checkpoint_id)
+    with CancelScope(shield=True), _errors_logged(storage, checkpoint_id):
+        await storage.remove_if_empty(checkpoint_id)
 
 
 @contextmanager
-def _told_in_the_log(storage: Storage, checkpoint_id: str) -> Iterator[None]:
-    """What cannot be cleared away costs space, and fails no save: the next one to the same place tries again."""
+def _errors_logged(storage: Storage, checkpoint_id: str) -> Iterator[None]:
+    """What cannot be removed costs space, and fails no save: the next one to the same place tries again."""
     try:
         yield
     except OSError as error:
-        log.warning("%s: old files could not be removed: %s", storage.locate(checkpoint_id), error)
+        log.warning("%s: old files could not be removed: %s", storage.describe(checkpoint_id), error)

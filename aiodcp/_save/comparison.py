@@ -83,11 +83,11 @@ class Comparison:
     _values: list[list[bytes]] = field(default_factory=list)  # frozen ones of the last save, by group
     _layout: _Layout | None = None
 
-    def digest(self, taken: Capture, device_copies: DeviceCopies, seed: int) -> int:
+    def digest(self, captured: Capture, device_copies: DeviceCopies, seed: int) -> int:
         """Return this rank's number for a capture. Blocks. The caller must not change the tensors meanwhile.
 
         Args:
-            taken: what was captured.
+            captured: what was captured.
             device_copies: brings tensors from devices; started.
             seed: moves the samples; the same on all ranks.
 
@@ -95,14 +95,14 @@ class Comparison:
             CaptureError: a tensor's storage has been freed.
         """
         if self._layout is None:
-            self._layout = self._lay_out(taken)
+            self._layout = self._lay_out(captured)
         layout = self._layout
         if layout.targets:
-            self._copy(layout, taken, device_copies, seed)
+            self._copy(layout, captured, device_copies, seed)
         self._values = [[] for _ in self.weights]
         for number, (source, group) in enumerate(zip(self.sources, self.groups, strict=True)):
             if self.frozen[number] and number not in self._excluded:
-                self._values[group].append(_in_any_order(taken.frozen[source].data))
+                self._values[group].append(_in_any_order(captured.frozen[source].data))
         total = 0
         for weight, values, block in zip(self.weights, self._values, layout.blocks, strict=True):
             total += weight * crc32(block, crc32(memoryview(b"".join(values)), 0))
@@ -127,13 +127,13 @@ class Comparison:
         """Compare the items of these names no longer."""
         self._excluded.update(number for number, fqn in enumerate(self.fqns) if fqn in fqns)
 
-    def _copy(self, layout: _Layout, taken: Capture, device_copies: DeviceCopies, seed: int) -> None:
-        with torch.no_grad(), device_copies.queueing():  # samples may be taken by a kernel
-            pieces = [*layout.pick(taken.values)]
-            pieces += [_sample(taken.values[self.sources[number]], seed) for number in layout.sampled]
+    def _copy(self, layout: _Layout, captured: Capture, device_copies: DeviceCopies, seed: int) -> None:
+        with torch.no_grad(), device_copies.queueing():  # samples may be captured by a kernel
+            pieces = [*layout.pick(captured.values)]
+            pieces += [_sample(captured.values[self.sources[number]], seed) for number in layout.sampled]
         if not all(map(torch.Tensor.data_ptr, pieces)):  # to copy from there would crash the process
             for number, source in enumerate(self.sources):
-                value = taken.values[source]
+                value = captured.values[source]
                 if not self.frozen[number] and value.numel() and value.data_ptr() == 0:
                     raise CaptureError(self.fqns[number], "its storage has been freed")
         if layout.odd:
@@ -147,7 +147,7 @@ class Comparison:
         for number in self._excluded & layout.payloads.keys():
             layout.payloads[number][:] = bytes(layout.payloads[number].nbytes)
 
-    def _lay_out(self, taken: Capture) -> _Layout:
+    def _lay_out(self, captured: Capture) -> _Layout:
         """Place the items group by group, in an order that is the same on all ranks of a group."""
         whole: list[int] = []
         sampled: list[int] = []
@@ -158,7 +158,7 @@ class Comparison:
             start = position
             for number, each in enumerate(self.groups):
                 if each == group and not self.frozen[number]:
-                    value = taken.values[self.sources[number]]
+                    value = captured.values[self.sources[number]]
                     (whole if self.whole[number] else sampled).append(number)
                     count = value.numel() if self.whole[number] else _sampled(value)
                     extents[number] = position, position + count * value.itemsize
@@ -167,7 +167,7 @@ class Comparison:
         memory = torch.zeros(position, dtype=torch.uint8)
         targets = []
         for number in (*whole, *sampled):
-            value = taken.values[self.sources[number]]
+            value = captured.values[self.sources[number]]
             start, stop = extents[number]
             shape = value.shape if self.whole[number] else (_sampled(value),)
             targets.append(copyable(memory[start:stop].view(value.dtype).view(shape)))
@@ -175,7 +175,7 @@ class Comparison:
             pick=picker([self.sources[number] for number in whole]),
             sampled=sampled,
             targets=targets,
-            odd=any(taken.values[self.sources[number]].dtype in NOT_COPIED for number in (*whole, *sampled)),
+            odd=any(captured.values[self.sources[number]].dtype in NOT_COPIED for number in (*whole, *sampled)),
             payloads={number: memory_of(memory[start:stop]) for number, (start, stop) in extents.items()},
             blocks=[memory_of(memory[start:stop]) for start, stop in bounds],
         )

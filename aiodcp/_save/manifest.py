@@ -34,7 +34,7 @@ class ManifestTemplate:
     """`.metadata` for all saves of the same plans: only ids, file names and the places of frozen values differ."""
 
     def __init__(self, *plans: GlobalPlan) -> None:
-        """Make the record of one state's plan, or of several states' that are committed together, in their order.
+        """Make the template for one state's plan, or of several states' that are committed together, in their order.
 
         Raises:
             CaptureError: two of them have a value of the same name.
@@ -71,7 +71,7 @@ class ManifestTemplate:
             notes.empty += plan.notes.empty
             notes.int_keys += plan.notes.int_keys
         metadata = build_metadata(*_join(plans), stored, meta, opaque, notes)
-        _refuse_incomplete(metadata)
+        _check_complete(metadata)
         self._template = PickleTemplate(metadata, used)
 
     def render(self, checkpoint_id: str, save_id: str, frozen: Sequence[Sequence[Sequence[ByteRange]]]) -> bytes:
@@ -105,10 +105,10 @@ def _join(plans: Sequence[GlobalPlan]) -> tuple[Metadata, dict[str, KeyPath] | N
     return Metadata(entries), paths
 
 
-def _refuse_incomplete(metadata: Metadata) -> None:
-    """Refuse to commit a checkpoint of which a piece is written by nobody."""
+def _check_complete(metadata: Metadata) -> None:
+    """Refuse to commit a checkpoint of which a chunk is not written."""
     for fqn, entry in metadata.state_dict_metadata.items():
         offsets = [chunk.offsets for chunk in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]
         for offset in offsets:
             if MetadataIndex(fqn, offset) not in metadata.storage_data:
-                raise SaveError(f"{fqn}: planned, but nothing writes its piece at {offset}")
+                raise SaveError(f"{fqn}: planned, but no rank writes its chunk at {offset}")

@@ -1,13 +1,12 @@
 """One rank's part of a save, staged, checksummed and written: each stretch of the file as soon as it can be.
 
-Stretches go through it like cars through a wash: while one is written the next is checksummed and the one after it
-staged. Where host memory holds the whole file they are the layout's segments, and the caller is let go when the last
-is copied; else they are windows, which wait for room.
+While one stretch is written the next is checksummed and the one after it staged. Where host memory holds the whole
+file they are the layout's segments, and `staged` is reached when the last is copied; else they are windows, which wait
+for their turn in it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import anyio
 import torch
 from anyio import Event
 
+from .._engine.broadcast import Signal
 from .._engine.task_groups import one_error
 from .._engine.threads import Threads, in_thread
 from .._format.checksum import Checksum
@@ -62,45 +62,50 @@ class WritePipeline:
         self._keep_buffers = keep_buffers
         self._max_host_nbytes = max_host_nbytes
         self._checksum = checksum
-        self._room: tuple[WritePlan, StagingBuffer] | None = None
+        self._buffer: tuple[WritePlan, StagingBuffer] | None = None
         self._is_lost = False  # a device may still write into it
         self._turns = anyio.Semaphore(AT_ONCE)
 
-    async def make_room(self, plan: WritePlan, tail_nbytes: int, *, pin_for: torch.device | None) -> StagingBuffer:
+    async def take_memory(self, plan: WritePlan, tail_nbytes: int, *, pin_for: torch.device | None) -> StagingBuffer:
         """Have host memory for a plan's file, with a tail of frozen values of so many bytes; pinned for a device.
 
         Raises:
             StageError: there is not enough of it.
         """
-        if self._room is None or self._room[0] is not plan or not self._room[1].holds(tail_nbytes) or self._is_lost:
-            self._room = None  # first give back the memory of the old one
-            self._room = plan, await in_thread(self._threads.staging, self._make_room, plan, tail_nbytes)
+        if (
+            self._buffer is None
+            or self._buffer[0] is not plan
+            or not self._buffer[1].holds(tail_nbytes)
+            or self._is_lost
+        ):
+            self._buffer = None  # first give back the memory of the old one
+            self._buffer = plan, await in_thread(self._threads.staging, self._take_memory, plan, tail_nbytes)
             self._is_lost = False
-        room = self._room[1]
+        buffer = self._buffer[1]
         if pin_for is not None:
-            await in_thread(self._threads.staging, room.arena.pin, pin_for, room.borders)
-        return room
+            await in_thread(self._threads.staging, buffer.arena.pin, pin_for, buffer.borders)
+        return buffer
 
-    def _make_room(self, plan: WritePlan, tail_nbytes: int) -> StagingBuffer:
+    def _take_memory(self, plan: WritePlan, tail_nbytes: int) -> StagingBuffer:
         layout, with_slack = plan.share.layout, 2 * tail_nbytes + TAIL_SLACK
         if self._max_host_nbytes is not None and staging_nbytes(layout, with_slack) > self._max_host_nbytes:
             return BoundedStaging(layout, plan.staged, self._max_host_nbytes)
         return Staging(layout, plan.staged, with_slack)
 
-    def done(self) -> None:
+    def finish(self) -> None:
         """Give the memory back, unless it is to be kept."""
         if not self._keep_buffers:
-            self._room = None
+            self._buffer = None
 
     async def run(
-        self, job: SaveJob, plan: WritePlan, room: StagingBuffer, tail: Tail, file: str, *, seed: int | None = None
+        self, job: SaveJob, plan: WritePlan, buffer: StagingBuffer, tail: Tail, file: str, *, seed: int | None = None
     ) -> tuple[int, int]:
         """Stage, checksum and write everything into a durable file.
 
         Args:
             job: the save.
             plan: what of it this rank writes.
-            room: host memory for that.
+            buffer: host memory for that.
             tail: what lies behind the tensors.
             file: its name.
             seed: for the comparison with other ranks, if they are to be compared.
@@ -124,11 +129,11 @@ class WritePipeline:
                         await in_thread(self._threads.staging, comparing.wait)
                         job.check_torn()
                         job.log.report("write")
-                        job.let_go()
-                    elif isinstance(room, Staging):
-                        table_crc = await self._run_whole(job, plan, room, tail, file, comparing)
+                        job.release_tensors()
+                    elif isinstance(buffer, Staging):
+                        table_crc = await self._run_whole(job, plan, buffer, tail, file, comparing)
                     else:
-                        table_crc = await self._run_windows(job, plan, room, tail, file, comparing)
+                        table_crc = await self._run_windows(job, plan, buffer, tail, file, comparing)
         finally:
             job.device_copies.end()
         return comparing.digest, table_crc
@@ -136,12 +141,12 @@ class WritePipeline:
     # --- the whole file in memory
 
     async def _run_whole(
-        self, job: SaveJob, plan: WritePlan, stage: Staging, tail: Tail, file: str, comparing: _Comparing
+        self, job: SaveJob, plan: WritePlan, staging: Staging, tail: Tail, file: str, comparing: _Comparing
     ) -> int:
-        crcs: list[list[int]] = [[] for _ in stage.layout.segments]
+        crcs: list[list[int]] = [[] for _ in staging.layout.segments]
         table_crc = 0
-        ready = [Event() for _ in stage.layout.segments]
-        staged = Event()
+        ready = [Signal() for _ in staging.layout.segments]
+        staged = Signal()
 
         async def write_file() -> None:  # anew, if need be: the bytes are there
             nonlocal table_crc
@@ -151,49 +156,48 @@ class WritePipeline:
                     async with self._storage.create(job.checkpoint_id, file) as writer:
                         async with anyio.create_task_group() as writing:
                             for number, event in enumerate(ready):
-                                writing.start_soon(self._write_segment, job, stage, number, event, writer, crcs)
+                                writing.start_soon(self._write_segment, job, staging, number, event, writer, crcs)
                         await staged.wait()
                         rendered, table_crc = tail.render([crc for each in crcs for crc in each])
-                        stage.put_tail(rendered)
-                        await self._write(job, writer, *stage.tail_range(len(rendered)))
+                        staging.put_tail(rendered)
+                        await self._write(job, writer, *staging.tail_range(len(rendered)))
             except WriteError:
                 job.log.report(written=before - job.log.latest.bytes_written)
                 raise
 
-        async with anyio.create_task_group() as staging:
-            staging.start_soon(self._stage_all, job, plan, stage, tail, ready, staged, comparing)
-            await self._storage.persist(write_file, job.checkpoint_id, file)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._stage_all, job, plan, staging, tail, ready, staged, comparing)
+            await self._storage.retrying(write_file, job.checkpoint_id, file)
         return table_crc
 
     async def _stage_all(
         self,
         job: SaveJob,
         plan: WritePlan,
-        stage: Staging,
+        staging: Staging,
         tail: Tail,
-        ready: Sequence[Event],
-        staged: Event,
+        ready: Sequence[Signal],
+        staged: Signal,
         comparing: _Comparing,
     ) -> None:
-        loop = asyncio.get_running_loop()
         stop = threading.Event()
 
         def arrive(number: int, began_s: float) -> None:
             job.timeline.add("stage", began_s)
-            segment = stage.layout.segments[number]
+            segment = staging.layout.segments[number]
             job.log.report(staged=segment.stop - segment.start)
-            if segment.stop <= HEAD_START * stage.layout.tail:
-                loop.call_soon_threadsafe(ready[number].set)
+            if segment.stop <= HEAD_START * staging.layout.tail:
+                ready[number].set()
 
         def copy() -> None:
-            with self._copying(job, plan, stage):
+            with self._copying(job, plan, staging):
                 queued: list[tuple[int, float, list[torch.Event]]] = []
                 for number in range(len(ready)):
                     if stop.is_set():
                         return
                     began_s = time.perf_counter()
-                    with _copy_errors(stage.layout.tail):
-                        events = stage.copy(number, job.taken.values, job.device_copies)
+                    with _copy_errors(staging.layout.tail):
+                        events = staging.copy(number, job.captured.values, job.device_copies)
                     if events:
                         queued.append((number, began_s, events))
                     else:
@@ -202,7 +206,7 @@ class WritePipeline:
                 job.check_torn()
                 job.queued.reach()
                 for number, began_s, events in queued:
-                    with _copy_errors(stage.layout.tail):
+                    with _copy_errors(staging.layout.tail):
                         job.device_copies.wait_for(events)
                     arrive(number, began_s)
                 job.log.report("write", staged=tail.nbytes)
@@ -220,25 +224,25 @@ class WritePipeline:
             group.start_soon(stop_when_cancelled)
             await in_thread(self._threads.staging, copy)
             group.cancel_scope.cancel()
-        job.taken.values.clear()  # from here on the caller may free them
+        job.captured.values.clear()  # from here on the caller may free them
         for event in (*ready, staged):
             event.set()
 
     async def _write_segment(
-        self, job: SaveJob, stage: Staging, number: int, ready: Event, writer: Writer, crcs: list[list[int]]
+        self, job: SaveJob, staging: Staging, number: int, ready: Signal, writer: Writer, crcs: list[list[int]]
     ) -> None:
         await ready.wait()
         async with self._turns:
             with job.timeline.record("checksum"):
-                crcs[number] = await in_thread(self._threads.compute, stage.checksum, number, self._checksum)
-            await self._write(job, writer, *stage.file_range(number))
+                crcs[number] = await in_thread(self._threads.compute, staging.checksum, number, self._checksum)
+            await self._write(job, writer, *staging.file_range(number))
 
     # --- a part of it at a time
 
     async def _run_windows(
-        self, job: SaveJob, plan: WritePlan, windows: BoundedStaging, tail: Tail, file: str, comparing: _Comparing
+        self, job: SaveJob, plan: WritePlan, bounded: BoundedStaging, tail: Tail, file: str, comparing: _Comparing
     ) -> int:
-        free = [Event() for _ in range(windows.slots)]
+        free = [Event() for _ in range(bounded.slots)]
         for event in free:
             event.set()
         with self._write_errors(job, file):
@@ -249,53 +253,53 @@ class WritePipeline:
                         async with self._turns:
                             for offset, data in ranges:
                                 write_one = partial(self._write, job, writer, offset, data)
-                                await self._storage.persist(write_one, job.checkpoint_id, file)
-                        if number < len(windows):
-                            windows.release(number)
-                        free[number % windows.slots].set()
+                                await self._storage.retrying(write_one, job.checkpoint_id, file)
+                        if number < len(bounded):
+                            bounded.release(number)
+                        free[number % bounded.slots].set()
 
                     async def take_slot(number: int) -> None:
-                        await free[number % windows.slots].wait()
-                        free[number % windows.slots] = Event()
+                        await free[number % bounded.slots].wait()
+                        free[number % bounded.slots] = Event()
 
-                    for number in range(len(windows)):
+                    for number in range(len(bounded)):
                         await take_slot(number)
                         ranges = await in_thread(
-                            self._threads.staging, self._fill, job, plan, windows, number, comparing
+                            self._threads.staging, self._fill, job, plan, bounded, number, comparing
                         )
                         writing.start_soon(write, number, ranges)
                     job.log.report("write")
-                    job.let_go()
-                    rendered, table_crc = tail.render(windows.crcs)
-                    for start in range(0, len(rendered), windows.slot_nbytes):
-                        number = len(windows) + start // windows.slot_nbytes
+                    job.release_tensors()
+                    rendered, table_crc = tail.render(bounded.crcs)
+                    for start in range(0, len(rendered), bounded.slot_nbytes):
+                        number = len(bounded) + start // bounded.slot_nbytes
                         await take_slot(number)
-                        piece = rendered[start : start + windows.slot_nbytes]
-                        memory = await in_thread(self._threads.staging, windows.put, number, piece)
+                        piece = rendered[start : start + bounded.slot_nbytes]
+                        memory = await in_thread(self._threads.staging, bounded.put, number, piece)
                         job.log.report(staged=len(memory))
-                        writing.start_soon(write, number, [(windows.layout.tail + start, memory)])
+                        writing.start_soon(write, number, [(bounded.layout.tail + start, memory)])
         return table_crc
 
     def _fill(
-        self, job: SaveJob, plan: WritePlan, windows: BoundedStaging, number: int, comparing: _Comparing
+        self, job: SaveJob, plan: WritePlan, bounded: BoundedStaging, number: int, comparing: _Comparing
     ) -> list[FileRange]:
         """Bring one window into its slot, complete."""
-        with self._copying(job, plan, windows, first=number == 0):
+        with self._copying(job, plan, bounded, first=number == 0):
             began_s = time.perf_counter()
-            with _copy_errors(windows.layout.tail):
-                events = windows.copy(number, job.taken.values, job.device_copies)
-            if number == len(windows) - 1:
+            with _copy_errors(bounded.layout.tail):
+                events = bounded.copy(number, job.captured.values, job.device_copies)
+            if number == len(bounded) - 1:
                 comparing.wait()
                 job.check_torn()
                 job.queued.reach()
-            with _copy_errors(windows.layout.tail):
+            with _copy_errors(bounded.layout.tail):
                 job.device_copies.wait_for(events)
-            if number == len(windows) - 1 and events:
+            if number == len(bounded) - 1 and events:
                 job.check_torn()
             job.timeline.add("stage", began_s)
-            job.log.report(staged=windows.nbytes(number))
+            job.log.report(staged=bounded.nbytes(number))
         with job.timeline.record("checksum"):
-            return windows.seal(number, self._checksum)
+            return bounded.seal(number, self._checksum)
 
     # --- both
 
@@ -305,9 +309,9 @@ class WritePipeline:
         job.log.report(written=data.nbytes)
 
     @contextmanager
-    def _copying(self, job: SaveJob, plan: WritePlan, room: StagingBuffer, *, first: bool = True) -> Iterator[None]:
+    def _copying(self, job: SaveJob, plan: WritePlan, buffer: StagingBuffer, *, first: bool = True) -> Iterator[None]:
         """Copy within the block; whatever happens, no device uses the memory after it, or it is never freed."""
-        values = job.taken.values
+        values = job.captured.values
         if first and not all(map(torch.Tensor.data_ptr, map(values.__getitem__, plan.staged))):
             for place, item in zip(plan.staged, plan.share.staged, strict=True):
                 if values[place].data_ptr() == 0 and values[place].numel():  # to copy it would crash the process
@@ -319,13 +323,13 @@ class WritePipeline:
                     job.device_copies.start()
             yield
         finally:
-            with _copy_errors(room.arena.nbytes):
-                job.device_copies.drain(room, [*values])
+            with _copy_errors(buffer.arena.nbytes):
+                job.device_copies.drain(buffer, [*values])
             self._is_lost = False
 
     @contextmanager
     def _write_errors(self, job: SaveJob, file: str = "") -> Iterator[None]:
-        with write_errors(self._storage.locate(job.checkpoint_id, file)):
+        with write_errors(self._storage.describe(job.checkpoint_id, file)):
             yield
 
 
@@ -349,7 +353,7 @@ class _Comparing:
     def _compare(self, seed: int) -> int:
         with _copy_errors(0):
             self._job.device_copies.start()
-            return self._comparison.digest(self._job.taken, self._job.device_copies, seed)
+            return self._comparison.digest(self._job.captured, self._job.device_copies, seed)
 
     def wait(self) -> None:
         """Block until the tensors are not read any more."""

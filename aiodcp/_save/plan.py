@@ -104,33 +104,33 @@ class WritePlan:
     notes: ContainerNotes
     comparison: Comparison
 
-    def fits(self, taken: Capture) -> bool:
+    def fits(self, captured: Capture) -> bool:
         """Whether a state dict has the structure that this plan was made for: names, kinds, dtypes, shapes."""
-        if self.fqns != taken.fqns or self.paths != taken.paths or self.notes != taken.notes:
+        if self.fqns != captured.fqns or self.paths != captured.paths or self.notes != captured.notes:
             return False
-        if self.items != (None if taken.planned is None else taken.planned.items):
+        if self.items != (None if captured.planned is None else captured.planned.items):
             return False
-        for place, (kind, value) in enumerate(zip(self.kinds, taken.values, strict=False)):
+        for place, (kind, value) in enumerate(zip(self.kinds, captured.values, strict=False)):
             if not isinstance(value, torch.Tensor):
-                if kind is not None and place not in taken.parts:
+                if kind is not None and place not in captured.parts:
                     return False
             elif kind is None or kind[0] is not type(value) or kind[1] is not value.dtype or kind[2] != value.shape:
                 return False
-        if {place for place, kind in enumerate(self.kinds) if kind and len(kind) > 3} != taken.sharded.keys():
+        if {place for place, kind in enumerate(self.kinds) if kind and len(kind) > 3} != captured.sharded.keys():
             return False
-        if any(self.kinds[place] != sharded_kind(taken, place) for place in taken.sharded):
+        if any(self.kinds[place] != sharded_kind(captured, place) for place in captured.sharded):
             return False
-        return taken.frozen.keys() == self.frozen_places
+        return captured.frozen.keys() == self.frozen_places
 
 
-def sharded_kind(taken: Capture, place: int) -> LeafKind:
+def sharded_kind(captured: Capture, place: int) -> LeafKind:
     """What makes two captures of a sharded tensor alike: all that its plan depends on."""
-    value = taken.sharded[place]
+    value = captured.sharded[place]
     if isinstance(value, DTensor) and holds_shards(value):
         chunks = [(chunk.offsets, chunk.sizes) for chunk in value.__create_chunk_list__()]  # type: ignore[no-untyped-call]
         return type(value), value.dtype, value.shape, tuple(chunks)
     if isinstance(value, DTensor):
-        local = taken.values[place]
+        local = captured.values[place]
         return type(local), local.dtype, local.shape, value.shape, value.placements, value.device_mesh
     shards = [(tuple(each.shard_offsets), tuple(each.shard_sizes)) for each in value.metadata().shards_metadata]
     held = [tuple(shard.metadata.shard_offsets) for shard in value.local_shards()]

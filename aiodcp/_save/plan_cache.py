@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,7 +14,6 @@ import torch.distributed.checkpoint.planner as dcp
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from .._distributed.operation import Operation
-from .._distributed.votes import Row
 from .._engine.gc_pause import gc_paused
 from .._engine.threads import Threads, in_thread
 from .._format.layout import Layout
@@ -25,23 +24,22 @@ from .manifest import ByteRange, ManifestTemplate
 from .plan import GlobalPlan, LocalPlan, WritePlan
 from .planning import finish_plan, plan_global, plan_local
 from .sharing import OnDisagreement, SharingPlan, find_disagreements
+from .start_agreement import KEPT_PLANS
 
 log = SafeLogger(__name__)
 
 
 WARNED_NAMES = 8  # named in one warning
 
-KEPT_PLANS = 4  # structures remembered of a state: a run saves one or two, and each costs a few MB for 10,000 tensors
-
 
 @dataclass(slots=True, kw_only=True)
 class CachedPlan:
-    """All that saves of one structure have in common.
+    """A plan, and all else that saves of one structure have in common.
 
     Attributes:
         number: the same on all ranks.
         plan: what this rank writes.
-        record: `.metadata`, on the coordinator; of a state that is committed alone.
+        manifest: `.metadata`, on the coordinator; of a state that is committed alone.
         planned: what all ranks write, on the coordinator; of one that is committed with others.
         sharing: who holds the same, on the coordinator.
         places: where the frozen values of the last save lie: on the coordinator of every rank, else of this one.
@@ -49,7 +47,7 @@ class CachedPlan:
 
     number: int
     plan: WritePlan
-    record: ManifestTemplate | None
+    manifest: ManifestTemplate | None
     planned: GlobalPlan | None
     sharing: SharingPlan | None
     places: dict[int, list[ByteRange]]
@@ -69,99 +67,99 @@ class PlanCache:
         self._made = 0
         self._disagreed: set[str] = set()  # fqns on which the ranks disagree: reported once, on all ranks alike
 
-    def find(self, name: str, taken: Capture) -> dict[int, CachedPlan]:
+    def find(self, name: str, captured: Capture) -> dict[int, CachedPlan]:
         """Return the plans for what this rank has, by number: it may be the same while that of others differs."""
-        return {prepared.number: prepared for prepared in self._kept.get(name, ()) if prepared.plan.fits(taken)}
+        return {cached.number: cached for cached in self._kept.get(name, ()) if cached.plan.fits(captured)}
 
     async def make(
-        self, operation: Operation, name: str, taken: Capture, planner: SavePlanner | None = None
+        self, operation: Operation, name: str, captured: Capture, planner: SavePlanner | None = None
     ) -> CachedPlan:
         """Plan anew, all ranks together, and keep the plan."""
-        alone = operation.size == 1
+        is_alone = operation.size == 1
 
         async def plan_here() -> tuple[LocalPlan, bytes]:
-            return await in_thread(self._threads.compute, _plan_here, taken, alone)
+            return await in_thread(self._threads.compute, _plan_here, captured, is_alone)
 
-        (local, message), _ = await operation.together("plan", plan_here)
-        messages = [] if alone else await operation.gather(message)
+        (local, message), _ = await operation.run_phase("plan", plan_here)
+        messages = [] if is_alone else await operation.gather(message)
 
         async def plan_globally() -> tuple[GlobalPlan, ManifestTemplate | None, list[bytes]] | None:
             if not operation.is_coordinator:
                 return None
-            locals_ = [local] if alone else messages
+            locals_ = [local] if is_alone else messages
             return await in_thread(self._threads.compute, plan_for_all, locals_, planner, not name)
 
         self._made += 1
-        planned, answer = await operation.together(
-            "plan", plan_globally, facts=lambda _: [self._made], decide=lambda table: [max(row[0] for row in table)]
+        planned, agreed = await operation.run_phase(
+            "plan", plan_globally, propose=lambda _: [self._made], agree=lambda table: [max(row[0] for row in table)]
         )
-        self._made = answer[0]
-        share, record, joined, sharing = None, None, None, None
+        self._made = agreed[0]
+        share, manifest, joined, sharing = None, None, None, None
         if planned is not None:
-            plan, record, parts = planned
+            plan, manifest, parts = planned
             share, sharing, mine = plan.shares[operation.rank], plan.sharing, parts[operation.rank]
             joined = plan if name else None
-        if not alone:
+        if not is_alone:
             mine = await operation.scatter(parts if planned is not None else [])
 
         async def finish() -> CachedPlan:
             kept, shared, accepted = pickle.loads(mine)
             if planner is not None:
-                _accept(planner, accepted)
-            finished = await in_thread(self._threads.compute, finish_plan, taken, local, kept, shared, share)
+                _finish_planner(planner, accepted)
+            finished = await in_thread(self._threads.compute, finish_plan, captured, local, kept, shared, share)
             finished.comparison.exclude(self._disagreed)
             return CachedPlan(
-                number=answer[0], plan=finished, record=record, planned=joined, sharing=sharing, places={}
+                number=agreed[0], plan=finished, manifest=manifest, planned=joined, sharing=sharing, places={}
             )
 
-        prepared, _ = await operation.together("plan", finish)
-        self._kept[name] = [prepared, *self._kept.get(name, [])[: KEPT_PLANS - 1]]
-        return prepared
+        cached, _ = await operation.run_phase("plan", finish)
+        self._kept[name] = [cached, *self._kept.get(name, [])[: KEPT_PLANS - 1]]
+        return cached
 
-    async def compare(self, operation: Operation, prepared: CachedPlan, policy: OnDisagreement) -> None:
+    async def compare(self, operation: Operation, cached: CachedPlan, policy: OnDisagreement) -> None:
         """Find the names on which the ranks disagree, and say so, once a name.
 
         Raises:
             RankError: `policy` is "raise".
         """
-        comparison = prepared.plan.comparison
+        comparison = cached.plan.comparison
         checksums = await operation.gather(comparison.packed())
 
         async def find() -> dict[str, int]:
-            if prepared.sharing is None:
+            if cached.sharing is None:
                 return {}
-            found = await in_thread(self._threads.compute, find_disagreements, prepared.sharing, checksums)
+            found = await in_thread(self._threads.compute, find_disagreements, cached.sharing, checksums)
             if policy == "raise":
                 raise DisagreementError(list(found))
             return found
 
-        found, _ = await operation.together("compare", find)
+        found, _ = await operation.run_phase("compare", find)
         new = {fqn: rank for fqn, rank in found.items() if fqn not in self._disagreed}
         if new:
             _warn({fqn: operation.world_rank(rank) for fqn, rank in new.items()})
         fqns = json.loads(await operation.broadcast(json.dumps(list(found)).encode()))
         self._disagreed.update(fqns)
-        for each in [prepared, *(each for kept in self._kept.values() for each in kept)]:
+        for each in [cached, *(each for kept in self._kept.values() for each in kept)]:
             each.plan.comparison.exclude(self._disagreed)
 
-    async def share_places(self, operation: Operation, prepared: CachedPlan, places: list[ByteRange]) -> None:
-        """Tell the coordinator where the frozen values lie, which only changes when one of them grows or shrinks."""
+    async def share_places(self, operation: Operation, cached: CachedPlan, places: list[ByteRange]) -> None:
+        """Give the coordinator the places of frozen values, which only change when one of them grows or shrinks."""
         flat = [number for item in places for number in (item.offset, item.nbytes)]
         for rank, data in enumerate(await operation.gather(struct.pack(f"<{len(flat)}q", *flat))):
             numbers = struct.iter_unpack("<qq", data)
-            prepared.places[rank] = [ByteRange(offset=offset, nbytes=nbytes) for offset, nbytes in numbers]
-        prepared.places[operation.rank] = places
+            cached.places[rank] = [ByteRange(offset=offset, nbytes=nbytes) for offset, nbytes in numbers]
+        cached.places[operation.rank] = places
 
-    async def record_of(self, parts: list[CachedPlan]) -> ManifestTemplate:
-        if parts[0].record is not None:
-            return parts[0].record
+    async def manifest_of(self, parts: list[CachedPlan]) -> ManifestTemplate:
+        if parts[0].manifest is not None:
+            return parts[0].manifest
         known = self._joined
         if known is not None and list(map(id, known[0])) == list(map(id, parts)):
             return known[1]
         planned = [part.planned for part in parts if part.planned is not None]
-        record = await in_thread(self._threads.compute, _make_manifest, planned)
-        self._joined = parts, record
-        return record
+        manifest = await in_thread(self._threads.compute, _make_manifest, planned)
+        self._joined = parts, manifest
+        return manifest
 
     def forget(self) -> None:
         """Forget all plans: the other ranks may not have kept the same."""
@@ -188,10 +186,10 @@ def _warn(disagreed: Mapping[str, int]) -> None:
     )
 
 
-def _plan_here(taken: Capture, alone: bool) -> tuple[LocalPlan, bytes]:
+def _plan_here(captured: Capture, is_alone: bool) -> tuple[LocalPlan, bytes]:
     with _planning_errors():
-        local = plan_local(taken)
-        return local, b"" if alone else pickle.dumps(local)
+        local = plan_local(captured)
+        return local, b"" if is_alone else pickle.dumps(local)
 
 
 def plan_for_all(
@@ -208,7 +206,7 @@ def plan_for_all(
         return plan, ManifestTemplate(plan) if for_itself else None, parts
 
 
-def _accept(planner: SavePlanner, plan: dcp.SavePlan) -> None:
+def _finish_planner(planner: SavePlanner, plan: dcp.SavePlan) -> None:
     """Let the caller's planner see its part of the global plan, which by then is settled."""
     with _planning_errors():
         finished = planner.finish_plan(plan)
@@ -224,12 +222,3 @@ def _planning_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise SaveError(f"planning failed: {error!r}") from error
-
-
-def numbers_of(kept: Iterable[int]) -> list[int]:
-    return [*kept, *[0] * KEPT_PLANS][:KEPT_PLANS]
-
-
-def agree_on_plan(table: list[Row]) -> list[int]:
-    """A kept plan is used if every rank has kept it, and nothing has changed on any; else 0: plan anew."""
-    return [max(set.intersection(*({0, *row[:KEPT_PLANS]} for row in table)))]

@@ -24,52 +24,52 @@ from .._format.extension import ContainerNotes
 from .._format.layout import lay_out
 from .._state.capture import Capture, nothing_to_save
 from .._state.plain_tensors import PLAIN_TENSORS
-from .._state.sharding import holds_shards
+from .._state.sharding import holds_shards, local_tensor
 from ..errors import CaptureError
 from .comparison import Comparison
 from .plan import FROZEN_NBYTES, GlobalPlan, LocalPlan, Share, WritePlan, sharded_kind, tensor_kind
 from .sharing import Key, SharedItems, SharingPlan, nbytes_of, plan_sharing
 
 
-def plan_local(taken: Capture) -> LocalPlan:
+def plan_local(captured: Capture) -> LocalPlan:
     """Plan this rank's part with DCP's planner.
 
     Raises:
         CaptureError: two leaves have one name, or a leaf is of a kind that cannot be saved.
     """
-    if taken.planned is not None:
-        items = taken.planned.items
+    if captured.planned is not None:
+        items = captured.planned.items
         return LocalPlan(
             items=items,
             sources=list(range(len(items))),
-            frozen=set(taken.frozen),
+            frozen=set(captured.frozen),
             paths={},
-            planner_data=taken.planned.planner_data,
+            planner_data=captured.planned.planner_data,
         )
     leaves: dict[str, Any] = {}
-    for place, fqn in enumerate(taken.fqns):
+    for place, fqn in enumerate(captured.fqns):
         if fqn in leaves:
             raise CaptureError(fqn, "two values of the state dict have this name")
-        leaves[fqn] = _plannable(taken.leaf(place))
+        leaves[fqn] = _plannable(captured.leaf(place))
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(leaves, is_coordinator=True)
     try:
         items = planner.create_local_plan().items
     except Exception as error:
         raise _name_unplannable(leaves, error) from error
-    places = {fqn: place for place, fqn in enumerate(taken.fqns)}
+    places = {fqn: place for place, fqn in enumerate(captured.fqns)}
     sources: list[int] = []
     frozen: set[int] = set()
     seen: dict[int, int] = {}
     for number, item in enumerate(items):
         place = source = places[item.index.fqn]
-        if place in taken.frozen:
+        if place in captured.frozen:
             frozen.add(number)
-        elif place in taken.parts:  # the items of a ShardedTensor are in the order of its local shards
-            source = taken.parts[place] + seen.get(place, 0)
+        elif place in captured.parts:  # the items of a ShardedTensor are in the order of its local shards
+            source = captured.parts[place] + seen.get(place, 0)
             seen[place] = seen.get(place, 0) + 1
         if item.tensor_data is not None:
-            held, sizes = taken.values[source], item.tensor_data.chunk.sizes
+            held, sizes = captured.values[source], item.tensor_data.chunk.sizes
             if held.shape != sizes:
                 problem = f"this rank holds {tuple(held.shape)} of it, its placements say {tuple(sizes)}"
                 raise CaptureError(item.index.fqn, problem)
@@ -79,8 +79,8 @@ def plan_local(taken: Capture) -> LocalPlan:
         items=items,
         sources=sources,
         frozen=frozen,
-        paths=dict(zip(taken.fqns, taken.paths, strict=True)),
-        notes=taken.notes,
+        paths=dict(zip(captured.fqns, captured.paths, strict=True)),
+        notes=captured.notes,
     )
 
 
@@ -242,25 +242,25 @@ def _make_share(local: LocalPlan, numbers: Sequence[int], items: Sequence[WriteI
 
 
 def finish_plan(
-    taken: Capture, local: LocalPlan, kept: Sequence[int], shared: SharedItems, share: Share | None = None
+    captured: Capture, local: LocalPlan, kept: Sequence[int], shared: SharedItems, share: Share | None = None
 ) -> WritePlan:
     """Return what this rank writes, given which items of its local plan are its own, and which others hold too."""
     if share is None:
         share = _make_share(local, kept, [local.items[number] for number in kept])
-    count = len(taken.fqns)
+    count = len(captured.fqns)
     return WritePlan(
-        fqns=taken.fqns,
+        fqns=captured.fqns,
         kinds=[
-            sharded_kind(taken, place) if place in taken.sharded else tensor_kind(value)
-            for place, value in enumerate(taken.values[:count])
+            sharded_kind(captured, place) if place in captured.sharded else tensor_kind(value)
+            for place, value in enumerate(captured.values[:count])
         ],
-        paths=taken.paths,
+        paths=captured.paths,
         share=share,
         staged=[local.sources[number] for number in kept if number not in local.frozen],
         frozen=[local.sources[number] for number in kept if number in local.frozen],
-        frozen_places=set(taken.frozen),
-        items=None if taken.planned is None else taken.planned.items,
-        notes=taken.notes,
+        frozen_places=set(captured.frozen),
+        items=None if captured.planned is None else captured.planned.items,
+        notes=captured.notes,
         comparison=Comparison(
             fqns=[local.items[number].index.fqn for number in shared.numbers],
             sources=[local.sources[number] for number in shared.numbers],
@@ -277,9 +277,9 @@ def _plannable(value: Any) -> Any:
     if isinstance(value, ShardedTensor) or not isinstance(value, torch.Tensor):
         return value
     if isinstance(value, DTensor):
-        if holds_shards(value) or type(value._local_tensor) in PLAIN_TENSORS:
+        if holds_shards(value) or type(local_tensor(value)) in PLAIN_TENSORS:
             return value
-        stand_in = torch.empty(value._local_tensor.shape, dtype=value.dtype, device="meta")
+        stand_in = torch.empty(local_tensor(value).shape, dtype=value.dtype, device="meta")
         return DTensor.from_local(
             stand_in, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
         )

@@ -27,15 +27,15 @@ class RecordCopies:
         targets: where in the arena each of them goes.
         odd: whether some of them can only be copied as bytes.
         payloads: the bytes of every record.
-        heads, feet: where in the arena each record's checksum goes.
+        header_crcs, trailer_crcs: where in the arena each record's checksum goes.
     """
 
     pick: Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]
     targets: list[torch.Tensor]
     odd: bool
     payloads: list[memoryview]
-    heads: list[int]
-    feet: list[int]
+    header_crcs: list[int]
+    trailer_crcs: list[int]
 
     def sources(self, values: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         picked = self.pick(values)
@@ -44,10 +44,10 @@ class RecordCopies:
     def checksum(self, memory: memoryview, crc32: Checksum) -> list[int]:
         """Compute the CRC32 of each record, and write it into the two places of its frame; return them."""
         crcs = []
-        for payload, head, foot in zip(self.payloads, self.heads, self.feet, strict=True):
+        for payload, header, trailer in zip(self.payloads, self.header_crcs, self.trailer_crcs, strict=True):
             crc = crc32(payload, 0)
-            CRC.pack_into(memory, head, crc)
-            CRC.pack_into(memory, foot, crc)
+            CRC.pack_into(memory, header, crc)
+            CRC.pack_into(memory, trailer, crc)
             crcs.append(crc)
         return crcs
 
@@ -60,25 +60,32 @@ def plan_copies(
     targets: list[torch.Tensor] = []
     payloads: list[memoryview] = []
     odd = False
-    heads: list[int] = []
-    feet: list[int] = []
+    header_crcs: list[int] = []
+    trailer_crcs: list[int] = []
     for record in records:
         frame, offset = layout.frames[record], layout.offsets[record] + shift
-        start = offset + len(frame.head)
+        start = offset + len(frame.header)
         stop = start + frame.nbytes
         payloads.append(arena.memory[start:stop])
-        heads.append(offset + frame.head_crc)
-        feet.append(stop + frame.foot_crc)
+        header_crcs.append(offset + frame.header_crc)
+        trailer_crcs.append(stop + frame.trailer_crc)
         places.append(leaves[record])
         targets.append(copyable(arena.tensor[start:stop].view(frame.dtype).view(frame.shape)))
         odd = odd or frame.dtype in NOT_COPIED
-    return RecordCopies(pick=picker(places), targets=targets, odd=odd, payloads=payloads, heads=heads, feet=feet)
+    return RecordCopies(
+        pick=picker(places),
+        targets=targets,
+        odd=odd,
+        payloads=payloads,
+        header_crcs=header_crcs,
+        trailer_crcs=trailer_crcs,
+    )
 
 
 def put_frames(memory: memoryview, layout: Layout, records: Sequence[int], shift: int = 0) -> None:
     """Write what is around the payloads of `records`, but for their checksums."""
     for record in records:
         frame, offset = layout.frames[record], layout.offsets[record] + shift
-        start = offset + len(frame.head)
-        memory[offset:start] = frame.head
-        memory[start + frame.nbytes : offset + frame.item_nbytes] = frame.foot
+        start = offset + len(frame.header)
+        memory[offset:start] = frame.header
+        memory[start + frame.nbytes : offset + frame.item_nbytes] = frame.trailer

@@ -19,35 +19,35 @@ from .plan_cache import CachedPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveJob:
-    """One save: what was captured, by whose planner, where it goes, and whom to tell.
+    """One save: what was captured, by whose planner, where it goes, and who waits for it.
 
     Attributes:
         device_copies: brings tensors from devices.
-        watch: sees whether the captured tensors change before they are staged; None not to look.
-        note: returns the custom metadata, encoded; called at the commit.
+        tears: sees whether the captured tensors change before they are staged; None not to look.
+        custom_metadata: returns the custom metadata, encoded; called at the commit.
         queued: reached when all copies from devices are queued, or no tensor must be waited for.
     """
 
-    taken: Capture
+    captured: Capture
     planner: SavePlanner | None
     device_copies: DeviceCopies
-    watch: TearDetector | None
+    tears: TearDetector | None
     checkpoint_id: str
-    note: Callable[[], bytes]
+    custom_metadata: Callable[[], bytes]
     queued: MilestoneSource
     staged: MilestoneSource
     uploaded: MilestoneSource
     log: ProgressLog
     timeline: Timeline
 
-    def let_go(self) -> None:
-        """Tell the caller that the tensors may change and be freed."""
-        self.taken.values.clear()
+    def release_tensors(self) -> None:
+        """Let the caller change and free the tensors."""
+        self.captured.values.clear()
         self.queued.reach()
         self.staged.reach()
 
     def check_torn(self) -> None:
-        if self.watch is not None and (changed := self.watch.changed()):
+        if self.tears is not None and (changed := self.tears.changed()):
             raise TornSnapshotError(changed)
 
 
@@ -56,18 +56,18 @@ class WrittenPart:
     """A state that is staged and written, on all ranks, and not committed yet."""
 
     job: SaveJob
-    prepared: CachedPlan
+    plan: CachedPlan
     tables: Sequence[int]  # CRC32s of the tables in the data files, by rank; known to the coordinator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartRequest:
-    """What the user of a checkpoint of several states wants next.
+    """What the user of a checkpoint of several states asks for next.
 
     Attributes:
-        name: of the state; empty to commit.
+        name: of the state; None to commit.
         take: waits for the state.
     """
 
-    name: str
+    name: str | None
     take: Callable[[], Awaitable[SaveJob]] | None = None

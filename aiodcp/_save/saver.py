@@ -1,22 +1,21 @@
 """The save flow: capture, plan, stage, checksum, write, vote, commit. Runs on the engine's loop.
 
-Stage, checksum and write are each rank's own (`_transfer`), all else is done together. Nothing that is written counts
+Stage, checksum and write are each rank's own (`pipeline`), all else is done together. Nothing that is written counts
 before the commit.
 """
 
 from __future__ import annotations
 
-import struct
 import time
 import uuid
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, nullcontext
+from dataclasses import dataclass
 
 import anyio.lowlevel
 
 from .._distributed.operation import PART, Operation
-from .._distributed.votes import Row
+from .._distributed.votes import Proposal, Row
 from .._engine.device_copies import HOST
 from .._engine.task_groups import one_error
 from .._engine.threads import Threads
@@ -25,14 +24,47 @@ from .._format.seal import seal
 from .._state.capture import Capture
 from ..storage.base import Storage
 from ..storage.error_mapping import write_errors
-from .commit import UncommittedFiles, commit, find_replaced, forget_empty, live, may_be_committed, remove_files
+from .commit import UncommittedFiles, commit, find_replaced, live, may_be_committed, remove_files, remove_if_empty
 from .manifest import ByteRange, ManifestTemplate
 from .pipeline import WritePipeline
-from .plan_cache import CachedPlan, PlanCache, agree_on_plan, numbers_of
+from .plan_cache import CachedPlan, PlanCache
 from .request import PartRequest, SaveJob, WrittenPart
 from .sharing import OnDisagreement, agree
-from .start_agreement import POLICIES, agree_on_part, agree_on_start
+from .start_agreement import (
+    PartProposal,
+    PlanProposal,
+    Start,
+    StartProposal,
+    agree_on_part,
+    agree_on_plan,
+    agree_on_start,
+)
 from .tail import lay_tail
+
+PLAIN = ""  # the name of a state that is saved by itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WriteProposal(Proposal):
+    """What a rank has written.
+
+    Attributes:
+        is_moved: whether its frozen values lie elsewhere than in the last save.
+        digest: of what it shares with other ranks.
+        table_crc: CRC32 of its file's table.
+    """
+
+    is_moved: bool
+    digest: int
+    table_crc: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WriteAgreed(Proposal):
+    """What all ranks do after writing: gather where frozen values lie, find out which shared values differ."""
+
+    is_moved: bool
+    differs: bool
 
 
 class Saver:
@@ -42,9 +74,9 @@ class Saver:
         self,
         storage: Storage,
         threads: Threads,
-        make_transfer: Callable[[], WritePipeline],
+        make_pipeline: Callable[[], WritePipeline],
         *,
-        share_transfer: bool,
+        share_pipeline: bool,
         on_disagreement: OnDisagreement,
     ) -> None:
         """Begin.
@@ -52,17 +84,16 @@ class Saver:
         Args:
             storage: where to.
             threads: the engine's.
-            make_transfer: makes host memory for one state.
-            share_transfer: whether the states of one checkpoint go through the same memory, one after the other.
+            make_pipeline: makes host memory for one state.
+            share_pipeline: whether the states of one checkpoint go through the same memory, one after the other.
             on_disagreement: what to do where ranks hold different values of what is saved once.
         """
         self._on_disagreement = on_disagreement
-        self._policy = POLICIES.index(on_disagreement)
         self._storage = storage
         self._threads = threads
-        self._make_transfer = make_transfer
-        self._share_transfer = share_transfer
-        self._transfers = {"": make_transfer()}  # by the name of the state
+        self._make_pipeline = make_pipeline
+        self._share_pipeline = share_pipeline
+        self._pipelines = {PLAIN: make_pipeline()}  # by the name of the state
         self._plans = PlanCache(threads)
         self._sharing = anyio.Semaphore(1)
 
@@ -70,27 +101,27 @@ class Saver:
         """Plan, and have host memory ready, so that the first save is as quick as the others."""
 
         async def begin() -> tuple[Capture, dict[int, CachedPlan]]:
-            taken = await take()
-            return taken, self._plans.find("", taken)
+            captured = await take()
+            return captured, self._plans.find(PLAIN, captured)
 
-        (taken, kept), answer = await operation.together(
-            "capture", begin, facts=lambda begun: numbers_of(begun[1]), decide=agree_on_plan
+        (captured, kept), agreed = await operation.run_phase(
+            "capture", begin, propose=lambda begun: PlanProposal(plans=[*begun[1]]).to_row(), agree=agree_on_plan
         )
-        prepared = kept.get(answer[0]) or await self._plans.make(operation, "", taken)
+        cached = kept.get(agreed[0]) or await self._plans.make(operation, PLAIN, captured)
 
-        async def have_stage() -> None:
-            tail, _ = lay_tail(prepared, taken)
-            device = next((each for each in taken.devices if each.type not in HOST), None)
-            await self._transfers[""].make_room(prepared.plan, tail.nbytes, pin_for=device)
+        async def take_memory() -> None:
+            tail, _ = lay_tail(cached, captured)
+            device = next((each for each in captured.devices if each.type not in HOST), None)
+            await self._pipelines[PLAIN].take_memory(cached.plan, tail.nbytes, pin_for=device)
 
-        await operation.together("stage", have_stage)
+        await operation.run_phase("stage", take_memory)
 
-    async def save(self, operation: Operation, place: int, take: Callable[[], Awaitable[SaveJob]]) -> list[str]:
+    async def save(self, operation: Operation, path: int, take: Callable[[], Awaitable[SaveJob]]) -> list[str]:
         """Save what `take` captures, and return the files that are to be removed now.
 
         Args:
             operation: the ranks that save.
-            place: a digest of where to, the same on all ranks.
+            path: a digest of where to, the same on all ranks.
             take: waits for the caller.
 
         Raises:
@@ -102,41 +133,49 @@ class Saver:
 
         async def begin() -> tuple[SaveJob, dict[int, CachedPlan]]:
             job = await take()
-            return job, self._plans.find("", job.taken)
+            return job, self._plans.find(PLAIN, job.captured)
 
-        halves = struct.unpack("<qq", uuid.uuid4().bytes)
-        (job, kept), answer = await operation.together(
+        (job, kept), agreed = await operation.run_phase(
             "capture",
             begin,
-            facts=lambda begun: [*numbers_of(begun[1]), place, *halves, self._flags(begun[0].planner is not None)],
-            decide=agree_on_start,
+            propose=lambda begun: self._propose(path, begun[1], has_planner=begun[0].planner is not None),
+            agree=agree_on_start,
         )
-        save_id = struct.pack("<qq", *answer[1:3]).hex()
-        async with self._all_or_nothing(operation, job.checkpoint_id, save_id) as attempt:
-            file = data_file(operation.rank, save_id)
-            written = await self._write(operation, attempt, "", job, kept.get(answer[0]), file)
-            record = await self._commit(operation, attempt, [written], job.note)
-        return await self._told([job], record, save_id)
+        start = Start.from_row(agreed)
+        async with self._all_or_nothing(operation, job.checkpoint_id, start.save_id) as files:
+            file = data_file(operation.rank, start.save_id)
+            written = await self._write(operation, files, PLAIN, job, kept.get(start.plan), file)
+            manifest = await self._commit(operation, files, [written], job.custom_metadata)
+        return await self._finish([job], manifest, start.save_id)
+
+    def _propose(self, path: int, kept: dict[int, CachedPlan], *, has_planner: bool) -> Row:
+        return StartProposal(
+            plans=[*kept],
+            path=path,
+            save_id=uuid.uuid4().hex,
+            has_planner=has_planner,
+            on_disagreement=self._on_disagreement,
+        ).to_row()
 
     async def save_several(
         self,
         operation: Operation,
-        place: int,
+        path: int,
         checkpoint_id: str,
-        note: Callable[[], bytes],
-        wishes: Callable[[], Awaitable[PartRequest]],
+        custom_metadata: Callable[[], bytes],
+        next_part: Callable[[], Awaitable[PartRequest]],
     ) -> list[str]:
         """Save several states, each when it is there, in one checkpoint; return the files that are to be removed now.
 
         Alone, the states are planned, staged and written beside each other; where they share bounded memory, one after
-        the other as they are there; with other ranks, in the order in which they were wished for.
+        the other as they are there; with other ranks, in the order in which they were asked for.
 
         Args:
             operation: the ranks that save.
-            place: a digest of where to, the same on all ranks.
+            path: a digest of where to, the same on all ranks.
             checkpoint_id: where to.
-            note: returns the custom metadata, encoded, when all states are there; called by the coordinator.
-            wishes: waits for the next one; the last has no name.
+            custom_metadata: returns it encoded, when all states are there; called by the coordinator.
+            next_part: waits for the next request; the last has no name.
 
         Raises:
             SaveError: nothing was committed, and what was written is removed.
@@ -144,187 +183,188 @@ class Saver:
         Cancellation: as for `save`.
         """
 
-        halves = struct.unpack("<qq", uuid.uuid4().bytes)
-        _, answer = await operation.together(
+        _, agreed = await operation.run_phase(
             "begin",
             anyio.lowlevel.checkpoint,
-            facts=lambda _: [*numbers_of([]), place, *halves, self._flags(False)],
-            decide=agree_on_start,
+            propose=lambda _: self._propose(path, {}, has_planner=False),
+            agree=agree_on_start,
         )
-        save_id = struct.pack("<qq", *answer[1:3]).hex()
+        save_id = Start.from_row(agreed).save_id
         names: list[str] = []
         written: dict[int, WrittenPart] = {}
 
-        async def write(branch: Operation, attempt: UncommittedFiles, number: int, wish: PartRequest) -> None:
-            found = await self._write_part(branch, attempt, wish, data_file(operation.rank, save_id, number))
-            if found is not None:
-                written[number] = found
+        async def write(branch: Operation, files: UncommittedFiles, number: int, request: PartRequest) -> None:
+            file = data_file(operation.rank, save_id, number)
+            written[number] = await self._write_part(branch, files, request, file)
 
         try:
-            async with self._all_or_nothing(operation, checkpoint_id, save_id) as attempt:
+            async with self._all_or_nothing(operation, checkpoint_id, save_id) as files:
                 with one_error():
                     async with anyio.create_task_group() as group:
-                        while (wish := await operation.wait_for(wishes)).name:
-                            names.append(wish.name)
+                        while (request := await operation.wait_for(next_part)).name is not None:
+                            names.append(request.name)
                             if operation.size == 1:
-                                group.start_soon(write, operation.branch(), attempt, len(names) - 1, wish)
+                                group.start_soon(write, operation.branch(), files, len(names) - 1, request)
                             else:
-                                await write(operation, attempt, len(names) - 1, wish)
-                await self._write_part(operation, attempt, wish, "")
+                                await write(operation, files, len(names) - 1, request)
+                await self._agree_on_end(operation)
                 parts = [written[number] for number in range(len(names))]
-                record = await self._commit(operation, attempt, parts, note)
+                manifest = await self._commit(operation, files, parts, custom_metadata)
         finally:
-            self._keep_only({"", *names})
-        return await self._told([part.job for part in parts], record, save_id)
+            self._keep_only({PLAIN, *names})
+        return await self._finish([part.job for part in parts], manifest, save_id)
 
     async def _write_part(
-        self, operation: Operation, attempt: UncommittedFiles, wish: PartRequest, file: str
-    ) -> WrittenPart | None:
-        """Write one of several states; or, when no more is wished for, agree on that with the other ranks."""
+        self, operation: Operation, files: UncommittedFiles, request: PartRequest, file: str
+    ) -> WrittenPart:
+        """Write one of several states, which all ranks add now."""
+        name, take = request.name, request.take
+        assert name is not None
+        assert take is not None
 
-        async def begin() -> tuple[SaveJob | None, dict[int, CachedPlan]]:
+        async def begin() -> tuple[SaveJob, dict[int, CachedPlan]]:
             await anyio.lowlevel.checkpoint()
-            if wish.take is None:
-                return None, {}
-            job = await wish.take()
-            return job, self._plans.find(wish.name, job.taken)
+            job = await take()
+            return job, self._plans.find(name, job.captured)
 
-        (job, kept), answer = await operation.together(
+        (job, kept), agreed = await operation.run_phase(
             PART,
             begin,
-            facts=lambda begun: [*numbers_of(begun[1]), zlib.crc32(wish.name.encode())],
-            decide=agree_on_part,
+            propose=lambda begun: PartProposal(plans=[*begun[1]], name=name).to_row(),
+            agree=agree_on_part,
         )
-        if job is None:
-            return None
-        async with self._sharing if self._share_transfer else nullcontext():
-            return await self._write(operation, attempt, wish.name, job, kept.get(answer[0]), file)
+        async with self._sharing if self._share_pipeline else nullcontext():
+            return await self._write(operation, files, name, job, kept.get(agreed[0]), file)
+
+    async def _agree_on_end(self, operation: Operation) -> None:
+        """Agree with the other ranks that no more states are added."""
+        end = PartProposal(plans=[], name=None).to_row()
+        await operation.run_phase(PART, anyio.lowlevel.checkpoint, propose=lambda _: end, agree=agree_on_part)
 
     @asynccontextmanager
     async def _all_or_nothing(
         self, operation: Operation, checkpoint_id: str, save_id: str
     ) -> AsyncIterator[UncommittedFiles]:
         """Remove what the block has written if it fails, unless it may have been committed all the same."""
-        attempt = UncommittedFiles(checkpoint_id, save_id)
+        files = UncommittedFiles(checkpoint_id, save_id)
         above, _, _ = checkpoint_id.rpartition("/")
         try:
             async with AsyncExitStack() as stack:
                 stack.enter_context(live(save_id))
                 if operation.is_coordinator and above:  # where a manager may clear up
-                    with write_errors(self._storage.locate(above)):
-                        await stack.enter_async_context(self._storage.join(above))
-                yield attempt
+                    with write_errors(self._storage.describe(above)):
+                        await stack.enter_async_context(self._storage.lock(above, exclusive=False, create=False))
+                yield files
         except BaseException:
-            if not operation.agreed:
+            if not operation.is_failure_agreed:
                 self._plans.forget()
-            kept_data = attempt.written and (
-                not operation.agreed  # the coordinator may have gone on to the commit
-                or (attempt.committing and await may_be_committed(self._storage, checkpoint_id, save_id))
+            kept_data = files.are_written and (
+                not operation.is_failure_agreed  # the coordinator may have gone on to the commit
+                or (files.may_be_committed and await may_be_committed(self._storage, checkpoint_id, save_id))
             )
             if not kept_data:
-                await remove_files(self._storage, checkpoint_id, attempt.files)
-            await forget_empty(self._storage, checkpoint_id)
+                await remove_files(self._storage, checkpoint_id, files.names)
+            await remove_if_empty(self._storage, checkpoint_id)
             raise
         finally:
-            for transfer in self._transfers.values():
-                transfer.done()
+            for pipeline in self._pipelines.values():
+                pipeline.finish()
 
     async def _write(
-        self,
-        operation: Operation,
-        attempt: UncommittedFiles,
-        name: str,
-        job: SaveJob,
-        kept: CachedPlan | None,
-        file: str,
+        self, operation: Operation, files: UncommittedFiles, name: str, job: SaveJob, kept: CachedPlan | None, file: str
     ) -> WrittenPart:
         """Plan, stage, checksum and write one state, on all ranks."""
         voting = 0.0
-        transfer = self._transfer_of(name)
+        pipeline = self._pipeline_of(name)
         compares = operation.size > 1 and self._on_disagreement != "ignore"
-        seed = int(attempt.save_id[:8], 16)
+        seed = int(files.save_id[:8], 16)
 
-        async def write(prepared: CachedPlan) -> tuple[list[ByteRange], int, int]:
+        async def write(cached: CachedPlan) -> tuple[list[ByteRange], int, int]:
             nonlocal voting
-            tail, places = lay_tail(prepared, job.taken)
-            room = await transfer.make_room(prepared.plan, tail.nbytes, pin_for=job.device_copies.first_device)
-            attempt.files.append(file)
-            attempt.written = False
-            digest, table_crc = await transfer.run(
-                job, prepared.plan, room, tail, file, seed=seed if compares else None
+            tail, places = lay_tail(cached, job.captured)
+            buffer = await pipeline.take_memory(cached.plan, tail.nbytes, pin_for=job.device_copies.first_device)
+            files.names.append(file)
+            files.are_written = False
+            digest, table_crc = await pipeline.run(
+                job, cached.plan, buffer, tail, file, seed=seed if compares else None
             )
-            attempt.written = True
+            files.are_written = True
             voting = time.perf_counter()
             return places, digest, table_crc
 
-        prepared = kept or await self._plans.make(operation, name, job.taken, job.planner)
+        cached = kept or await self._plans.make(operation, name, job.captured, job.planner)
         captured = job.timeline.between("capture")
         assert captured is not None
         job.timeline.add("plan", captured[1])
         tables: list[int] = []
 
-        def decide(table: list[Row]) -> list[int]:
-            tables[:] = [row[2] for row in table]
-            return [any(row[0] for row in table), not agree([row[1] for row in table])]
+        def propose(written: tuple[list[ByteRange], int, int]) -> Row:
+            is_moved = cached.places.get(operation.rank) != written[0]
+            return _WriteProposal(is_moved=is_moved, digest=written[1], table_crc=written[2]).to_row()
 
-        (places, _, _), answer = await operation.together(
-            "write",
-            lambda: write(prepared),
-            facts=lambda written: [prepared.places.get(operation.rank) != written[0], *written[1:]],
-            decide=decide,
-        )
-        if answer[0]:
-            await self._plans.share_places(operation, prepared, places)
-        if compares and answer[1]:
-            await self._plans.compare(operation, prepared, self._on_disagreement)
+        def settle(table: list[Row]) -> Row:
+            proposals = [_WriteProposal.from_row(row) for row in table]
+            tables[:] = [each.table_crc for each in proposals]
+            return _WriteAgreed(
+                is_moved=any(each.is_moved for each in proposals),
+                differs=not agree([each.digest for each in proposals]),
+            ).to_row()
+
+        (places, _, _), row = await operation.run_phase("write", lambda: write(cached), propose=propose, agree=settle)
+        agreed = _WriteAgreed.from_row(row)
+        if agreed.is_moved:
+            await self._plans.share_places(operation, cached, places)
+        if compares and agreed.differs:
+            await self._plans.compare(operation, cached, self._on_disagreement)
         job.timeline.add("vote", voting)
-        return WrittenPart(job=job, prepared=prepared, tables=tables)
+        return WrittenPart(job=job, plan=cached, tables=tables)
 
     async def _commit(
-        self, operation: Operation, attempt: UncommittedFiles, parts: Sequence[WrittenPart], note: Callable[[], bytes]
+        self,
+        operation: Operation,
+        files: UncommittedFiles,
+        parts: Sequence[WrittenPart],
+        custom_metadata: Callable[[], bytes],
     ) -> ManifestTemplate | None:
-        """Make what is written the checkpoint; return its record, on the coordinator."""
-        place, save_id = attempt.checkpoint_id, attempt.save_id
+        """Make what is written the checkpoint; return its manifest, on the coordinator."""
+        path, save_id = files.checkpoint_id, files.save_id
 
         async def commit_all() -> ManifestTemplate | None:
             if not operation.is_coordinator:
                 return None
-            record = await self._plans.record_of([part.prepared for part in parts])
+            manifest = await self._plans.manifest_of([part.plan for part in parts])
             await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
-            places = [[part.prepared.places[rank] for rank in range(operation.size)] for part in parts]
-            with write_errors(self._storage.locate(place, METADATA_NAME)):
-                tables = record.in_order_of_files(save_id, [part.tables for part in parts])
-                content = seal(record.render(place, save_id, places), note(), tables)
-                await commit(self._storage, place, content, record.files(save_id))
-            return record
+            places = [[part.plan.places[rank] for rank in range(operation.size)] for part in parts]
+            with write_errors(self._storage.describe(path, METADATA_NAME)):
+                tables = manifest.in_order_of_files(save_id, [part.tables for part in parts])
+                content = seal(manifest.render(path, save_id, places), custom_metadata(), tables)
+                await commit(self._storage, path, content, manifest.files(save_id))
+            return manifest
 
-        attempt.committing = True
+        files.may_be_committed = True
         with ExitStack() as stack:
             for part in parts:
                 part.job.log.report("commit")
                 stack.enter_context(part.job.timeline.record("commit"))
-            record, _ = await operation.together("commit", commit_all, last=True)
-        return record
+            manifest, _ = await operation.run_phase("commit", commit_all, last=True)
+        return manifest
 
-    async def _told(self, jobs: Sequence[SaveJob], record: ManifestTemplate | None, save_id: str) -> list[str]:
-        """Tell those who wait that it is committed; return the files that are to be removed now."""
+    async def _finish(self, jobs: Sequence[SaveJob], manifest: ManifestTemplate | None, save_id: str) -> list[str]:
+        """Let those who wait know that it is committed; return the files that are to be removed now."""
         for job in jobs:
             job.log.report("done")
             job.uploaded.reach()
-        if record is None:
+        if manifest is None:
             return []
-        return await find_replaced(self._storage, jobs[0].checkpoint_id, record.files(save_id))
+        return await find_replaced(self._storage, jobs[0].checkpoint_id, manifest.files(save_id))
 
-    def _flags(self, has_planner: bool) -> int:
-        return int(has_planner) | self._policy << 1
-
-    def _transfer_of(self, name: str) -> WritePipeline:
-        name = "" if self._share_transfer else name
-        if name not in self._transfers:
-            self._transfers[name] = self._make_transfer()
-        return self._transfers[name]
+    def _pipeline_of(self, name: str) -> WritePipeline:
+        name = PLAIN if self._share_pipeline else name
+        if name not in self._pipelines:
+            self._pipelines[name] = self._make_pipeline()
+        return self._pipelines[name]
 
     def _keep_only(self, names: set[str]) -> None:
         """Let go of host memory and plans of states that the last checkpoint had not."""
-        self._transfers = {name: transfer for name, transfer in self._transfers.items() if name in names}
+        self._pipelines = {name: pipeline for name, pipeline in self._pipelines.items() if name in names}
         self._plans.keep_only(names)

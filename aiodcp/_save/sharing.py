@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.planner import WriteItem
 
 OnDisagreement = Literal["warn", "raise", "ignore"]
+POLICIES: tuple[OnDisagreement, ...] = ("warn", "raise", "ignore")
 
 WHOLE_NBYTES = (64 << 10, 16 << 10, 4 << 10, 1 << 10)
 """Bytes up to which an item is compared whole: the first of them with which no rank compares more than `MOST_NBYTES`.

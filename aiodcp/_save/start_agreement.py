@@ -1,28 +1,140 @@
-"""What the ranks must agree on before a save begins."""
+"""What the ranks must agree on before a save begins: where to, with which plan, by which rules."""
 
 from __future__ import annotations
 
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 from .._distributed.votes import Row
 from ..errors import ArgumentError
-from .plan_cache import KEPT_PLANS, agree_on_plan
-from .sharing import OnDisagreement
+from .sharing import POLICIES, OnDisagreement
 
-POLICIES: tuple[OnDisagreement, ...] = ("warn", "raise", "ignore")
+KEPT_PLANS = 4  # structures remembered of a state: a run saves one or two, and each costs a few MB for 10,000 tensors
+
+_SAVE_ID = struct.Struct("<qq")
 
 
-def agree_on_start(table: list[Row]) -> list[int]:
-    """Return the number of the plan that all have kept, or 0, and the coordinator's id for the save."""
-    if len({row[KEPT_PLANS] for row in table}) > 1:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanProposal:
+    """Which of its kept plans a rank could use: the number of each."""
+
+    plans: Sequence[int]
+
+    def to_row(self) -> Row:
+        """Return it as integers: as many as plans are kept, 0 for none."""
+        return [*self.plans, *[0] * KEPT_PLANS][:KEPT_PLANS]
+
+
+def agree_on_plan(table: Iterable[Row]) -> Row:
+    """A kept plan is used if every rank has kept it, and nothing has changed on any; else 0: plan anew."""
+    return [max(set.intersection(*({0, *row[:KEPT_PLANS]} for row in table)))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartProposal:
+    """What a rank begins a save with.
+
+    Attributes:
+        plans: numbers of the kept plans that it could use.
+        path: a digest of where to.
+        save_id: that the save would have if this rank were the coordinator: 32 hexadecimal digits.
+        has_planner: whether the caller gave a planner.
+        on_disagreement: the caller's choice.
+    """
+
+    plans: Sequence[int]
+    path: int
+    save_id: str
+    has_planner: bool
+    on_disagreement: OnDisagreement
+
+    def to_row(self) -> Row:
+        """Return it as integers."""
+        return [
+            *PlanProposal(plans=self.plans).to_row(),
+            self.path,
+            *_SAVE_ID.unpack(bytes.fromhex(self.save_id)),
+            int(self.has_planner) | POLICIES.index(self.on_disagreement) << 1,
+        ]
+
+    @classmethod
+    def from_row(cls, row: Row) -> StartProposal:
+        """Return what `to_row` was given."""
+        path, high, low, flags = row[KEPT_PLANS : KEPT_PLANS + 4]
+        return cls(
+            plans=row[:KEPT_PLANS],
+            path=path,
+            save_id=_SAVE_ID.pack(high, low).hex(),
+            has_planner=bool(flags & 1),
+            on_disagreement=POLICIES[flags >> 1],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What all ranks begin a save with.
+
+    Attributes:
+        plan: number of the kept plan that is used; 0 to plan anew.
+        save_id: the coordinator's.
+    """
+
+    plan: int
+    save_id: str
+
+    def to_row(self) -> Row:
+        """Return it as integers."""
+        return [self.plan, *_SAVE_ID.unpack(bytes.fromhex(self.save_id))]
+
+    @classmethod
+    def from_row(cls, row: Row) -> Start:
+        """Return what `to_row` was given."""
+        return cls(plan=row[0], save_id=_SAVE_ID.pack(*row[1:3]).hex())
+
+
+def agree_on_start(table: list[Row]) -> Row:
+    """Agree on a plan, and on the coordinator's id for the save.
+
+    Raises:
+        ArgumentError: the ranks' callers want different things.
+    """
+    proposals = [StartProposal.from_row(row) for row in table]
+    if len({each.path for each in proposals}) > 1:
         raise ArgumentError("checkpoint_id", "the ranks save to different places")
-    if len({row[KEPT_PLANS + 3] & 1 for row in table}) > 1:
+    if len({each.has_planner for each in proposals}) > 1:
         raise ArgumentError("planner", "some ranks have one, others have not")
-    if len(policies := {row[KEPT_PLANS + 3] >> 1 for row in table}) > 1:
-        named = " and ".join(repr(POLICIES[each]) for each in sorted(policies))
+    if len(policies := {each.on_disagreement for each in proposals}) > 1:
+        named = " and ".join(repr(each) for each in POLICIES if each in policies)
         raise ArgumentError("on_disagreement", f"the ranks have {named}: it must be the same on all")
-    return [*agree_on_plan(table), *table[0][KEPT_PLANS + 1 : KEPT_PLANS + 3]]
+    [plan] = agree_on_plan(table)
+    return Start(plan=plan, save_id=proposals[0].save_id).to_row()
 
 
-def agree_on_part(table: list[Row]) -> list[int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartProposal:
+    """What a rank adds to a save of several states.
+
+    Attributes:
+        plans: numbers of the kept plans that it could use.
+        name: of the state; None to commit.
+    """
+
+    plans: Sequence[int]
+    name: str | None
+
+    def to_row(self) -> Row:
+        """Return it as integers, of the name only a checksum."""
+        return [*PlanProposal(plans=self.plans).to_row(), zlib.crc32((self.name or "").encode())]
+
+
+def agree_on_part(table: list[Row]) -> Row:
+    """Agree on a plan.
+
+    Raises:
+        ArgumentError: the ranks add different states.
+    """
     if len({row[KEPT_PLANS] for row in table}) > 1:
         raise ArgumentError("participant", "the ranks do not add the same, in the same order")
     return agree_on_plan(table)

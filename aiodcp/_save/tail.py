@@ -38,17 +38,17 @@ class Tail:
         return self.data.ljust(self.nbytes - len(table), b"\0") + table, zlib.crc32(table)
 
 
-def lay_tail(prepared: CachedPlan, taken: Capture) -> tuple[Tail, list[ByteRange]]:
-    """Join the frozen values, and tell where in the file each lies."""
+def lay_tail(cached: CachedPlan, captured: Capture) -> tuple[Tail, list[ByteRange]]:
+    """Join the frozen values; return them, and where in the file each lies."""
     pieces: list[bytes] = []
     crcs: list[int] = []
     items: list[ByteRange] = []
     position = 0
-    for place in prepared.plan.frozen:
-        data = taken.frozen[place].archive()
-        items.append(ByteRange(offset=prepared.layout.tail + position, nbytes=len(data)))
+    for place in cached.plan.frozen:
+        data = captured.frozen[place].archive()
+        items.append(ByteRange(offset=cached.layout.tail + position, nbytes=len(data)))
         crcs.append(zlib.crc32(data))
         filled = round_up(len(data), ALIGNMENT)
         pieces.append(data.ljust(filled, b"\0"))
         position += filled
-    return Tail(data=b"".join(pieces), crcs=crcs, items=len(prepared.layout.frames) + len(items)), items
+    return Tail(data=b"".join(pieces), crcs=crcs, items=len(cached.layout.frames) + len(items)), items

@@ -50,7 +50,7 @@ def plan_windows(layout: Layout, slot_nbytes: int) -> list[Window]:
         if end <= window.start + slot_nbytes:
             window.whole.append(record)
             continue
-        if offset + len(frame.head) + BLOCK > window.start + slot_nbytes:  # its first block with payload must fit
+        if offset + len(frame.header) + BLOCK > window.start + slot_nbytes:  # its first block with payload must fit
             window = close(offset)
         position = offset
         while position < end:

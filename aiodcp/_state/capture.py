@@ -35,7 +35,7 @@ class Capture:
         sharded: the leaves that are sharded, by place.
         parts: of each leaf with any number of parts, by place, where among the values its first part is.
         devices: where the tensors are that are staged.
-        versions: of each value, how often it was changed; None if nobody has looked.
+        versions: of each value, how often it was changed; None if they are to be read one by one.
         notes: what the names do not say of the containers.
         planned: the plan of the caller's own planner, whose items are the leaves.
     """
@@ -84,7 +84,7 @@ def capture(
         names: see `flatten`.
 
     Raises:
-        ArgumentError: it is no mapping.
+        ArgumentError: it is not a mapping.
         CaptureError: it is empty, a `state_dict()` raised, or a leaf cannot be saved.
     """
     leaves = flatten(call_stateful(state_dict), rank, names)

@@ -41,7 +41,7 @@ class Frozen:
 
 
 class _NestedStatefulError(Exception):
-    """The value has an object inside whose `state_dict()` nobody would ask for."""
+    """The value has an object inside whose `state_dict()` would not be called."""
 
 
 class _FreezingPickler(pickle.Pickler):

@@ -1,4 +1,4 @@
-"""A state dict at one instant, taken apart by a caller's own `SavePlanner`."""
+"""A state dict at one instant, captured apart by a caller's own `SavePlanner`."""
 
 from __future__ import annotations
 

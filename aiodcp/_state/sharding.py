@@ -15,7 +15,7 @@ def local_parts(fqn: str, value: DTensor | ShardedTensor) -> list[torch.Tensor]:
     """Return what this rank holds of a sharded tensor: of a `DTensor` mostly one part, else any number.
 
     Raises:
-        CaptureError: it is no part of the tensor's value, or not of a kind that can be copied.
+        CaptureError: it is not a part of the tensor's value, or not of a kind that can be copied.
     """
     if isinstance(value, DTensor) and any(isinstance(placement, Partial) for placement in value.placements):
         raise CaptureError(
@@ -41,9 +41,14 @@ def held_parts(value: DTensor | ShardedTensor) -> list[torch.Tensor]:
     return shards
 
 
+def local_tensor(value: DTensor) -> torch.Tensor:
+    """Return what this rank holds of a `DTensor`, as it is: `to_local` is differentiable, and slower."""
+    return value._local_tensor
+
+
 def holds_shards(value: DTensor) -> bool:
     """Whether the local part of a `DTensor` is itself a list of shards, as torchrec's is (`LocalShardsWrapper`)."""
-    return hasattr(value._local_tensor, "local_shards")
+    return hasattr(local_tensor(value), "local_shards")
 
 
 def is_sharded(value: object) -> bool:

@@ -82,7 +82,7 @@ def like(template: Any) -> MutableMapping[Any, Any]:
     try:
         made = copy(template)
         made.clear()
-    except Exception:  # of anybody's making: then a dict has to do
+    except Exception:  # whatever an application's mapping does: then use a dict
         return {}
     return made
 

@@ -1,8 +1,8 @@
-"""Whether the caller's tensors change while they are staged: their version counters tell, and optimizers' steps.
+"""Whether the caller's tensors change while they are staged: seen by version counters, and by optimizers' steps.
 
 Every in-place operation of PyTorch counts up the tensor's version, through views and `detach()`ed ones too, from any
 thread. Not so kernels that do not say that they write (fused optimizers, BatchNorm's running averages) and `foreach`
-operations on `DTensor`s: hence an optimizer that begins a step is looked at besides. What nobody sees is a write
+operations on `DTensor`s: hence optimizers that begin a step are watched, too. Not seen are writes
 through `.data`, `numpy()` or a pointer, and the replay of a CUDA graph. Tensors made in inference mode have no version.
 """
 
@@ -15,16 +15,17 @@ from torch.distributed.tensor import DTensor
 
 from .capture import Capture
 from .plain_tensors import is_plain
+from .sharding import local_tensor
 
 
 class TearDetector:
     """Watches the tensors of one capture, from now on."""
 
-    def __init__(self, taken: Capture) -> None:
-        self._taken = taken
-        self._whole = {place: value for place, value in taken.sharded.items() if isinstance(value, DTensor)}
-        self._versions = self._read(taken.values) if taken.versions is None else taken.versions
-        self._names_of_values = taken.names
+    def __init__(self, captured: Capture) -> None:
+        self._captured = captured
+        self._whole = {place: value for place, value in captured.sharded.items() if isinstance(value, DTensor)}
+        self._versions = self._read(captured.values) if captured.versions is None else captured.versions
+        self._names_of_values = captured.names
         self._stepping: list[torch.Tensor] = []  # parameters of which optimizers have begun to step
         self._closed: list[str] | None = None
 
@@ -37,14 +38,18 @@ class TearDetector:
         """Return the names of the tensors that have changed, in the order of the state dict."""
         if self._closed is not None:
             return self._closed
-        values = list(self._taken.values)  # emptied when all is staged, perhaps by another thread and just now
+        values = list(self._captured.values)  # emptied when all is staged, perhaps by another thread and just now
         now = self._read(values)
         if (now == self._versions and not self._stepping) or not values:
             return []
         names = self._names()
         changed = {name for name, one, other in zip(names, now, self._versions, strict=True) if one != other}
         changed |= self._stepped(names, values)
-        return [fqn for place, fqn in enumerate(self._taken.fqns) if fqn in changed and place not in self._taken.frozen]
+        return [
+            fqn
+            for place, fqn in enumerate(self._captured.fqns)
+            if fqn in changed and place not in self._captured.frozen
+        ]
 
     def begins_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the captured parameters of an optimizer as changed.
@@ -59,7 +64,7 @@ class TearDetector:
         """Return the names of the captured tensors that share memory with parameters that are stepped."""
         memory: set[int] = set()
         for parameter in self._stepping:
-            held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+            held = local_tensor(parameter) if isinstance(parameter, DTensor) else parameter
             if is_plain(held):
                 memory.add(held.untyped_storage().data_ptr())
         memory.discard(0)  # where nothing is stored, nothing changes
@@ -79,7 +84,7 @@ class TearDetector:
 
     def _names(self) -> list[str]:
         """Return the name of each value, in the order of `_read`."""
-        return [*self._names_of_values, *(self._taken.fqns[place] for place in self._whole)]
+        return [*self._names_of_values, *(self._captured.fqns[place] for place in self._whole)]
 
 
 def _version_of(value: Any) -> int:

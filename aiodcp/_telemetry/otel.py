@@ -1,6 +1,6 @@
-"""Saves and loads as OpenTelemetry spans, if its API is installed: they cost nothing where nobody collects them.
+"""Saves and loads as OpenTelemetry spans, if its API is installed: they cost nothing where none are collected.
 
-A span is told when it is over, from the timeline: nothing is done for it while a save runs.
+A span is exported when it is over, from the timeline: nothing is done for it while a save runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ log = SafeLogger(__name__)
 
 
 class SpanExporter:
-    """Tells the process's tracer provider of what a manager does."""
+    """Gives the process's tracer provider spans of what a manager does."""
 
     def __init__(self) -> None:
         self._trace: Any = None
@@ -31,7 +31,7 @@ class SpanExporter:
         """Return what a span of the caller's that is open now is the parent of."""
         return None if self._trace is None else self._context.get_current()
 
-    def tell(
+    def export(
         self,
         name: str,
         here: Any,
@@ -40,7 +40,7 @@ class SpanExporter:
         timelines: Iterable[Timeline] = (),
         error: BaseException | None = None,
     ) -> None:
-        """Tell of something that is over now.
+        """Export a span that is over now.
 
         Args:
             name: of the span.
@@ -53,11 +53,11 @@ class SpanExporter:
         if self._trace is None:
             return
         try:
-            self._tell(name, here, began_s, attributes, timelines, error)
+            self._export(name, here, began_s, attributes, timelines, error)
         except Exception:  # of the application's exporter: it is not to fail a save
-            log.exception("the span %s could not be told", name)
+            log.exception("the span %s could not be exported", name)
 
-    def _tell(
+    def _export(
         self,
         name: str,
         here: Any,

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
-from .._engine.broadcast import FORKED, call_soon
-from ..errors import ClosedError
+from .._engine.broadcast import Broadcast
 
 Phase = Literal["plan", "stage", "write", "commit", "done", "failed", "cancelled"]
 
@@ -42,11 +38,11 @@ class ProgressLog:
     def __init__(self, on_report: Callable[[], None] = lambda: None) -> None:
         """Begin; `on_report` is called with each entry, in whatever thread."""
         self._on_report = on_report
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._began = time.perf_counter()
-        self._entries = [Progress(phase="plan")]
-        self._wakers: list[Callable[[], object]] = []
+        self._entries: Broadcast[Progress] = Broadcast(replay=True)
+        self._latest = Progress(phase="plan")
+        self._entries.publish(self._latest)
 
     def restart(self) -> None:
         """Count `elapsed_s` from now."""
@@ -54,15 +50,15 @@ class ProgressLog:
 
     @property
     def latest(self) -> Progress:
-        return self._entries[-1]
+        return self._latest
 
     def report(
         self, phase: Phase | None = None, *, staged: int = 0, written: int = 0, total: int | None = None
     ) -> None:
         """Add an entry: another phase, further bytes staged or written. Called from any thread."""
         with self._lock:
-            last = self._entries[-1]
-            entry = replace(
+            last = self._latest
+            self._latest = replace(
                 last,
                 phase=phase or last.phase,
                 bytes_staged=last.bytes_staged + staged,
@@ -70,28 +66,16 @@ class ProgressLog:
                 bytes_total=last.bytes_total if total is None else total,
                 elapsed_s=time.perf_counter() - self._began,
             )
-            self._entries.append(entry)
-            wakers, self._wakers = self._wakers, []
-        for wake in wakers:
-            wake()
+            self._entries.publish(self._latest)
+            if self._latest.phase in ("done", "failed", "cancelled"):
+                self._entries.close()
         self._on_report()
 
     async def follow(self) -> AsyncIterator[Progress]:
-        """Yield every entry from the first on, then new ones as they come, until the save has ended."""
-        position = 0
-        loop = asyncio.get_running_loop()
-        while True:
-            if os.getpid() != self._pid:
-                raise ClosedError(FORKED)
-            news = asyncio.Event()
-            with self._lock:
-                entries = self._entries[position:]
-                if not entries:
-                    self._wakers.append(partial(call_soon, loop, news.set))
-            for entry in entries:
-                yield entry
-                if entry.phase in ("done", "failed", "cancelled"):
-                    return
-            position += len(entries)
-            if not entries:
-                await news.wait()
+        """Yield every entry from the first on, then new ones as they come, until the save has ended.
+
+        Raises:
+            ClosedError: this process was forked from the one that saves.
+        """
+        async for entry in self._entries.follow():
+            yield entry

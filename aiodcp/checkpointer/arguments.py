@@ -1,45 +1,124 @@
-"""Checks of arguments."""
+"""Checks of what a `Checkpointer` is given, before anything happens."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+import torch
+
+from .._format.checksum import Checksum
 from .._format.custom_metadata import encode_custom_metadata
+from .._save.bounded_staging import MIN_NBYTES
+from .._save.sharing import POLICIES, OnDisagreement
 from ..errors import ArgumentError
+from ..storage.base import Storage
+from ..storage.retry import Retry
 
 CheckpointId = str | os.PathLike[str]
 
+ON_BUSY = ("wait", "skip", "raise")
 
-def ranks_on_this_host() -> int:
-    """As torchrun tells it. More copying threads than cores wait for each other: measured, 10 times as long."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(told)) if told.isdecimal() else 1
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The arguments of a `Checkpointer`, which see; checked."""
+
+    storage: Storage
+    process_group: torch.distributed.ProcessGroup | None
+    coordinator: int
+    no_dist: bool
+    timeout: float
+    keep_buffers: bool
+    max_host_bytes: int | None
+    check_torn: bool
+    copy_threads: int
+    io_threads: int
+    retry: Retry
+    checksum: Checksum
+    on_disagreement: OnDisagreement
+
+    def __post_init__(self) -> None:
+        """Check them.
+
+        Raises:
+            ArgumentError: one of them cannot be used.
+        """
+        if self.on_disagreement not in POLICIES:
+            problem = f'{self.on_disagreement!r} is none of "warn", "raise", "ignore"'
+            raise ArgumentError("on_disagreement", problem)
+        for name in ("copy_threads", "io_threads"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ArgumentError(name, f"{value!r} is not a number of threads")
+        most = self.max_host_bytes
+        if most is not None and (type(most) is not int or most < MIN_NBYTES):
+            raise ArgumentError("max_host_bytes", f"{most!r} is not a number of bytes from {MIN_NBYTES} on")
+        if isinstance(self.storage, type) or not isinstance(self.storage, Storage):
+            raise ArgumentError("storage", f"{self.storage!r} does not implement aiodcp.Storage")
+        if not callable(self.checksum):
+            raise ArgumentError("checksum", f"{self.checksum!r} cannot be called")
+        if type(self.timeout) not in (int, float) or not 0 < self.timeout < float("inf"):
+            raise ArgumentError("timeout", f"{self.timeout!r} is not a number of seconds")
+        if self.no_dist and self.process_group is not None:
+            raise ArgumentError("no_dist", "means no other ranks: leave out the process_group")
+        if type(self.coordinator) is not int or self.coordinator < 0:
+            raise ArgumentError("coordinator", f"{self.coordinator!r} is not a rank")
+        if not isinstance(self.retry, Retry):
+            raise ArgumentError("retry", f"{self.retry!r} is not an aiodcp.Retry")
+
+    def find_group(self) -> torch.distributed.ProcessGroup | None:
+        """Return the ranks to save with, if there are others.
+
+        Raises:
+            ArgumentError: there is no such group, or this rank does not belong to it.
+        """
+        if self.no_dist or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            if self.process_group is not None:
+                raise ArgumentError("process_group", "torch.distributed is not initialized")
+            return None
+        group = self.process_group or torch.distributed.group.WORLD
+        if not isinstance(group, torch.distributed.ProcessGroup):
+            raise ArgumentError("process_group", f"{group!r} is not a process group that this rank belongs to")
+        if self.coordinator >= group.size():
+            raise ArgumentError("coordinator", f"{self.coordinator} is not a rank of {group.size()}")
+        return group if group.size() > 1 else None
+
+
+def default_copy_threads() -> int:
+    """Return this rank's share of the cores, up to four.
+
+    More copying threads than cores wait for each other: measured, 10 times as long.
+    """
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    ranks_here = max(1, int(ranks)) if ranks.isdecimal() else 1
+    return max(1, min(4, len(os.sched_getaffinity(0)) // ranks_here))
 
 
 def check_id(checkpoint_id: object, argument: str = "checkpoint_id") -> str:
     """Return a path as text, or raise `ArgumentError` if it is none."""
     if not isinstance(checkpoint_id, str | os.PathLike):
         raise ArgumentError(argument, f"a {type(checkpoint_id).__name__} is not a path")
-    place = os.fsdecode(checkpoint_id)
-    if not place or "\0" in place:
-        raise ArgumentError(argument, f"{place!r} is not a path")
-    return place
+    path = os.fsdecode(checkpoint_id)
+    if not path or "\0" in path:
+        raise ArgumentError(argument, f"{path!r} is not a path")
+    return path
 
 
 def check_custom_metadata(custom_metadata: Mapping[str, Any] | None) -> bytes:
-    """Return a note as it is stored, or raise `ArgumentError` if it cannot be."""
+    """Return custom metadata as it is stored, or raise `ArgumentError` if it cannot be."""
     if custom_metadata is None:
         return b""
     try:
         return encode_custom_metadata(custom_metadata)
     except (TypeError, ValueError) as error:
-        raise ArgumentError("custom_metadata", f"JSON has no words for it: {error}") from error
+        raise ArgumentError("custom_metadata", f"cannot be written as JSON: {error}") from error
 
 
 def digest_of(checkpoint_id: object) -> int:
-    """A number by which ranks compare where they save to."""
+    """Return a number by which ranks compare where they save to."""
     name = str(checkpoint_id).encode("utf-8", "surrogatepass")  # a path need not be UTF-8
     return int.from_bytes(blake2b(name, digest_size=8).digest(), "little", signed=True)

@@ -1,4 +1,4 @@
-"""Waiting, on the engine's loop, for what the caller does on its own."""
+"""What the caller's event loop gives to the engine's, and waiting for it while that loop is there."""
 
 from __future__ import annotations
 
@@ -6,44 +6,56 @@ import asyncio
 import time
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ..errors import SaveError
 
 T = TypeVar("T")
 
-LOOK_S = 1.0  # how often closing looks whether anything moves
-
+LOOK_S = 1.0  # how often it is checked whether the caller's event loop is still there
 LOOP_GONE_S = 5.0  # for which an event loop may stand between two calls of `run_until_complete`
 
 
-def answer(asked: Future[T], given: T | Exception) -> bool:
-    """Answer a flow that waits, unless it has been answered already; tell whether this was the answer."""
-    with suppress(InvalidStateError):
-        if isinstance(given, Exception):
-            asked.set_exception(given)
-        else:
-            asked.set_result(given)
-        return True
-    return False
+class HandOver(Generic[T]):
+    """One value, or the error instead of it, from the event loop on which this is made to the engine's."""
 
+    def __init__(self) -> None:
+        self._given: Future[T] = Future()
+        self._loop = asyncio.get_running_loop()
 
-async def from_caller(asked: Future[T], loop: asyncio.AbstractEventLoop) -> T:
-    """Wait for what the caller does on its own event loop.
+    def is_over(self) -> bool:
+        """Whether a value or an error was given."""
+        return self._given.done()
 
-    Raises:
-        SaveError: that loop is closed, or has stood still for `LOOP_GONE_S`: it will not be done any more.
-    """
-    waiting = asyncio.wrap_future(asked)
-    watch = LoopWatch(loop)
-    try:
-        while not waiting.done():
-            await asyncio.wait({waiting}, timeout=LOOK_S)
-            if not waiting.done():
-                watch.look()
-        return waiting.result()
-    finally:
-        waiting.cancel()
+    def give(self, value: T) -> bool:
+        """Give the value; return False if it comes too late, after an error."""
+        with suppress(InvalidStateError):
+            self._given.set_result(value)
+            return True
+        return False
+
+    def fail(self, error: Exception) -> None:
+        """Give an error instead, unless something was given already."""
+        with suppress(InvalidStateError):
+            self._given.set_exception(error)
+
+    async def wait(self) -> T:
+        """Wait for the value, on the engine's loop.
+
+        Raises:
+            SaveError: the caller's loop is closed, or has stood still for `LOOP_GONE_S`: it will give nothing.
+            Exception: the error that was given.
+        """
+        waiting = asyncio.wrap_future(self._given)
+        watch = LoopWatch(self._loop)
+        try:
+            while not waiting.done():
+                await asyncio.wait({waiting}, timeout=LOOK_S)
+                if not waiting.done():
+                    watch.check()
+            return waiting.result()
+        finally:
+            waiting.cancel()
 
 
 class LoopWatch:
@@ -53,7 +65,7 @@ class LoopWatch:
         self._loop = loop
         self._still_since: float | None = None
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Raise `SaveError` if the loop is gone."""
         if self._loop.is_running():
             self._still_since = None

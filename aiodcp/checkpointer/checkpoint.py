@@ -1,4 +1,4 @@
-"""One save under way, or done: what a user awaits, fences, watches and cancels."""
+"""One save under way, or done: what a user awaits, fences, watches and cancels, and what the library keeps of it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,104 @@ from .._telemetry.progress import Progress, ProgressLog
 from .._telemetry.timeline import Timeline
 from ..errors import CheckpointError, ClosedError, RankError, SaveCancelled, SaveError
 
-log = SafeLogger(__name__)
+log: SafeLogger = SafeLogger(__name__)
+
+REPEATED_LENGTH = 1000  # characters of an earlier failure that is repeated to ranks that have not heard of it
 
 
-RETOLD_LENGTH = 1000  # characters of an earlier failure, told to ranks that have not heard of it
+class EarlierFailureError(CheckpointError):
+    """A rank does not save, because this call raises the failure of an earlier save."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> EarlierFailureError:
+        """Return the error for the other ranks when `error`, of an earlier save, is raised on this one."""
+        return cls(f"an earlier save failed: {error!r}"[:REPEATED_LENGTH])
+
+
+class SaveState:
+    """What the library keeps of a save, and writes to. A user holds the read side, a `Checkpoint`.
+
+    Attributes:
+        checkpoint_id: where it goes.
+        queued: reached when all copies from devices are queued, or no tensor must be waited for.
+        staged, uploaded: see `Checkpoint`.
+        timeline: likewise.
+        log: of its progress.
+        operation: what the ranks do for it; None before it has begun.
+        tears: sees whether captured tensors change before they are staged; None not to look.
+        device_copies: brings tensors from devices.
+        blocked_by: returns the name of a participant that staging waits for, and that may need this very thread.
+    """
+
+    def __init__(self, checkpoint_id: str, engine: Engine) -> None:
+        self.checkpoint_id = checkpoint_id
+        self.queued: MilestoneSource = MilestoneSource("queued")
+        self.staged: MilestoneSource = MilestoneSource("staged")
+        self.uploaded: MilestoneSource = MilestoneSource("uploaded")
+        self.timeline: Timeline = Timeline()
+        self.log: ProgressLog = ProgressLog(engine.activity.moved)
+        self.operation: Operation | None = None
+        self.tears: TearDetector | None = None
+        self.device_copies: DeviceCopies = DeviceCopies()
+        self.blocked_by: Callable[[], str] = lambda: ""
+        self.engine = engine
+
+    def __del__(self) -> None:
+        if (error := self.unretrieved()) is not None:
+            log.error("%s: the save failed, and its error was never retrieved: %s", self.checkpoint_id, repr(error))
+
+    def fence(self) -> None:
+        """As `Checkpoint.fence`."""
+        if self.staged.done() or self.engine.is_forked:
+            return
+        if name := self.blocked_by():
+            raise SaveError(f"staging waits for the participant {name!r}, which is not ready: add it after this one")
+        tears = self.tears
+        with self.timeline.record("fence"):
+            if not self.device_copies:
+                self.staged.settle()
+                return
+            self.queued.settle()
+            self.device_copies.fence()
+            if tears is not None:
+                tears.close()
+
+    def cancel(self) -> None:
+        """As `Checkpoint.cancel`."""
+        with suppress(ClosedError):  # the engine has stopped, and with it every save
+            self.engine.call_soon(self._cancel)
+
+    async def _cancel(self) -> None:
+        if self.operation is not None:
+            self.operation.cancel()
+
+    def fail(self, error: Exception) -> None:
+        """Fail the milestones that are not reached yet."""
+        if self.uploaded.done():  # reported already, before all of this rank's work had stopped
+            return
+        clear_traceback_frames(error)
+        cancelled = isinstance(error, SaveCancelled)
+        self.log.report("cancelled" if cancelled else "failed")
+        # Cancelling a save is not a failure to be raised later. Nor is one that only repeats another rank's earlier
+        # failure: ranks would fail each other's saves for ever.
+        repeated = isinstance(error, RankError) and {each.kind for each in error.failures} == {
+            EarlierFailureError.__name__
+        }
+        self.queued.fail(error)
+        for milestone in (self.staged, self.uploaded):
+            milestone.fail(error, retrieved=cancelled or repeated)
+
+    def unretrieved(self) -> Exception | None:
+        """Return the failure of this save, unless it was retrieved from either milestone."""
+        error = self.uploaded.unretrieved()
+        if error is not None and self.staged.error() is not None and self.staged.unretrieved() is None:
+            return None
+        return error
+
+    def mark_retrieved(self) -> None:
+        """Mark any failure, present or future, as retrieved; it is reported elsewhere."""
+        self.staged.mark_retrieved()
+        self.uploaded.mark_retrieved()
 
 
 class Checkpoint(Handle):
@@ -34,20 +128,13 @@ class Checkpoint(Handle):
         timeline: when each phase began and ended, and for how long the caller was held.
     """
 
-    def __init__(self, checkpoint_id: str, engine: Engine) -> None:
-        self._staged, self._uploaded = MilestoneSource("staged"), MilestoneSource("uploaded")
-        super().__init__(self._uploaded)
-        self.checkpoint_id = checkpoint_id
-        self.staged = Milestone(self._staged)
-        self.uploaded = Milestone(self._uploaded)
-        self.timeline = Timeline()
-        self._engine = engine
-        self._log = ProgressLog(engine.activity.moved)
-        self._operation: Operation | None = None
-        self._watch: TearDetector | None = None
-        self._device_copies = DeviceCopies()
-        self._queued = MilestoneSource("queued")
-        self._blocked_by: Callable[[], str] = lambda: ""
+    def __init__(self, state: SaveState) -> None:
+        super().__init__(state.uploaded)
+        self.checkpoint_id: str = state.checkpoint_id
+        self.staged: Milestone = Milestone(state.staged)
+        self.uploaded: Milestone = Milestone(state.uploaded)
+        self.timeline: Timeline = state.timeline
+        self._state = state
 
     def __repr__(self) -> str:
         latest = self.progress
@@ -56,47 +143,31 @@ class Checkpoint(Handle):
             f"{latest.bytes_staged} staged, {latest.bytes_written} written of {latest.bytes_total} bytes>"
         )
 
-    def __del__(self) -> None:
-        if (error := self._unretrieved()) is not None:
-            log.error("%s: the save failed, and nobody has seen it: %s", self.checkpoint_id, repr(error))
-
     @property
     def progress(self) -> Progress:
         """How far the save has come, now."""
-        return self._log.latest
+        return self._state.log.latest
 
     def events(self) -> AsyncIterator[Progress]:
         """Iterate over the progress from the beginning to the end of the save, as it is made.
 
         The last one's phase is "done", "failed" or "cancelled"; a failure is raised by the milestones, not here.
         """
-        return self._log.follow()
+        return self._state.log.follow()
 
     def fence(self) -> None:
-        """Let this thread go on to change the tensors as soon as that does no harm: `staged`, without an event loop.
+        """Block this thread until it may change the tensors: `staged`, without an event loop.
 
         Tensors on devices may still be on their way then: the thread's current streams wait for the copies, so that
         kernels queued from now on run after them, and `staged` comes later. For tensors in host memory, and until all
-        copies are queued, the thread itself waits. A save that fails lets go too; the milestones tell the failure.
-        Call it on every stream that changes the tensors.
+        copies are queued, the thread itself waits. A save that fails ends the wait, too; the milestones raise the
+        failure. Call it on every stream that changes the tensors.
 
         Raises:
             SaveError: it would wait for a participant that is not ready, and may need this very thread. Or the
                 current stream captures a graph, which cannot wait for what is outside of it.
         """
-        if self._staged.done() or self._engine.is_forked:
-            return
-        if name := self._blocked_by():
-            raise SaveError(f"staging waits for the participant {name!r}, which is not ready: add it after this one")
-        watch = self._watch
-        with self.timeline.record("fence"):
-            if not self._device_copies:
-                self._staged.settle()
-                return
-            self._queued.settle()
-            self._device_copies.fence()
-            if watch is not None:
-                watch.close()
+        self._state.fence()
 
     def cancel(self) -> None:
         """Ask for the save to stop. Returns at once; from any thread.
@@ -104,42 +175,7 @@ class Checkpoint(Handle):
         Both milestones then fail with `SaveCancelled` and what was written is removed, unless the commit has already
         begun: then the save is finished, and `uploaded` is reached.
         """
-        with suppress(ClosedError):  # the engine has stopped, and with it every save
-            self._engine.call_soon(self._cancel)
-
-    async def _cancel(self) -> None:
-        if self._operation is not None:
-            self._operation.cancel()
-
-    def _fail(self, error: Exception) -> None:
-        if self._uploaded.done():  # reported already, before all of this rank's work had stopped
-            return
-        clear_traceback_frames(error)
-        cancelled = isinstance(error, SaveCancelled)
-        self._log.report("cancelled" if cancelled else "failed")
-        # Who cancels a save need not be told that it was cancelled. And a failure that only comes of telling another
-        # rank of an earlier one is not told in its turn: ranks would fail each other's saves for ever.
-        retold = isinstance(error, RankError) and {each.kind for each in error.failures} == {
-            EarlierFailureError.__name__
-        }
-        self._queued.fail(error)
-        for milestone in (self._staged, self._uploaded):
-            milestone.fail(error, retrieved=cancelled or retold)
-
-    def _unretrieved(self) -> Exception | None:
-        """Return the failure of this save, if nobody has seen it at either milestone."""
-        error = self._uploaded.unretrieved()
-        if error is not None and self._staged.error() is not None and self._staged.unretrieved() is None:
-            return None
-        return error
-
-    def _mark_retrieved(self) -> None:
-        self._staged.mark_retrieved()
-        self._uploaded.mark_retrieved()
-
-
-class EarlierFailureError(CheckpointError):
-    """A rank does not save, because it is told of an earlier save that failed."""
+        self._state.cancel()
 
 
 def clear_traceback_frames(error: BaseException | None) -> None:

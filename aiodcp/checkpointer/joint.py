@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from copy import copy
 from functools import partial
@@ -29,11 +28,13 @@ from ..errors import (
     SaveCancelled,
 )
 from .arguments import CheckpointId, check_custom_metadata, check_id
-from .caller_loop import LOOK_S, LoopWatch, answer, from_caller
-from .checkpoint import RETOLD_LENGTH, Checkpoint, EarlierFailureError
-from .checkpointer import Checkpointer
+from .caller_loop import LOOK_S, HandOver, LoopWatch
+from .checkpoint import Checkpoint, EarlierFailureError, SaveState
+from .checkpointer import Checkpointer, session_of
+from .save_calls import EncodeMetadata
+from .session import Session
 
-log = SafeLogger(__name__)
+log: SafeLogger = SafeLogger(__name__)
 
 
 class JointCheckpoint:
@@ -45,24 +46,14 @@ class JointCheckpoint:
             all of them at once, after the block: not to be awaited inside it.
     """
 
-    def __init__(
-        self, checkpointer: Checkpointer, checkpoint_id: str, group: asyncio.TaskGroup, ended: MilestoneSource
-    ) -> None:
-        self.checkpoint_id = checkpoint_id
+    def __init__(self, save: JointSave) -> None:
+        self.checkpoint_id: str = save.checkpoint_id
         self.participants: dict[str, Checkpoint] = {}
-        self._checkpointer = checkpointer
-        self._group = group
-        self._ended = ended
-        self._wishes: asyncio.Queue[PartRequest] = asyncio.Queue()  # of the engine's loop
-        self._later: dict[str, Callable[[], None]] = {}  # what is called when the body is done, by participant
-        self._working: list[asyncio.Task[None]] = []
-        self._operation: Operation | None = None
-        self._is_closed = False
-        self._loop = asyncio.get_running_loop()
+        self._save = save
 
     def __repr__(self) -> str:
         states = ", ".join(f"{name}: {each.progress.phase}" for name, each in self.participants.items())
-        return f"<JointCheckpoint {self.checkpoint_id!r} of {states or 'nobody yet'}>"
+        return f"<JointCheckpoint {self.checkpoint_id!r} of {states or 'no participants yet'}>"
 
     def add(self, name: str, state: Any) -> Checkpoint:
         """Add a participant, whose state is saved under `name`, as `save({name: state})` would.
@@ -83,97 +74,125 @@ class JointCheckpoint:
             long the others take.
 
         Raises:
-            ArgumentError: the name is no name, or taken.
+            ArgumentError: the name is not a name, or taken.
             CaptureError: a value cannot be saved; names it.
         """
-        if self._is_closed:
-            raise ClosedError("the joint checkpoint's block is left: nobody can be added any more")
+        if self._save.is_closed:
+            raise ClosedError("the joint checkpoint's block is left: participants can no longer be added")
         if type(name) is not str or not name:
             raise ArgumentError("name", f"{name!r} is not the name of a participant")
         if name in self.participants:
             raise ArgumentError("name", f"{name!r} is there already")
-        part = Checkpoint(self.checkpoint_id, self._checkpointer._service.engine)
-        part._operation = self._operation
-        part._mark_retrieved()  # a failure is raised when the block is left
-        part._uploaded.check_before(self._refuse_uploaded)
-        part._staged.check_before(partial(self._refuse_staged, name))
-        part._blocked_by = partial(self._never_ready, name, blocking=True)
-        self.participants[name] = part
-        asked: Future[SaveJob] = Future()
-        self._wish(PartRequest(name=name, take=lambda: from_caller(asked, self._loop)))
+        part = self._save.new_part(name)
+        self.participants[name] = checkpoint = Checkpoint(part.state)
         if isawaitable(state):
-            self._await(name, lambda: state, part, asked)
+            self._save.await_state(part, lambda: state)
         elif not callable(state) or isinstance(state, Mapping | Stateful):
-            self._capture(name, state, part, asked)
+            self._save.capture(part, state)
         elif iscoroutinefunction(state) or iscoroutinefunction(getattr(state, "__call__", None)):  # noqa: B004
-            self._await(name, state, part, asked)
+            self._save.await_state(part, state)
         else:
-            self._later[name] = partial(self._call, name, state, part, asked)
-        return part
+            self._save.call_later(part, state)
+        return checkpoint
 
     def cancel(self) -> None:
         """Ask for the checkpoint to stop, as `Checkpoint.cancel` does; leaving the block raises `SaveCancelled`."""
-        assert self._operation is not None
-        self._give_up(SaveCancelled(self.checkpoint_id))
+        self._save.give_up(SaveCancelled(self.checkpoint_id))
 
-    def _never_ready(self, name: str, *, blocking: bool) -> str:
-        """Return a participant for which `name` waits to be staged, and which is not ready before the caller goes on.
 
-        Alone, each is staged by itself; several ranks keep to the order in which they were added.
-        """
-        names = [name]
-        if self._checkpointer._service.line is not None:
-            names = list(self.participants)[: list(self.participants).index(name) + 1]
-        for each in names:
-            if self.participants[each].timeline.between("capture") or self.participants[each]._staged.done():
-                continue
-            if blocking or each in self._later:
-                return each
-        return ""
+class Part:
+    """A participant of a joint checkpoint, from the inside.
 
-    def _refuse_staged(self, name: str, blocking: bool) -> None:
-        if not self._checkpointer._service.is_inside(self._operation):
-            return
-        if other := self._never_ready(name, blocking=blocking and _current_loop() is self._loop):
-            when = "when the body of the block is done" if other in self._later else "by the event loop of this thread"
-            raise DeadlockError(f"`staged` of {name!r} would wait for the state of {other!r}, which is taken {when}")
+    Attributes:
+        name: its name.
+        state: of its save.
+        captured: what the engine waits for.
+    """
 
-    def _refuse_uploaded(self, blocking: bool) -> None:
-        if self._checkpointer._service.is_inside(self._operation):
-            raise DeadlockError("`uploaded` is reached when the block of the joint checkpoint is left: await it there")
+    def __init__(self, name: str, state: SaveState) -> None:
+        self.name = name
+        self.state = state
+        self.captured: HandOver[SaveJob] = HandOver()
 
-    async def _next_wish(self) -> PartRequest:
-        """Wait for the caller's next wish, for as long as the caller's event loop is there."""
-        watch = LoopWatch(self._loop)
-        while True:
-            with move_on_after(LOOK_S):
-                return await self._wishes.get()
-            watch.look()
 
-    def _capture(self, name: str, state: Any, part: Checkpoint, asked: Future[SaveJob]) -> None:
+class JointSave:
+    """The save of a joint checkpoint, from the inside.
+
+    Attributes:
+        checkpoint_id: where it goes.
+        parts: its participants, by name.
+        is_closed: whether its block is left, so that participants can no longer be added.
+        turn: reached when it has its turn.
+        ended: reached when the checkpoint is committed; fails if it is not.
+    """
+
+    def __init__(self, session: Session, checkpoint_id: str) -> None:
+        """Begin: it waits its turn from now on."""
+        self.checkpoint_id = checkpoint_id
+        self.parts: dict[str, Part] = {}
+        self.is_closed: bool = False
+        self.turn: MilestoneSource = MilestoneSource("turn")
+        self.ended: MilestoneSource = MilestoneSource("ended")
+        self._session = session
+        self._custom_metadata: Callable[[], bytes] = bytes
+        self._group = asyncio.TaskGroup()
+        self._requests: asyncio.Queue[PartRequest] = asyncio.Queue()  # of the engine's loop
+        self._later: dict[str, Callable[[], None]] = {}  # what is called when the body is done, by participant
+        self._working: list[asyncio.Task[None]] = []
+        self._loop = asyncio.get_running_loop()
+        self._operation: Operation = session.saves.begin_joint(
+            checkpoint_id,
+            self.turn.reach,
+            lambda: self._custom_metadata(),
+            self._next_request,
+            self.ended.reach,
+            self._fail,
+        )
+        yield_to_engine(self._loop, self.ended)
+
+    # --- participants
+
+    def new_part(self, name: str) -> Part:
+        """Return a participant of that name, whose state is still to be taken."""
+        state = SaveState(self.checkpoint_id, self._session.flows.engine)
+        state.operation = self._operation
+        state.mark_retrieved()  # a failure is raised when the block is left
+        state.uploaded.check_before(self._refuse_uploaded)
+        state.staged.check_before(partial(self._refuse_staged, name))
+        state.blocked_by = partial(self._never_ready, name, blocking=True)
+        self.parts[name] = part = Part(name, state)
+        self._request(PartRequest(name=name, take=part.captured.wait))
+        return part
+
+    def capture(self, part: Part, state: Any) -> None:
+        """Take a participant's state as it is now."""
         try:
-            job = self._checkpointer._capture(part, {name: state})
+            job = self._session.saves.capture(part.state, {part.name: state})
         except Exception as error:
-            answer(asked, copy(error))  # whoever catches the error: a participant that is not there fails all
+            part.captured.fail(copy(error))  # whoever catches the error: a participant that is not there fails all
             raise
-        answer(asked, job)  # to nobody, if the save has failed meanwhile
+        part.captured.give(job)  # too late, if the save has failed meanwhile
 
-    def _call(self, name: str, function: Callable[[], Any], part: Checkpoint, asked: Future[SaveJob]) -> None:
-        try:
-            state = function()
-        except Exception as error:
-            raise ParticipantError(name, f"raised {error!r}") from error
-        if isawaitable(state):
-            self._await(name, lambda: state, part, asked)
-        else:
-            self._capture(name, state, part, asked)
+    def await_state(self, part: Part, function: Callable[[], Any]) -> None:
+        """Begin what will return a participant's state, as a task of the block."""
+        self._working.append(self._group.create_task(self._await_and_capture(part, function)))
 
-    def _await(self, name: str, function: Callable[[], Any], part: Checkpoint, asked: Future[SaveJob]) -> None:
-        self._working.append(self._group.create_task(self._take_part(name, function, part, asked)))
+    def call_later(self, part: Part, function: Callable[[], Any]) -> None:
+        """Have a function called that returns a participant's state, when the block's body is done."""
 
-    async def _take_part(
-        self, name: str, function: Callable[[], Awaitable[Any]], part: Checkpoint, asked: Future[SaveJob]
-    ) -> None:
+        def call() -> None:
+            try:
+                state = function()
+            except Exception as error:
+                raise ParticipantError(part.name, f"raised {error!r}") from error
+            if isawaitable(state):
+                self.await_state(part, lambda: state)
+            else:
+                self.capture(part, state)
+
+        self._later[part.name] = call
+
+    async def _await_and_capture(self, part: Part, function: Callable[[], Awaitable[Any]]) -> None:
         task = asyncio.current_task()
         assert task is not None
         try:
@@ -181,25 +200,119 @@ class JointCheckpoint:
         except asyncio.CancelledError as error:
             if task.cancelling():  # because the block ends
                 raise
-            raise ParticipantError(name, "was cancelled") from error
+            raise ParticipantError(part.name, "was cancelled") from error
         except Exception as error:
-            raise ParticipantError(name, f"raised {error!r}") from error
-        self._capture(name, state, part, asked)
+            raise ParticipantError(part.name, f"raised {error!r}") from error
+        self.capture(part, state)
+
+    # --- waits that would never end
+
+    def _never_ready(self, name: str, *, blocking: bool) -> str:
+        """Return a participant for which `name` waits to be staged, and which is not ready before the caller goes on.
+
+        Alone, each is staged by itself; several ranks keep to the order in which they were added.
+        """
+        names = [name]
+        if self._session.flows.channel is not None:
+            names = list(self.parts)[: list(self.parts).index(name) + 1]
+        for each in names:
+            state = self.parts[each].state
+            if state.timeline.between("capture") or state.staged.done():
+                continue
+            if blocking or each in self._later:
+                return each
+        return ""
+
+    def _refuse_staged(self, name: str, blocking: bool) -> None:
+        if not self._session.flows.is_inside(self._operation):
+            return
+        if other := self._never_ready(name, blocking=blocking and _current_loop() is self._loop):
+            when = "when the body of the block is done" if other in self._later else "by the event loop of this thread"
+            raise DeadlockError(f"`staged` of {name!r} would wait for the state of {other!r}, which is taken {when}")
+
+    def _refuse_uploaded(self, blocking: bool) -> None:
+        if self._session.flows.is_inside(self._operation):
+            raise DeadlockError("`uploaded` is reached when the block of the joint checkpoint is left: await it there")
+
+    # --- from the beginning to the end
+
+    async def wait_for_turn(self, encode_metadata: EncodeMetadata) -> None:
+        """Wait until participants may be added.
+
+        Raises:
+            CheckpointError: an earlier save failed and was not awaited, or what `encode_metadata` raises.
+        """
+        saves = self._session.saves
+        saves.raise_unretrieved()
+        self._custom_metadata = await encode_metadata()
+        await self.turn.reached()
+        saves.raise_unretrieved()  # of the save that this one waited for
+
+    @asynccontextmanager
+    async def block(self) -> AsyncIterator[None]:
+        """Run the caller's block, and what it has begun; commit what has come of it.
+
+        Raises:
+            BaseExceptionGroup: the block or a participant raised, or the save failed meanwhile.
+        """
+        async with self._group:
+            watching = self._group.create_task(self._raise_failure())
+            with self._session.flows.inside(self._operation):
+                yield
+            self.is_closed = True
+            for name in list(self._later):  # no await between them
+                self._later.pop(name)()
+            await asyncio.gather(*self._working)
+            watching.cancel()
+            if not self.parts:  # most likely a mistake: it would replace a checkpoint by nothing
+                raise CaptureError("", "the checkpoint has no participant")
+        self._request(PartRequest(name=None))
+        await self.ended.settled()
+
+    async def _raise_failure(self) -> None:
+        await self.ended.settled()
+        if (error := self.ended.error()) is not None:
+            raise error
+
+    def give_up(self, error: CheckpointError) -> None:
+        """Cancel the save, which fails with `error`."""
+        with suppress(ClosedError):  # the engine has stopped, and with it the save
+            self._session.flows.cancel(self._operation, error)
+
+    async def end(self, error: BaseException) -> None:
+        """Cancel the save because of `error`, and wait until it is over, unless it has not begun."""
+        last = self._session.saves.last
+        if last is not None and last.uploaded.error() is error:
+            self.give_up(EarlierFailureError.of(error))
+        elif isinstance(error, CheckpointError):
+            # A copy: the error itself is on its way through the caller's frames, which are not the engine's to clear.
+            self.give_up(copy(error))
+        else:
+            self.give_up(SaveCancelled(self.checkpoint_id))
+        if not self.turn.done():
+            return
+        await self.ended.settled_whatever_cancels()
+        if (failure := self.ended.error()) is not None:
+            self._fail_parts(failure)  # also those that were added since
 
     def _fail(self, error: Exception) -> None:
-        for part in list(self.participants.values()):
-            part._fail(error)
+        self._fail_parts(error)
+        self.ended.fail(error)
 
-    def _wish(self, wish: PartRequest) -> None:
-        self._checkpointer._service.engine.call_soon(self._wishes.put, wish)
+    def _fail_parts(self, error: Exception) -> None:
+        for part in list(self.parts.values()):
+            part.state.fail(error)
 
-    def _give_up(self, error: CheckpointError) -> None:
-        async def cancel() -> None:
-            if self._operation is not None:
-                self._operation.cancel(error)
+    def _request(self, request: PartRequest) -> None:
+        self._session.flows.engine.call_soon(self._requests.put, request)
 
-        with suppress(ClosedError):  # the engine has stopped, and with it the save
-            self._checkpointer._service.engine.call_soon(cancel)
+    async def _next_request(self) -> PartRequest:
+        """Wait for the caller's next request, for as long as the caller's event loop is there."""
+        watch = LoopWatch(self._loop)
+        while True:
+            with move_on_after(LOOK_S):
+                return await self._requests.get()
+            watch.check()
 
 
 @asynccontextmanager
@@ -221,7 +334,7 @@ async def joint_checkpoint(
     It reads as any other checkpoint, each participant's values under its name: `load({"model": ..., "replay": ...})`.
 
     Args:
-        checkpointer: of which it is a save.
+        checkpointer: saves it.
         checkpoint_id: where to, as for `Checkpointer.save`.
         custom_metadata: likewise.
 
@@ -234,86 +347,55 @@ async def joint_checkpoint(
     """
 
     async def encode() -> Callable[[], bytes]:
-        note = check_custom_metadata(custom_metadata)
-        return lambda: note
+        encoded = check_custom_metadata(custom_metadata)
+        return lambda: encoded
 
-    async with joint_after(checkpointer, checkpoint_id, encode) as joint:
-        yield joint
+    async with joint_save(session_of(checkpointer), checkpoint_id, encode) as save:
+        yield JointCheckpoint(save)
 
 
 @asynccontextmanager
-async def joint_after(
-    checkpointer: Checkpointer,
+async def joint_save(
+    session: Session,
     checkpoint_id: CheckpointId,
-    first: Callable[[], Awaitable[Callable[[], bytes]]],
-    told: Callable[[JointCheckpoint, Exception | None], None] = lambda joint, error: None,
-) -> AsyncIterator[JointCheckpoint]:
-    """As `joint_checkpoint`.
+    encode_metadata: EncodeMetadata,
+    on_end: Callable[[JointSave, Exception | None], None] = lambda save, error: None,
+) -> AsyncIterator[JointSave]:
+    """As `joint_checkpoint`, for a session.
 
     Args:
-        checkpointer, checkpoint_id: likewise.
-        first: is awaited before; it returns what makes the note, or fails the checkpoint on all ranks.
-        told: called when it is known how the checkpoint has ended, in whatever thread knows it.
+        session: of a Checkpointer.
+        checkpoint_id: as for `joint_checkpoint`.
+        encode_metadata: awaited before.
+        on_end: called when it is known how the checkpoint has ended, in whatever thread knows it.
     """
-    service = checkpointer._service
-    service.check_open()
-    service.refuse_inside("a joint checkpoint")
-    wrong: ArgumentError | None = None
+    session.flows.check_open()
+    session.flows.refuse_inside("a joint checkpoint")
+    problem: ArgumentError | None = None
     try:
-        place = checkpointer._storage.resolve(check_id(checkpoint_id))
+        path = session.storage.resolve(check_id(checkpoint_id))
     except ArgumentError as error:  # the other ranks are to hear of it
-        place, wrong = str(checkpoint_id), error
-    note: Callable[[], bytes] = bytes
-    turn, ended = MilestoneSource("turn"), MilestoneSource("ended")
-    group = asyncio.TaskGroup()
-    joint = JointCheckpoint(checkpointer, place, group, ended)
-    ended.when_done(partial(told, joint))
-
-    def fail(error: Exception) -> None:
-        joint._fail(error)
-        ended.fail(error)
-
-    operation = checkpointer._begin_several(place, turn, lambda: note(), joint._next_wish, ended.reach, fail)
-    joint._operation = operation
-    yield_to_engine(asyncio.get_running_loop(), ended)
-
-    async def watch() -> None:
-        await ended.settled()
-        if (error := ended.error()) is not None:
-            raise error
-
+        path, problem = str(checkpoint_id), error
+    save = JointSave(session, path)
+    save.ended.when_done(partial(on_end, save))
     try:
-        if wrong is not None:
-            raise wrong
-        checkpointer._raise_unretrieved()
-        note = await first()
-        await turn.reached()
-        checkpointer._raise_unretrieved()  # of the save that this one waited for
-        async with group:
-            watching = group.create_task(watch())
-            with service.inside(operation):
-                yield joint
-            joint._is_closed = True
-            for name in list(joint._later):  # no await between them
-                joint._later.pop(name)()
-            await asyncio.gather(*joint._working)
-            watching.cancel()
-            if not joint.participants:  # most likely a mistake: it would replace a checkpoint by nothing
-                raise CaptureError("", "the checkpoint has no participant")
-        joint._wish(PartRequest(name=""))
-        await ended.settled()
+        if problem is not None:
+            raise problem
+        await save.wait_for_turn(encode_metadata)
+        async with save.block():
+            yield save
     except BaseExceptionGroup as errors:
-        first_one = errors.exceptions[0]  # which may be a group of the body's own
+        first = errors.exceptions[0]  # which may be a group of the body's own
         for other in errors.exceptions[1:]:
-            log.error("%s: besides, a participant failed: %s", place, repr(other))
-        await _end(joint, turn, ended, first_one)
-        raise first_one from first_one.__cause__
+            log.error("%s: besides, a participant failed: %s", path, repr(other))
+        await save.end(first)
+        raise first from first.__cause__
     except BaseException as error:
-        await _end(joint, turn, ended, error)
+        await save.end(error)
         raise
     finally:
-        joint._is_closed = True
-    if (failure := ended.error()) is not None:
+        save.is_closed = True
+    if (failure := save.ended.error()) is not None:
         raise failure
 
 
@@ -322,18 +404,3 @@ def _current_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:  # none is running in this thread
         return None
-
-
-async def _end(joint: JointCheckpoint, turn: MilestoneSource, ended: MilestoneSource, error: BaseException) -> None:
-    """Give the save up, and wait until it is over, unless it has not begun."""
-    # A copy: the error itself is on its way through the caller's frames, which are not the engine's to clear.
-    last = joint._checkpointer._last
-    given_up = copy(error) if isinstance(error, CheckpointError) else SaveCancelled(joint.checkpoint_id)
-    if last is not None and last._uploaded.error() is error:
-        given_up = EarlierFailureError(f"told of an earlier save: {error!r}"[:RETOLD_LENGTH])
-    joint._give_up(given_up)
-    if not turn.done():
-        return
-    await ended.settled_whatever_cancels()
-    if (failure := ended.error()) is not None:
-        joint._fail(failure)  # also those who were added since

@@ -1,4 +1,4 @@
-"""Optimizers that begin a step while tensors are staged: guarded ones wait, of the others the watch is told.
+"""Optimizers that begin a step while tensors are staged: guarded ones wait, others are noted by the tear detector.
 
 One hook of PyTorch's for all optimizers does both, since it is called before the hooks of each optimizer.
 """
@@ -81,7 +81,7 @@ class Guards:
     def add(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> Guard:
         for optimizer in optimizers:
             if not isinstance(optimizer, torch.optim.Optimizer):
-                raise ArgumentError("optimizers", f"a {type(optimizer).__name__} is no torch.optim.Optimizer")
+                raise ArgumentError("optimizers", f"a {type(optimizer).__name__} is not a torch.optim.Optimizer")
         self.arm(asked=True)
         return Guard(optimizers or None, self._guards)
 

@@ -1,458 +1,136 @@
-"""What runs behind a `Checkpointer`: an engine, a line to the other ranks, and all that has been asked of them."""
+"""A `Checkpointer` from the inside: for what saves and loads through it without being its caller."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future, wait
-from contextlib import AsyncExitStack, contextmanager
-from contextvars import ContextVar
-from itertools import count
-from typing import Any, TypeVar, TypeVarTuple
+import sys
+from collections.abc import Callable
 from weakref import WeakSet
 
-import anyio
-import torch
-
-from .._distributed.channel import Channel
-from .._distributed.operation import Operation
-from .._distributed.skip_agreement import SkipAgreement
-from .._distributed.votes import OperationKind
-from .._engine.gil_fairness import short_switch_interval, yield_to_engine
-from .._engine.loop import Engine
-from .._engine.milestone import MilestoneSource
+from .._engine.device_copies import CopyStreams
+from .._engine.loop import at_exit
 from .._log import SafeLogger
 from .._save.commit import is_live
-from ..errors import CheckpointError, ClosedError, DeadlockError, LoadError, RankError, SaveCancelled, SaveError
-from .caller_loop import LOOK_S, answer
+from ..errors import ClosedError
+from ..storage.retry import Attempt, RetryingStorage
+from .arguments import Options
+from .flows import Flows
+from .load_calls import LoadCalls
+from .save_calls import SaveCalls
 
-log = SafeLogger(__name__)
+log: SafeLogger = SafeLogger(__name__)
 
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
-
-END_GIVEN_UP_S = 10.0  # for what is given up to end: a copy or a write under way is waited for
-
-EXIT_STILL_S = 60.0  # after which what does not move holds up the end of the interpreter no longer
-
-# The joint checkpoints in whose blocks the caller is: what it asks for there cannot wait for their end.
-around: ContextVar[tuple[Operation, ...]] = ContextVar("around", default=())
+RetryListener = Callable[[str, str, Attempt], None]
+"""Called with a checkpoint, a path and an attempt that failed, in the engine's thread."""
 
 
 class Session:
-    """One rank's end. Its methods are called from the caller's thread.
+    """What a `Checkpointer` is made of.
 
     Attributes:
-        engine: the loop and the threads.
-        line: to the other ranks; None when there are none.
-        is_open: whether anything may be asked.
-        slot: is held by whatever is alone in flight: a save, and all that talks to other ranks.
-        skips: which saves are skipped.
-        held: on the engine's loop, what is let go of when all is drained.
-        in_flight: where the last save goes that had its turn.
+        flows: what is under way.
+        storage: the storage, with retries.
+        saves, loads: what may be asked.
     """
 
-    def __init__(self, *, copy_threads: int, io_threads: int) -> None:
-        self.engine = Engine(copy_threads=copy_threads, io_threads=io_threads)
-        self.line: Channel | None = None
-        self.is_open = False
-        self.slot: anyio.Semaphore
-        self.skips: SkipAgreement
-        self.held: AsyncExitStack
-        self.in_flight = ""
-        self._calls = count(1)  # the same call has the same number on all ranks
-        self._saves: set[Future[None]] = set()  # from being asked for until what they replaced is removed
-        self._turns: dict[MilestoneSource, Future[Any]] = {}  # of the saves that are not captured yet
-        self._work: dict[Future[None], Future[Any]] = {}  # all else that is waited for, each with what is done after it
-        self._background: dict[Future[None], Future[Any]] = {}  # and what nobody waits for before the end
-        self._operations: WeakSet[Operation] = WeakSet()  # all that has been asked for and is not over
-        self._unfinished: dict[Operation, MilestoneSource] = {}  # saves, each with what is reached when it is over
-        self._fail: dict[Operation, Callable[[Exception], None]] = {}  # of these, what fails them
-        self._blocks: set[Operation] = set()  # of these, the joint ones whose blocks are not left
-        self._ended: set[MilestoneSource] = set()  # of `run`
-        self._timeout_s = 0.0
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._listener: RetryListener = _log_retry
+        self.flows: Flows = Flows(copy_threads=options.copy_threads, io_threads=options.io_threads)
+        self.storage: RetryingStorage = RetryingStorage(
+            options.storage,
+            options.retry,
+            lambda checkpoint_id, path, attempt: self._listener(checkpoint_id, path, attempt),
+            self.flows.engine.activity.doing,
+        )
+        self.saves: SaveCalls = SaveCalls(self.flows, self.storage, options)
+        self.loads: LoadCalls = LoadCalls(self.flows, self.storage, options)
 
-    @property
-    def rank(self) -> int:
-        """This rank's position among those that save together."""
-        return self.line.rank if self.line else 0
+    def __repr__(self) -> str:
+        channel = self.flows.channel
+        ranks = f"rank {channel.rank} of {channel.size}, " if channel else ""
+        return f"{self.storage!r}, {self.flows.engine!r}, {ranks}{'busy' if self.saves.is_busy() else 'idle'}"
 
-    @property
-    def is_coordinator(self) -> bool:
-        return self.line is None or self.line.rank == self.line.root
-
-    async def open(self, group: torch.distributed.ProcessGroup | None, *, coordinator: int, timeout_s: float) -> None:
-        """Start the engine, and connect with the others of `group`, if there are any.
+    async def open(self) -> None:
+        """Start the engine, and connect with the other ranks.
 
         Raises:
+            ArgumentError: there is no such process group.
             ClosedError: it is open already.
             RankError: not all ranks came in time.
         """
-        self.engine.start()
+        options = self._options
         try:
-            if group is not None:
-                self.line = Channel(group, root=coordinator, timeout_s=timeout_s)
-                await self.run(self._connect, self.line)
-        except BaseException:
-            self.line = None
-            self.engine.stop()
+            await self.flows.open(
+                options.find_group(), coordinator=options.coordinator, timeout_s=float(options.timeout)
+            )
+            self._make_ready()
+        except BaseException:  # Ctrl-C, too
+            if self.flows.is_open:
+                await self.flows.close()
             raise
-        self._timeout_s = timeout_s
-        self._calls = count(1)
-        self.slot = anyio.Semaphore(1)  # fair: saves go in the order in which they were asked for
-        self.skips = SkipAgreement(decides=self.is_coordinator)
-        self.held = AsyncExitStack()
-        self.is_open = True
+        _open.add(self)
 
-    async def _connect(self, line: Channel) -> None:
-        operation = Operation(line, OperationKind.OPEN, 0, ClosedError("opening was cancelled"))
+    def _make_ready(self) -> None:
+        engine = self.flows.engine
+        streams = CopyStreams(engine.activity, engine.threads.given_up)
+        self.saves.open(streams)
+        self.loads.open(streams)
 
-        async def nothing() -> None:
-            pass
-
-        try:
-            await operation.together("open", nothing)
-        except RankError:
-            await line.give_up_opening()
-            raise
-
-    async def close(self) -> None:
-        """Wait for all that was asked for, and stop. What has not moved for `timeout_s` is given up.
-
-        Raises:
-            ClosedError: something did not end even so; says what.
-
-        Cancellation: gives it all up, and waits for that, up to `END_GIVEN_UP_S`.
-        """
-        self.is_open = False
-        if self.engine.is_forked:  # all that was asked is the parent's
-            self.engine.stop()
-            return
-        drained = False
-        try:
-            await self._drain()
-            drained = True
-        except asyncio.CancelledError:
-            drained = not self._flows()
-            raise
-        finally:
-            try:
-                if drained:
-                    await self.run(self.held.aclose)
-            finally:
-                self._stop(wait=drained)
-
-    def _stop(self, *, wait: bool) -> None:
-        if self.line is not None:
-            self.line.close()
-            self.line = None
-        self.engine.stop(wait=wait)
-
-    def _flows(self) -> list[Future[Any]]:
-        return [*self._saves, *self._work, *self._background]
-
-    async def _drain(self) -> None:
-        cancelled: asyncio.CancelledError | None = None
-        drain = _Drain(self)
-        while flows := self._flows():
-            done = MilestoneSource("drained")
-            flows[0].add_done_callback(lambda _, done=done: done.reach())  # type: ignore[misc]
-            try:
-                with anyio.move_on_after(LOOK_S, shield=cancelled is not None):  # anyio cancels again and again
-                    await done.settled()
-            except asyncio.CancelledError as error:
-                cancelled = cancelled or error
-                drain.give_up("leaving was cancelled")
-            drain.look()
-        if cancelled is not None:
-            raise cancelled
-
-    def finish_at_exit(self) -> None:
-        """Finish what is under way, as the interpreter ends: for a Checkpointer that was never left. Never raises."""
-        if not self.is_open or self.engine.is_forked:
-            return
-        self.is_open = False
-        for turn, asked in list(self._turns.items()):  # nobody is there to capture any more
-            closed = ClosedError("the interpreter ends before this save had its turn")
-            turn.fail(closed)
-            answer(asked, closed)
-        for operation in list(self._blocks):
-            self.engine.call_soon(_cancel, operation)
-        drain = _Drain(self, still_s=EXIT_STILL_S)
-        try:
-            while flows := self._flows():
-                wait(flows[:1], timeout=LOOK_S)
-                drain.look()
-            wait([self.engine.call_soon(self.held.aclose)], timeout=END_GIVEN_UP_S)
-        except ClosedError as error:
-            log.error("%s", error)
-            self.engine.stop(wait=False)
-        else:
-            self._stop(wait=True)
-
-    def give_up(self, reason: CheckpointError | None = None) -> None:
-        """Cancel all that is under way; `reason` is why, if saves are to fail with that."""
-        for turn, asked in list(self._turns.items()):
-            closed = ClosedError("the Checkpointer was closed before this save had its turn")
-            turn.fail(closed)
-            answer(asked, closed)
-        for operation in list(self._operations):
-            self.engine.call_soon(_cancel, operation, reason)
-        for work in [*self._background.values(), *(self._work.values() if self.line is None else ())]:
-            work.cancel()
-
-    def abandon(self, error: CheckpointError) -> None:
-        """Let go everybody who waits for what does not end."""
-        self.engine.threads.given_up.set()
-        for fail in list(self._fail.values()):
-            failure = SaveError(str(error))
-            failure.__cause__ = error
-            fail(failure)
-        for ended in [*self._unfinished.values(), *self._ended]:
-            ended.fail(error)
-
-    def check_open(self) -> None:
-        """Raise `ClosedError` unless anything may be asked."""
-        if not self.is_open:
-            raise ClosedError("the Checkpointer is not open: use it inside `async with` or `with`")
-
-    def is_asked(self) -> bool:
-        """Whether a save waits its turn, or is being captured."""
-        return bool(self._turns)
-
-    def is_saving(self, name: str) -> bool:
-        """Whether a file of this name belongs to a save that is under way in this process."""
-        return is_live(name)
-
-    # --- what is asked
-
-    def count_call(self) -> int:
-        """Return the number of a call that all ranks make."""
-        return next(self._calls)
-
-    def operation(self, kind: OperationKind, cancelled: CheckpointError, number: int | None = None) -> Operation:
-        """Return an operation of all ranks, by default for a call that is made now."""
-        operation = Operation(self.line, kind, self.count_call() if number is None else number, cancelled)
-        self._operations.add(operation)
-        return operation
-
-    @contextmanager
-    def under_way(self, operation: Operation) -> Iterator[None]:
-        """Count an operation as over when the block is left."""
-        try:
-            with short_switch_interval():
-                yield
-        finally:
-            operation.close()
-            self._operations.discard(operation)
-
-    def begin_save(
-        self,
-        number: int,
-        place: str,
-        turn: MilestoneSource,
-        save: Callable[[Operation], Awaitable[T]],
-        after: Callable[[T], Awaitable[None]],
-        *,
-        on_failure: Callable[[Exception], None],
-    ) -> Operation:
-        """Begin a save: it waits its turn, and `after` it the next may have its own.
-
-        Args:
-            number: of the call.
-            place: where to.
-            turn: reached when the save has its turn.
-            save: does it. Never raises.
-            after: what is left to do, given what `save` returned.
-            on_failure: see `Operation`.
-        """
-        self.skips.open()
-        operation = Operation(
-            self.line, OperationKind.SAVE, number, SaveCancelled(place), skips=self.skips, on_failure=on_failure
-        )
-        self._operations.add(operation)
-
-        ended = MilestoneSource("ended")
-        self._unfinished[operation] = ended
-        self._fail[operation] = on_failure
-
-        def end(_: object = None) -> None:
-            self._unfinished.pop(operation, None)
-            self._fail.pop(operation, None)
-            ended.reach()
-
-        async def save_in_turn() -> None:
-            with self.engine.activity.doing(f"saving {place}"):
-                async with self.slot:
-                    self.in_flight = place
-                    turn.reach()
-                    with self.under_way(operation):
-                        result = await save(operation)
-                end()
-                await after(result)
-
-        flow = self.engine.call_soon(save_in_turn)
-        self._saves.add(flow)
-        flow.add_done_callback(self._saves.discard)
-        flow.add_done_callback(end)
-        return operation
-
-    async def wait_for_saves(self) -> None:
-        """Wait for the saves that have been begun, whatever comes of them, but for those around the caller.
-
-        Ranks wait for each other's turns instead, in `slot`.
-        """
-        if self.line is not None:
-            return
-        for operation, ended in [*self._unfinished.items()]:
-            if operation not in around.get():
-                await ended.settled()
-
-    @contextmanager
-    def inside(self, operation: Operation) -> Iterator[None]:
-        """Know, within the block and in tasks that are begun there, that `operation` ends when the block is left."""
-        outside = around.get()
-        around.set((*outside, operation))
-        self._blocks.add(operation)
-        try:
-            yield
-        finally:
-            self._blocks.discard(operation)
-            around.set(outside)
-
-    def is_inside(self, operation: Operation | None = None) -> bool:
-        """Whether the caller is in the block of a joint checkpoint, this one if it is given, that is still open."""
-        return any(each in self._blocks for each in around.get() if operation is None or each is operation)
-
-    def refuse_inside(self, what: str) -> None:
-        """Refuse what would wait for the end of the block from which it is asked for.
+    async def close(self) -> Exception | None:
+        """Wait for all that was asked for, and stop; return the failure that was not retrieved.
 
         Raises:
             DeadlockError: the caller is in the block of a joint checkpoint.
-        """
-        if self.is_inside():
-            raise DeadlockError(f"{what} would wait for the joint checkpoint whose block it is in: leave that first")
 
-    @contextmanager
-    def waiting(self, turn: MilestoneSource, asked: Future[Any]) -> Iterator[None]:
-        """While the caller waits for a save's `turn`, and then captures: given up, both are failed."""
-        self._turns[turn] = asked
+        Cancellation: gives up what is under way.
+        """
+        self.flows.refuse_inside("to leave the Checkpointer")
+        stuck: ClosedError | None = None
         try:
-            yield
+            await self.flows.close()
+        except ClosedError as error:
+            stuck = error
         finally:
-            self._turns.pop(turn, None)
+            _open.discard(self)
+            self.saves.close()  # and with it the host memory
+            self.loads.close()
+        failure = self.saves.take_unretrieved() or stuck
+        self.saves.last = None
+        return failure
 
-    def in_background(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> None:
-        """Begin `function` on the engine's loop. Closing waits for it; given up, it is cancelled."""
-        self._begin(self._background, function, *args)
+    def finish_at_exit(self) -> None:
+        """Finish what is under way, as the interpreter ends, and report a failure that was not retrieved."""
+        self.flows.finish_at_exit()
+        failure = self.saves.take_unretrieved()
+        if failure is not None:
+            text = f"the last save failed, and its error was never retrieved: {failure!r}"
+            log.error("%s", text)
+            if log.has_handlers():  # else the log is standard error
+                sys.stderr.write(f"aiodcp: {text}\n")
 
-    def _begin(
-        self, where: dict[Future[None], Future[Any]], function: Callable[[*Ts], Awaitable[T]], *args: *Ts
-    ) -> Future[T]:
-        over: Future[None] = Future()  # the future itself is done when it is cancelled, and the flow is not
+    def on_retry(self, listener: RetryListener | None) -> None:
+        """Have `listener` called with what is retried, instead of a line in the log; None for the log again."""
+        self._listener = listener if listener is not None else _log_retry
 
-        async def flow() -> T:
-            try:
-                return await function(*args)
-            finally:
-                over.set_result(None)
+    @staticmethod
+    def is_saving(name: str) -> bool:
+        """Whether a file of this name belongs to a save that is under way in this process."""
+        return is_live(name)
 
-        future = self.engine.call_soon(flow)
-        where[over] = future
-        over.add_done_callback(lambda _: where.pop(over, None))
-        return future
 
-    async def run(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, operation: Operation | None = None) -> T:
-        """Run `function` on the engine's loop and wait for it here.
+_open: WeakSet[Session] = WeakSet()  # entered, and not left
 
-        Cancellation: cancels it there, and waits until it has stopped: it may be using the caller's memory. An
-        `operation` of several ranks is given up instead, so that the others hear of it.
-        """
-        ended = MilestoneSource("ended")
 
-        async def run_there() -> T:
-            try:
-                with short_switch_interval():
-                    return await function(*args)
-            finally:
-                ended.reach()
-
-        future = self._begin(self._work, run_there)
-        self._ended.add(ended)
-        yield_to_engine(asyncio.get_running_loop(), ended)
+def _finish_all() -> None:
+    for session in list(_open):
         try:
-            await ended.settled()
-        except asyncio.CancelledError:
-            if operation is not None and self.line is not None:
-                self.engine.call_soon(_cancel, operation)
-            else:
-                future.cancel()
-            await ended.settled_whatever_cancels()
-            raise
-        finally:
-            self._ended.discard(ended)
-        if (abandoned := ended.error()) is not None:
-            raise abandoned
-        if future.cancelled():
-            raise ClosedError("the Checkpointer was closed meanwhile")
-        return future.result()
-
-    async def ask(
-        self, phase: str, function: Callable[[], Awaitable[bytes]], *, problem: Exception | None = None
-    ) -> bytes:
-        """Have the coordinator call `function`, on its engine's loop, and return its answer on every rank.
-
-        A `problem` that this rank has fails it on all.
-        """
-        if self.line is not None:  # ranks wait for each other's turns
-            self.refuse_inside(phase)
-        operation = self.operation(OperationKind.ASK, LoadError(f"{phase}: cancelled"))
-
-        async def look() -> bytes:
-            if problem is not None:
-                raise problem
-            return await function() if operation.is_coordinator else b""
-
-        async def ask() -> bytes:
-            with self.under_way(operation):
-                answered, _ = await operation.together(phase, look)
-                return await operation.broadcast(answered)
-
-        async def ask_in_turn() -> bytes:
-            async with self.slot:
-                return await ask()
-
-        return await self.run(ask_in_turn if self.line else ask, operation=operation)
+            session.finish_at_exit()
+        except Exception:
+            log.exception("%r could not be finished", session)
 
 
-async def _cancel(operation: Operation, reason: CheckpointError | None = None) -> None:
-    operation.cancel(reason)
+at_exit(_finish_all)
 
 
-class _Drain:
-    """The patience of whoever waits for the end of all flows."""
-
-    def __init__(self, service: Session, *, still_s: float | None = None) -> None:
-        self._service = service
-        self._still_s = service._timeout_s if still_s is None else min(still_s, service._timeout_s)
-        self._given_up_at: float | None = None
-        self._why = ""
-        service.engine.activity.moved()
-
-    def give_up(self, why: str, reason: CheckpointError | None = None) -> None:
-        if self._given_up_at is None:
-            self._given_up_at, self._why = time.monotonic(), why
-            self._service.give_up(reason)
-
-    def look(self) -> None:
-        """Give up what does not move, and raise `ClosedError` when that does not end either."""
-        activity = self._service.engine.activity
-        if self._given_up_at is None and activity.still_for_s() > self._still_s:
-            why = f"nothing has moved for {self._still_s:.0f} s: {activity}"
-            log.error("closing gives up what is under way: %s", why)
-            self.give_up(why, SaveError(f"given up, as {why}"))
-        if self._given_up_at is not None and time.monotonic() - self._given_up_at > END_GIVEN_UP_S:
-            stuck = ClosedError(f"closed without waiting any longer for: {activity} ({self._why})")
-            self._service.abandon(stuck)
-            raise stuck
+def _log_retry(checkpoint_id: str, path: str, attempt: Attempt) -> None:
+    log.warning("%s: %s", path, attempt)

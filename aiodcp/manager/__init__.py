@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .manager import CheckpointManager as CheckpointManager
-    from .manager import RestoredStep as RestoredStep
+    from .step_restores import RestoredStep as RestoredStep
 
 __all__ = ["CheckpointManager", "RestoredStep"]
 
@@ -16,6 +16,6 @@ if not TYPE_CHECKING:  # a type checker is to know the names above, and no other
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import manager
+        from . import manager, step_restores
 
-        return getattr(manager, name)
+        return getattr(manager if name == "CheckpointManager" else step_restores, name)

@@ -18,10 +18,10 @@ from ..storage.base import Storage
 from .retention import Retention
 from .steps import Step, in_order, list_steps, read_step, remove_leftovers, remove_step, step_path
 
-log = SafeLogger(__name__)
+log: SafeLogger = SafeLogger(__name__)
 
 
-RECHECKED = 64  # steps of which it is looked before each save whether others have saved them anew: the newest
+RECHECKED = 64  # newest steps that are read again before each save, since other processes may have saved them
 
 PAST_UNREADABLE = 1 << 20
 
@@ -34,16 +34,16 @@ class StepCatalog:
         self.root = root
         self.retention = retention
         self._lock = threading.Lock()
-        self.has_looked = False
+        self.has_looked: bool = False
         self._known: tuple[Step, ...] = ()
         self.unreadable: dict[int, str] = {}  # steps that are there and cannot be read, and why
         self._last_number = 0  # of a commit
         self._seen: list[Step] = []  # of others, not known here, and there when it was last looked
         self._numbers: dict[int, int] = {}  # by step, the number that is on the way to storage
         self._damaged: set[int] = set()
-        self._changes: list[Step | int] = []  # what was taken in, and numbers of what was doomed, since the beginning
+        self._changes: list[Step | int] = []  # steps that were added, and numbers of those that were marked for removal
         self._in_use: Counter[int] = Counter()  # by step, how many save or restore it: not to be removed
-        self._doomed: deque[int] = deque()
+        self._to_remove: deque[int] = deque()
         self._removing: dict[int, MilestoneSource] = {}  # reached when the step is removed, or cannot be
         self._half_removed: dict[int, set[str]] = {}  # steps that are none any more, with names that are to be removed
 
@@ -52,7 +52,7 @@ class StepCatalog:
         """The complete steps, in order.
 
         Raises:
-            ClosedError: nobody has looked yet.
+            ClosedError: the storage has not been listed yet.
         """
         if not self.has_looked:
             raise ClosedError("the CheckpointManager does not know its steps yet: use it inside `async with` or `with`")
@@ -64,10 +64,10 @@ class StepCatalog:
         return in_order(self.known)[::-1]
 
     def mark(self) -> int:
-        """Return what `learn` is to be told of when the look began."""
+        """Return a mark of now, which `update` is given with what `look` has found since."""
         return len(self._changes)
 
-    def learn(self, data: bytes, mark: int) -> None:
+    def update(self, data: bytes, mark: int) -> None:
         """Take what `look` has found, on whatever rank, for what there is, but for what has changed since `mark`."""
         with self._lock:
             seen = json.loads(data)
@@ -146,12 +146,12 @@ class StepCatalog:
         """Forget the steps that are not to be kept; `prune` removes them, on the rank that does so."""
         with self._lock:
             good = [each for each in self._known if each.step not in self._damaged]
-            doomed = [step for step in self.retention.doomed(good) if not self._in_use[step]]
-            self._changes += doomed
-            self._set([each for each in self._known if each.step not in doomed])
+            to_remove = [step for step in self.retention.to_remove(good) if not self._in_use[step]]
+            self._changes += to_remove
+            self._set([each for each in self._known if each.step not in to_remove])
             if removes:
-                self._removing.update({step: MilestoneSource(f"removal of step {step}") for step in doomed})
-                self._doomed += doomed
+                self._removing.update({step: MilestoneSource(f"removal of step {step}") for step in to_remove})
+                self._to_remove += to_remove
 
     def mark_damaged(self, step: int) -> None:
         """Count a step that is damaged not among those that are kept instead of others; it stays until it is saved."""
@@ -161,17 +161,17 @@ class StepCatalog:
     @contextmanager
     def use(self, *steps: int) -> Iterator[None]:
         """Keep steps from being removed while the block runs."""
-        self.hold(*steps)
+        self.acquire(*steps)
         try:
             yield
         finally:
-            self.let_go(*steps)
+            self.release(*steps)
 
-    def hold(self, *steps: int) -> None:
+    def acquire(self, *steps: int) -> None:
         with self._lock:
             self._in_use.update(steps)
 
-    def let_go(self, *steps: int) -> None:
+    def release(self, *steps: int) -> None:
         with self._lock:
             self._in_use.subtract(steps)
 
@@ -183,7 +183,7 @@ class StepCatalog:
     # --- on the engine's loop
 
     async def look(self) -> bytes:
-        """Look which steps are complete, and return that for `learn`."""
+        """Look which steps are complete, and return that for `update`."""
         found = await list_steps(self.storage, self.root, but=set(self._removing))
         steps = [
             [
@@ -214,7 +214,7 @@ class StepCatalog:
             self._last_number = max((self._last_number, *(each.commit_number for each in found.steps)))
 
     async def look_again(self, step: int) -> bool:
-        """After a save that failed, tell whether it was committed all the same; then the step is known."""
+        """After a save that failed, return whether it was committed all the same; then the step is known."""
         number = self._numbers.pop(step, None)
         if number is None:  # it had not come to that
             return False
@@ -229,37 +229,37 @@ class StepCatalog:
         return True
 
     async def clear_up(self, is_live: Callable[[str], bool]) -> list[int]:
-        """Remove what interrupted saves have left, unless another process may be saving; return these steps."""
+        """Remove leftovers of interrupted saves, unless another process may be saving; return these steps."""
         try:
-            async with self.storage.claim(self.root, alone=True) as alone:
+            async with self.storage.lock(self.root, exclusive=True) as alone:
                 return await remove_leftovers(self.storage, self.root, is_live) if alone else []
         except OSError as error:  # they cost space, and no more
-            log.warning("%s: what interrupted saves have left could not be removed: %s", self.root, error)
+            log.warning("%s: leftovers of interrupted saves could not be removed: %s", self.root, error)
             return []
 
-    async def prune(self, tell: Callable[[int, OSError | None], None]) -> None:
-        """Remove the steps that are doomed, one after the other, and `tell` of each, or why it cannot be removed.
+    async def prune(self, report: Callable[[int, OSError | None], None]) -> None:
+        """Remove the steps that are marked for it, and `report` each, with the error if it cannot be removed.
 
         Cancellation: takes effect between two steps; the next manager removes the others.
         """
         for step in list(self._half_removed):
-            await self._remove(step, self._half_removed.pop(step), tell)
-        while self._doomed:
-            step = self._doomed.popleft()
+            await self._remove(step, self._half_removed.pop(step), report)
+        while self._to_remove:
+            step = self._to_remove.popleft()
             try:
-                await self._remove(step, set(), tell)
+                await self._remove(step, set(), report)
             finally:
                 self._removing.pop(step).reach()
 
-    async def _remove(self, step: int, seen: set[str], tell: Callable[[int, OSError | None], None]) -> None:
+    async def _remove(self, step: int, seen: set[str], report: Callable[[int, OSError | None], None]) -> None:
         await anyio.lowlevel.checkpoint()
         try:
             await remove_step(self.storage, step_path(self.root, step), seen)
         except OSError as error:
             await self._put_back(step, seen)
-            tell(step, error)
+            report(step, error)
         else:
-            tell(step, None)
+            report(step, None)
 
     async def _put_back(self, step: int, seen: set[str]) -> None:
         """Try again later to remove a step: it is known again, or half of it is there, which is none."""

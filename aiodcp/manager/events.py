@@ -17,7 +17,7 @@ class Event:
 
     Attributes:
         step: which.
-        rank: on which rank; each tells of its own.
+        rank: on which rank; each rank reports its own.
         checkpoint_id: where the checkpoint is, or was to be.
     """
 
@@ -93,7 +93,7 @@ class SaveFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retried(Event):
-    """Storage has refused something for the moment, and it is tried again.
+    """A transient storage error: the call is retried.
 
     Attributes:
         path: what was to be read or written.
@@ -147,10 +147,10 @@ class StepRemoved(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftoverRemoved(Event):
-    """What an interrupted save had left is removed."""
+    """Leftovers of an interrupted save are removed."""
 
     def __str__(self) -> str:
-        return "removed what an interrupted save had left"
+        return "removed leftovers of an interrupted save"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,8 +205,8 @@ class Stats:
 
     Attributes:
         saved, failed, skipped: checkpoints asked for, by what became of them.
-        removed: that were not to be kept.
-        retried: what storage had refused for the moment.
+        removed: steps that were not to be kept.
+        retried: calls that were retried after transient storage errors.
         waited_s: seconds for which saves waited for the one before.
         age_s: seconds since the last commit; None if there was none.
     """

@@ -1,16 +1,4 @@
-"""When to stop: on a signal, at a deadline, or when asked to; and at which step, so that all ranks stop at the same.
-
-One rank may hear of it and the others not, and ranks that train in step must not wait for each other at different
-steps. So they agree, by way of torch.distributed's store, without the threads that train:
-
-    a rank hears     sets the flag
-    every rank       sees it within a second, says which step it has last been asked about, and freezes: whoever is
-                     asked about a later step waits
-    coordinator      when all have said theirs: the step after the latest of them is the one
-    every rank       hears of it, and thaws; asked about that step, or a later one, it says yes
-
-The frozen wait for no rank's training, so nothing can wait for them in turn.
-"""
+"""When to stop: on a signal, at a deadline, when asked to, or when another rank stops."""
 
 from __future__ import annotations
 
@@ -23,97 +11,75 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from .._engine.milestone import Milestone, MilestoneSource
+from .._distributed.stop_agreement import StopAgreement
+from .._engine.milestone import MilestoneSource
+from .._engine.threads import start_thread
 from .._log import SafeLogger
 from ..errors import ClosedError
 
-log = SafeLogger(__name__)
-
+log: SafeLogger = SafeLogger(__name__)
 
 POLL_S = 1.0  # how often a rank looks at the store: 4,096 of them ask it as many times a second
-
-_AGREE_POLL_S = 0.1
-
 _LONGEST_WAIT_S = 3600.0  # a queue does not wait for ever so long
-
-AGREE_S = 30.0  # after which a rank that is asked waits no longer for the others: some of them are gone
 
 
 class Preemption:
-    """One rank's view, and the thread that looks.
+    """One rank's view, and the thread that listens.
 
     Attributes:
-        preempted: reached when this rank is to stop; who waits for it longer than this listens is let go.
-        reason: why, in words; empty until it is known.
-        has_started: whether it has ever listened.
-        on_heard: called when it is heard that the process will be ended, from the thread that looks.
+        reason: why this rank is to stop, in words; empty until it is known.
     """
 
-    def __init__(self, *, signals: Sequence[signal.Signals], grace_s: float, deadline: float | None) -> None:
-        """Prepare; nothing happens before `start`.
+    def __init__(
+        self,
+        preempted: MilestoneSource,
+        *,
+        signals: Sequence[signal.Signals],
+        before: Mapping[int, Any],
+        grace_s: float,
+        deadline: float | None,
+        agreement: StopAgreement | None,
+        on_heard: Callable[[], None],
+    ) -> None:
+        """Begin to listen. In the main thread, if there are signals to hear.
 
         Args:
+            preempted: reached when this rank is to stop; those who still wait for it on closing are let go.
             signals: to hear.
+            before: handlers to put back in the end, where they are not the ones that are set now.
             grace_s: seconds from when it is heard until the process is ended.
             deadline: when the process will be ended, in seconds of `time.time()`: heard `grace_s` before.
+            agreement: with the other ranks; None if there are none.
+            on_heard: called when it is heard that the process will be ended, from the thread that listens.
+
+        Raises:
+            ValueError, OSError: signals can only be heard in the main thread, and not all of them can.
         """
-        self._milestone = MilestoneSource("preempted")
-        self.preempted = Milestone(self._milestone)
-        self.reason = ""
-        self.has_started = False
-        self.on_heard: Callable[[], None] = lambda: None
-        self._signals = list(dict.fromkeys(signals))
+        self._milestone = preempted
+        self.reason: str = ""
         self._grace_s = grace_s
         self._deadline = deadline
+        self._agreement = agreement
+        self._on_heard = on_heard
         self._stop_by: float | None = None
         self._news: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # a signal may interrupt even its own `put`
         self._before: dict[signal.Signals, Any] = {}
         self._pid = os.getpid()
         self._is_closed = False
-        self._lock = threading.Lock()
-        self._answered = -1  # up to which step the answer was no
-        self._frozen = False
-        self._decided = threading.Event()
-        self._at = 0
         self._thread: threading.Thread | None = None
-        self._store: Any = None
-        self._rank = self._root = 0
-        self._size = 1
-
-    def anew(self) -> Preemption:
-        """Return one that has heard nothing yet."""
-        return Preemption(signals=self._signals, grace_s=self._grace_s, deadline=self._deadline)
-
-    def start(
-        self, before: Mapping[int, Any], *, store: Any = None, rank: int = 0, size: int = 1, root: int = 0
-    ) -> None:
-        """Begin to listen. In the main thread, if there are signals to hear.
-
-        Args:
-            before: handlers to put back in the end, where they are not the ones that are set now.
-            store: shared by the ranks; None if there is one.
-            rank, size, root: this rank, how many there are, the coordinator.
-
-        Raises:
-            ValueError, OSError: signals can only be heard in the main thread, and not all of them can.
-        """
-        self.has_started = True
-        self._store, self._rank, self._size, self._root = store, rank, size, root
         try:
-            for each in self._signals:
+            for each in dict.fromkeys(signals):
                 handler = before.get(each, signal.getsignal(each))
-                self._before[each] = (
-                    handler if handler is not None else signal.SIG_DFL
-                )  # None: not Python's to put back
+                # None is a handler that was not set by Python, and cannot be put back by it.
+                self._before[each] = handler if handler is not None else signal.SIG_DFL
                 signal.signal(each, self._on_signal)
         except (ValueError, OSError):
             self.close()
             raise
-        self._thread = threading.Thread(target=self._listen, name="aiodcp-preempt", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("preempt", self._listen)
 
     def close(self) -> None:
-        """Listen no longer, and hand the signals back."""
+        """Listen no longer, and hand the signals back. Once is enough."""
         self._is_closed = True
         self._milestone.abandon(ClosedError("the manager was left, and the run was not preempted"))
         for each in self._before:
@@ -138,23 +104,14 @@ class Preemption:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the process is ended; None if nobody has said so."""
+        """Seconds until the process is ended; None if that is not known."""
         return None if self._stop_by is None else max(0.0, self._stop_by - time.monotonic())
 
     def stops_at(self, step: int) -> bool:
         """Whether to stop at a step, or at one before. Waits for the ranks to agree, once it has been heard."""
-        if self._size == 1:
+        if self._agreement is None:
             return self._milestone.done()
-        with self._lock:
-            if not self._frozen and step > self._answered:
-                self._answered = step
-                return False
-            if not self._decided.is_set() and step <= self._answered:
-                return False
-        if not self._decided.wait(AGREE_S):
-            log.error("stopping at step %d: the ranks have not agreed on one within %.0f s", step, AGREE_S)
-            self._at = step
-        if step < self._at:
+        if not self._agreement.stops_at(step):
             return False
         self._milestone.reach()
         return True
@@ -178,13 +135,21 @@ class Preemption:
                 return
             if news:
                 self._hear(news)
-        if self._size > 1:
-            self._agree()
-        else:
+        if self._agreement is None or self._agreement.agree(self.reason, self._sleep):
             self._milestone.reach()
 
+    def _sleep(self, seconds: float) -> bool:
+        """Sleep; return False when closed before."""
+        try:
+            if self._news.get(timeout=seconds) is None:
+                self._news.put(None)
+                return False
+        except queue.Empty:
+            pass
+        return True
+
     def _next_look_s(self) -> float | None:
-        waits = [] if self._store is None else [POLL_S]
+        waits = [] if self._agreement is None else [POLL_S]
         if self._deadline is not None:
             waits.append(min(_LONGEST_WAIT_S, max(0.0, self._deadline - self._grace_s - time.time())))
         return min(waits, default=None)
@@ -193,51 +158,22 @@ class Preemption:
         """Return what is to be heard: the deadline, or another rank."""
         if self._deadline is not None and time.time() >= self._deadline - self._grace_s:
             return "the deadline"
-        if self._store is None:
+        if self._agreement is None:
             return ""
         try:
-            return self._store.get("preempt/reason").decode() if self._store.check(["preempt/reason"]) else ""
-        except RuntimeError as error:  # the process that holds the store is gone, and the ranks with it
+            return self._agreement.reason_of_others()
+        except RuntimeError as error:
             log.warning("cannot hear of preemption from other ranks any more: %s", error)
-            self._store, self._size = None, 1
+            self._agreement = None
             return ""
 
     def _hear(self, reason: str) -> None:
-        with self._lock:
-            self._frozen = True
+        if self._agreement is not None:
+            self._agreement.freeze()
         left_s = self._grace_s
         if self._deadline is not None:
             left_s = min(left_s, max(0.0, self._deadline - time.time()))
         self._stop_by = time.monotonic() + left_s
         self.reason = reason
-        log.warning("rank %d: to be stopped within %.1f s: %s", self._rank, left_s, reason)
-        self.on_heard()
-
-    def _agree(self) -> None:
-        try:
-            self._store.set("preempt/reason", self.reason)
-            self._store.set(f"preempt/step/{self._rank}", str(self._answered))
-            if self._rank == self._root:
-                keys = [f"preempt/step/{rank}" for rank in range(self._size)]
-                if self._until_there(keys):
-                    latest = max(int(self._store.get(key)) for key in keys)
-                    self._store.set("preempt/at", str(latest + 1))
-            if self._until_there(["preempt/at"]):
-                self._at = int(self._store.get("preempt/at"))
-                self._decided.set()
-                if self._at == 0:  # no rank asks about steps
-                    self._milestone.reach()
-        except RuntimeError as error:
-            log.warning("the ranks cannot agree on a step to stop at: %s", error)
-            self._decided.set()
-
-    def _until_there(self, keys: list[str]) -> bool:
-        """Wait for keys of the store; return False when closed before."""
-        while not self._store.check(keys):
-            try:
-                if self._news.get(timeout=_AGREE_POLL_S) is None:
-                    self._news.put(None)
-                    return False
-            except queue.Empty:
-                continue
-        return True
+        log.warning("to be stopped within %.1f s: %s", left_s, reason)
+        self._on_heard()

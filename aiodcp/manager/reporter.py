@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from .._telemetry.otel import SpanExporter
+from .._telemetry.progress import ProgressLog
 from .._telemetry.progress_bar import Bar, bar
 from .._telemetry.timeline import Timeline
-from ..checkpointer.checkpoint import Checkpoint
+from ..checkpointer.checkpoint import SaveState
 from ..storage.retry import Attempt
 from .event_feed import EventFeed
 from .events import (
@@ -34,7 +35,7 @@ from .steps import step_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRecord:
-    """A save that is told of.
+    """A save that is reported on.
 
     Attributes:
         step: which.
@@ -48,23 +49,32 @@ class SaveRecord:
 
 
 class Reporter:
-    """What one rank tells.
+    """What one rank reports."""
 
-    Attributes:
-        feed: of events.
-        rank: which; set when it is known.
-        shows: whether bars are shown here.
-    """
-
-    def __init__(self, on_event: Callable[[Event], None] | None, place_of: Callable[[int], str]) -> None:
-        self.feed = EventFeed(on_event)
-        self.rank = 0
-        self.shows = False
-        self._place_of = place_of
-        self._telemetry = SpanExporter()
+    def __init__(self, on_event: Callable[[Event], None] | None, path_of: Callable[[int], str]) -> None:
+        """Begin; `path_of` returns the path of a step."""
+        self._feed = EventFeed(on_event)
+        self._rank = 0
+        self._shows = False
+        self._path_of = path_of
+        self._exporter = SpanExporter()
         self._saved = self._failed = self._skipped = self._removed = self._retried = 0
         self._waited_s = 0.0
         self._last_commit: float | None = None
+
+    def begin(self, *, rank: int, shows: bool) -> None:
+        """Report from now on, of this rank; `shows` is whether bars are shown here."""
+        self._rank, self._shows = rank, shows
+        self._feed.begin()
+
+    async def end(self) -> None:
+        """Let the callback see all events, and those who follow come to an end."""
+        await self._feed.flush()
+        self._feed.end()
+
+    def follow(self) -> AsyncIterator[Event]:
+        """Return the events from now on, until the end."""
+        return self._feed.follow()
 
     @property
     def stats(self) -> Stats:
@@ -79,87 +89,87 @@ class Reporter:
         )
 
     def _of(self, step: int) -> dict[str, Any]:
-        return {"step": step, "rank": self.rank, "checkpoint_id": self._place_of(step)}
+        return {"step": step, "rank": self._rank, "checkpoint_id": self._path_of(step)}
 
     def save(self, step: int) -> SaveRecord:
-        """Begin to tell of a save, which is asked for now."""
-        return SaveRecord(step=step, began_s=time.perf_counter(), here=self._telemetry.here())
+        """Begin to report on a save, which is asked for now."""
+        return SaveRecord(step=step, began_s=time.perf_counter(), here=self._exporter.here())
 
     def skipped(self, step: int) -> None:
         self._skipped += 1
-        self.feed.publish(SaveSkipped(**self._of(step)))
+        self._feed.publish(SaveSkipped(**self._of(step)))
 
-    def began(self, saving: SaveRecord, timeline: Timeline) -> None:
-        """Tell that a state is captured."""
+    def began(self, record: SaveRecord, timeline: Timeline) -> None:
+        """Report that a state is captured."""
         captured = timeline.between("capture")
         assert captured is not None
-        waited_s = captured[0] - saving.began_s
+        waited_s = captured[0] - record.began_s
         self._waited_s += waited_s
-        self.feed.publish(SaveBegan(**self._of(saving.step), waited_s=waited_s, held_s=captured[1] - captured[0]))
+        self._feed.publish(SaveBegan(**self._of(record.step), waited_s=waited_s, held_s=captured[1] - captured[0]))
 
-    def ended(self, saving: SaveRecord, parts: Sequence[Checkpoint], error: Exception | None) -> None:
-        """Tell how a save has ended, of one state or several."""
-        facts = self._of(saving.step)
-        nbytes = sum(part.progress.bytes_written for part in parts)
-        timelines = [part.timeline for part in parts]
+    def ended(self, record: SaveRecord, states: Sequence[SaveState], error: Exception | None) -> None:
+        """Report how a save has ended, of one state or several."""
+        facts = self._of(record.step)
+        nbytes = sum(state.log.latest.bytes_written for state in states)
+        timelines = [state.timeline for state in states]
         if error is not None:
             self._failed += 1
-            self.feed.publish(SaveFailed(**facts, error=error))
+            self._feed.publish(SaveFailed(**facts, error=error))
         else:
             self._saved += 1
             self._last_commit = time.monotonic()
-            self.feed.publish(SaveFinished(**facts, nbytes=nbytes, **_times_of(timelines)))
+            self._feed.publish(SaveFinished(**facts, nbytes=nbytes, **_times_of(timelines)))
         attributes = {f"aiodcp.{name}": value for name, value in facts.items()} | {"aiodcp.nbytes": nbytes}
-        self._telemetry.tell("aiodcp.save", saving.here, saving.began_s, attributes, timelines, error)
+        self._exporter.export("aiodcp.save", record.here, record.began_s, attributes, timelines, error)
 
-    async def show(self, step: int, checkpoint: Checkpoint) -> None:
+    async def show(self, step: int, log: ProgressLog) -> None:
         """Show how far a save has come, until it has ended."""
-        if self.shows:
+        if self._shows:
             with bar(f"saving step {step}") as shown:
                 written = 0
-                async for progress in checkpoint.events():
+                async for progress in log.follow():
                     shown.total(progress.bytes_total)
                     shown.advance(progress.bytes_written - written)
                     written = progress.bytes_written
 
-    def retried(self, place: str, path: str, attempt: Attempt) -> None:
+    def retried(self, checkpoint_id: str, path: str, attempt: Attempt) -> None:
         self._retried += 1
-        step = step_of(place.rpartition("/")[2])
-        facts = {"step": -1 if step is None else step, "rank": self.rank, "checkpoint_id": place}
-        self.feed.publish(Retried(**facts, path=path, attempt=attempt))  # type: ignore[arg-type]
+        step = step_of(checkpoint_id.rpartition("/")[2])
+        facts = {"step": -1 if step is None else step, "rank": self._rank, "checkpoint_id": checkpoint_id}
+        self._feed.publish(Retried(**facts, path=path, attempt=attempt))  # type: ignore[arg-type]
 
     def removed(self, step: int, error: OSError | None) -> None:
-        """Tell that a step is removed, or why it cannot be."""
+        """Report that a step is removed, or why it cannot be."""
         if error is None:
             self._removed += 1
-            self.feed.publish(StepRemoved(**self._of(step)))
+            self._feed.publish(StepRemoved(**self._of(step)))
         else:
-            self.feed.publish(RemovalFailed(**self._of(step), error=error))
+            self._feed.publish(RemovalFailed(**self._of(step), error=error))
 
     def cleared(self, step: int) -> None:
-        self.feed.publish(LeftoverRemoved(**self._of(step)))
+        self._feed.publish(LeftoverRemoved(**self._of(step)))
 
     def preempted(self, step: int, reason: str, left_s: float) -> None:
-        self.feed.publish(Preempted(**self._of(step), reason=reason, left_s=left_s))
+        self._feed.publish(Preempted(**self._of(step), reason=reason, left_s=left_s))
 
     @contextmanager
     def restoring(self, step: int) -> Iterator[Bar]:
-        """Tell of a load, which is the block; it is given what shows how far it has come."""
-        began_s, here = time.perf_counter(), self._telemetry.here()
+        """Report on a load, which is the block; it is given a bar for how far it has come."""
+        began_s, here = time.perf_counter(), self._exporter.here()
         facts, failure = self._of(step), None
         try:
-            with bar(f"loading step {step}", wanted=self.shows) as shown:
+            with bar(f"loading step {step}", wanted=self._shows) as shown:
                 yield shown
-            self.feed.publish(Restored(**facts, seconds=time.perf_counter() - began_s))
+            self._feed.publish(Restored(**facts, seconds=time.perf_counter() - began_s))
         except Exception as error:
             failure = error
             raise
         finally:
             attributes = {f"aiodcp.{name}": value for name, value in facts.items()}
-            self._telemetry.tell("aiodcp.restore", here, began_s, attributes, (), failure)
+            self._exporter.export("aiodcp.restore", here, began_s, attributes, (), failure)
 
     def fell_back(self, step: int, error: Exception) -> None:
-        self.feed.publish(FellBack(**self._of(step), error=error))
+        self._feed.publish(FellBack(**self._of(step), error=error))
 
 
 def _times_of(timelines: Sequence[Timeline]) -> dict[str, Any]:

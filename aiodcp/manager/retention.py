@@ -21,7 +21,7 @@ class Retention:
     keep_every: int | None = None
     keep_best: Best | None = None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise `ArgumentError` for what cannot be meant."""
         for name in ("keep_last", "keep_every"):
             value = getattr(self, name)
@@ -47,7 +47,7 @@ class Retention:
         rated = [(sign * each.metrics[name], -each.step) for each in steps if not isnan(each.metrics.get(name, nan))]
         return [-number for _, number in sorted(rated)]
 
-    def doomed(self, steps: Sequence[Step]) -> list[int]:
+    def to_remove(self, steps: Sequence[Step]) -> list[int]:
         """Return the complete `steps` that are not to be kept, oldest first; never the one committed last."""
         if self.keep_last is None:
             return []

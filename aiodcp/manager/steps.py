@@ -21,7 +21,7 @@ from .._log import SafeLogger
 from ..errors import LoadError, NotACheckpointError, ReadError
 from ..storage.base import Storage
 
-log = SafeLogger(__name__)
+log: SafeLogger = SafeLogger(__name__)
 
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -33,7 +33,7 @@ def step_path(root: str, step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """Return the step whose directory has this name; None if it is no step's."""
+    """Return the step whose directory has this name; None if it is not one."""
     found = _STEP.fullmatch(name)
     return int(found[1]) if found else None
 
@@ -52,7 +52,7 @@ class Step:
         after: steps that were there when it was committed, as far as was known.
         uncounted: of these, those without a number, as far as was known.
         saved_at: when it was committed, in seconds of `time.time()`: as noted of it, or else when its `.metadata` was
-            written; 0 if the storage cannot tell. For people: clocks of two hosts differ.
+            written; 0 if the storage does not know. For people: clocks of two hosts differ.
         metrics: what was noted of it, by name.
     """
 
@@ -123,7 +123,7 @@ def _numbers_in(noted: object) -> frozenset[int]:
 
 
 def metrics_of(note: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of a note; what is no number is none."""
+    """Return the metrics in custom metadata; what is not a number is left out."""
     metrics = note.get("metrics")
     if not isinstance(metrics, dict):
         return {}
@@ -166,7 +166,7 @@ async def remove_step(storage: Storage, checkpoint_id: str, seen: set[str]) -> N
         seen: empty at first; then the names that are to be removed, for another attempt.
 
     Raises:
-        OSError: storage refused; what is left is no checkpoint any more, or a whole one.
+        OSError: storage failed; what is left is either not a checkpoint any more, or a whole one.
 
     Cancellation: none; once it has begun it is finished.
     """
@@ -174,7 +174,7 @@ async def remove_step(storage: Storage, checkpoint_id: str, seen: set[str]) -> N
         if not seen:
             seen.update(await _own_names(storage, checkpoint_id))
         await storage.remove(checkpoint_id, METADATA_NAME, durable=True)
-        names = await storage.names(checkpoint_id)
+        names = await storage.list_files(checkpoint_id)
         if seen.issuperset(names):
             await storage.remove_tree(checkpoint_id)
             return
@@ -188,7 +188,7 @@ async def _own_names(storage: Storage, checkpoint_id: str) -> set[str]:
         metadata = await storage.get(checkpoint_id, METADATA_NAME)
     except FileNotFoundError:
         metadata = b""
-    names = {METADATA_NAME, *await storage.names(checkpoint_id)}
+    names = {METADATA_NAME, *await storage.list_files(checkpoint_id)}
     others = {name for name in names if (save_id := save_id_of(name)) and save_id.encode() not in metadata}
     return names - others
 
@@ -196,16 +196,16 @@ async def _own_names(storage: Storage, checkpoint_id: str) -> set[str]:
 async def remove_leftovers(
     storage: Storage, root: str, is_live: Callable[[str], bool], is_old: Callable[[str], bool] = is_our_leftover
 ) -> list[int]:
-    """Remove what interrupted saves have left in steps that are not complete, and return these steps.
+    """Remove leftovers of interrupted saves in steps that are not complete, and return these steps.
 
     Args:
         storage: where.
         root: of the steps. Its user makes sure that no other process saves there.
-        is_live: tells of a file whether a save of this process is writing it.
-        is_old: tells of a name whether it may be removed; by default of data of this library's.
+        is_live: returns whether a save of this process is writing a file of that name.
+        is_old: returns whether a file of that name may be removed; by default data files of this library.
 
     Raises:
-        OSError: storage does not list the root; what it refuses of one step is logged.
+        OSError: storage cannot list the root; failures of one step are logged.
     """
     removed: list[int] = []
     limit = anyio.Semaphore(LOOKS_AT_ONCE)
@@ -214,13 +214,13 @@ async def remove_leftovers(
         place = step_path(root, step)
         async with limit:
             try:
-                names = await storage.names(place)
+                names = await storage.list_files(place)
                 if METADATA_NAME in names or any(map(is_live, names)) or (names and not any(map(is_old, names))):
                     return
                 with CancelScope(shield=True):
                     await _remove_data(storage, place, names, is_old)
             except OSError as error:
-                log.warning("%s: what an interrupted save has left cannot be removed: %s", place, error)
+                log.warning("%s: leftovers of an interrupted save cannot be removed: %s", place, error)
                 return
             removed.append(step)
 
@@ -234,14 +234,14 @@ async def _remove_data(
     for name in names:
         if is_old(name):
             await storage.remove(checkpoint_id, name)
-    await storage.discard(checkpoint_id, made_by_anyone=True)
+    await storage.remove_if_empty(checkpoint_id, made_by_anyone=True)
 
 
 async def _numbers(storage: Storage, root: str) -> list[int]:
     try:
-        names = await storage.places(root)
+        names = await storage.list_children(root)
     except OSError as error:
-        raise ReadError(storage.locate(root), str(error)) from error
+        raise ReadError(storage.describe(root), str(error)) from error
     return sorted(step for step in map(step_of, names) if step is not None)
 
 

@@ -1,4 +1,4 @@
-"""What a storage must be able to do: thirteen verbs, and what each promises about durability.
+"""What a storage must be able to do: twelve verbs, and what each promises about durability.
 
 A storage holds checkpoints; a checkpoint is a flat set of named files. The save flow calls `create`, writes,
 leaves the `async with`, and then `put`s the commit record: the promises below are what makes that order safe.
@@ -33,7 +33,7 @@ class Reader(Protocol):
 
     @property
     def modified_at(self) -> float | None:
-        """When it was last written, in seconds of `time.time()`; None if the storage cannot tell."""
+        """When it was last written, in seconds of `time.time()`; None if the storage does not know."""
 
     async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers`, one after the other, with the bytes from `offset` on.
@@ -47,23 +47,34 @@ class Reader(Protocol):
 
 @runtime_checkable
 class Storage(Protocol):
-    """Where checkpoints live. `MemoryStorage` is the shortest example; `tests/test_storage.py` is the contract."""
+    """Where checkpoints live. `MemoryStorage` is the shortest example; `aiodcp.testing` checks an implementation."""
 
     def resolve(self, checkpoint_id: str) -> str:
-        """Return the one spelling of this id that stays valid, wherever the process may turn to (a full path)."""
+        """Return the one spelling of this id that stays valid, whatever the working directory (a full path).
 
-    def locate(self, checkpoint_id: str, name: str = "") -> str:
+        Raises:
+            ArgumentError: this storage cannot hold a checkpoint of that id.
+        """
+
+    def describe(self, checkpoint_id: str, name: str = "") -> str:
         """Return what an error message should call this file, or the checkpoint if `name` is empty."""
 
     def create(self, checkpoint_id: str, name: str) -> AbstractAsyncContextManager[Writer]:
-        """Open a file that must not exist yet, making the checkpoint's place when it is the first.
+        """Open a file that must not exist yet, creating the checkpoint's directory, or what stands for it.
 
         Leaving the block without an error makes the file durable, its name included; leaving it with an
         error removes the file.
+
+        Raises:
+            FileExistsError: there is such a file.
         """
 
     def open(self, checkpoint_id: str, name: str) -> AbstractAsyncContextManager[Reader]:
-        """Open a file for reading; `FileNotFoundError` if it is not there."""
+        """Open a file for reading.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
 
     async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
         """Make `name` hold `data`: durably, and atomically with respect to readers and to crashes.
@@ -72,36 +83,43 @@ class Storage(Protocol):
         """
 
     async def get(self, checkpoint_id: str, name: str) -> bytes:
-        """Return the whole content of `name`; `FileNotFoundError` if it is not there."""
+        """Return the whole content of `name`.
 
-    async def names(self, checkpoint_id: str) -> list[str]:
-        """Return the names of all files, sorted, leftovers included; empty for a place that does not exist."""
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+
+    async def list_files(self, checkpoint_id: str) -> list[str]:
+        """Return the names of all files, sorted, leftovers included; empty for a checkpoint that does not exist."""
+
+    async def file_sizes(self, checkpoint_id: str) -> dict[str, int]:
+        """Return the size in bytes of every file, by name. For people: it may take longer than `list_files`."""
+
+    async def list_children(self, root: str) -> list[str]:
+        """Return the names of the checkpoints or directories right below `root`, sorted; empty if it does not exist."""
 
     async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
-        """Remove a file; one that is not there is no error. If `durable`, no crash brings it back."""
+        """Remove a file, if it is there. If `durable`, no crash brings it back."""
 
-    async def discard(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
-        """Forget the checkpoint's place if nothing is in it (a directory is removed, for example).
+    async def remove_if_empty(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
+        """Remove the checkpoint's directory, or what stands for it, if nothing is in it.
 
-        Unless `made_by_anyone` only a place that this storage has made: an empty directory may be the caller's own.
+        Unless `made_by_anyone` only one that this storage has created: an empty directory may be the caller's own.
         """
 
     async def remove_tree(self, checkpoint_id: str) -> None:
-        """Remove the checkpoint's place with all that is in it; one that is not there is no error."""
+        """Remove the checkpoint with all that is in it, if it is there."""
 
-    async def places(self, root: str) -> list[str]:
-        """Return the names of the places right below `root`, sorted; none if there is no such place."""
+    def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
+        """Hold a lock on `root` while the block runs, against all other processes that have the same storage.
 
-    def join(self, root: str) -> AbstractAsyncContextManager[bool]:
-        """Hold a claim on `root` that is not alone while the block lasts, if anybody has ever held one there.
+        Shared locks go together; they wait for an exclusive one. An exclusive lock does not wait: the block's value is
+        False if it is not held, because another lock is held, or because the storage cannot know, as where
+        none has ever been held. A lock ends with its process.
 
-        For who saves below a place that is not its own: nothing is made there.
-        """
-
-    def claim(self, root: str, *, alone: bool) -> AbstractAsyncContextManager[bool]:
-        """Hold a claim on `root` while the block lasts, against all other processes that have the same storage.
-
-        Claims that are not `alone` go together; they wait for one that is. One that is `alone` does not wait: the
-        block's value is False if anybody else holds a claim, or if the storage cannot tell, as where nobody has ever
-        held one. A claim ends with its process.
+        Args:
+            root: below which checkpoints are saved and removed.
+            exclusive: whether no other lock may be held.
+            create: whether a shared lock may write to `root`. Without it, for those who save below a directory that
+                is not their own, it is held only if one has been held before.
         """

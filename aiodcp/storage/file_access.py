@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import BinaryIO
 
 from aiofiles.os import wrap
 
@@ -25,17 +25,6 @@ def open_regular(path: str, flags: int) -> int:
     return fd
 
 
-def open_inside(checkpoint_id: str, name: str) -> BinaryIO:
-    """Open a file of a checkpoint for reading, as `LocalStorage.open` does, without an event loop.
-
-    Raises:
-        UnsafeError: its name leads out of the checkpoint.
-        OSError: it is not there, no regular file, or may not be read.
-    """
-    check_inside(checkpoint_id, name)
-    return open(os.path.join(checkpoint_id, name), "rb", opener=open_regular)
-
-
 def check_inside(checkpoint_id: str, name: str) -> None:
     """Raise `UnsafeError` if a file's name leads out of its checkpoint."""
     path = os.path.join(checkpoint_id, name)
@@ -49,7 +38,7 @@ def check_inside(checkpoint_id: str, name: str) -> None:
     raise UnsafeError(path, "", f"is a symbolic link that leads out of the checkpoint, to {real}")
 
 
-check_inside_async = wrap(check_inside)
+check_inside_async: Callable[[str, str], Awaitable[None]] = wrap(check_inside)
 
 
 def open_direct(path: str, flags: int) -> int:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import shutil
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from aiofiles.os import wrap
 from .._log import SafeLogger
 from .base import BLOCK
 
-log = SafeLogger(__name__)
+log: SafeLogger = SafeLogger(__name__)
 
 
 # Bytes of one system call: under the kernel's limit of 0x7ffff000, and little enough to be done soon when the
@@ -23,7 +24,7 @@ CALL_NBYTES = 64 << 20
 
 IOV_MAX = 1024  # buffers of one preadv: the limit of Linux
 
-_cannot_sync: set[int] = set()  # devices whose file systems refuse fsync of directories, as it has been logged
+_cannot_sync: set[int] = set()  # devices whose file systems cannot fsync a directory: logged once
 
 
 def is_blocks(offset: int, data: memoryview) -> bool:
@@ -61,7 +62,7 @@ def read_all(fd: int, buffers: list[memoryview], offset: int) -> None:
             count -= min(count, buffer.nbytes)
 
 
-fsync = wrap(os.fsync)
+fsync: Callable[[int], Awaitable[None]] = wrap(os.fsync)
 
 
 @wrap
@@ -86,7 +87,7 @@ def _fsync_directory_now(path: str) -> None:
 
 @wrap
 def make_durable_directory(path: str) -> bool:
-    """Make the directory and its parents, each name durable in the one above it; tell whether it was not there."""
+    """Make the directory and its parents, each name durable in the one above it; return whether it was missing."""
     missing = []
     place = Path(path).absolute()
     while not place.is_dir():
@@ -112,7 +113,7 @@ def list_directories(root: str) -> list[str]:
 
 @wrap
 def remove_tree(path: str) -> None:
-    if os.path.islink(path):  # what it leads to may be somebody else's: only what a checkpoint is made of
+    if os.path.islink(path):  # what it leads to may belong to others: remove only what a checkpoint is made of
         for name in os.listdir(path):
             if name.endswith(".distcp"):
                 os.unlink(os.path.join(path, name))
@@ -122,10 +123,20 @@ def remove_tree(path: str) -> None:
         shutil.rmtree(path)
 
 
-realpath = wrap(os.path.realpath)
+realpath: Callable[[str], Awaitable[str]] = wrap(os.path.realpath)
 
 
 @wrap
 def unlink(path: str) -> None:
     with suppress(NotADirectoryError):  # then it is not there, either
         Path(path).unlink(missing_ok=True)
+
+
+@wrap
+def file_sizes(path: str, names: Sequence[str]) -> dict[str, int]:
+    """Return the sizes of files that are still there."""
+    sizes: dict[str, int] = {}
+    for name in names:
+        with suppress(FileNotFoundError):  # removed meanwhile
+            sizes[name] = os.stat(os.path.join(path, name)).st_size
+    return sizes

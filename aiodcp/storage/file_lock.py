@@ -10,13 +10,13 @@ import threading
 import anyio
 from aiofiles.os import wrap
 
-from .claims import Claims
+from .process_locks import ProcessLocks
 
 LOCK_NAME = ".aiodcp.lock"
 
 _LOCK_POLL_S = 0.05
 
-claims = Claims()
+process_locks: ProcessLocks = ProcessLocks()
 
 
 class _Locks:
@@ -48,23 +48,23 @@ class _Locks:
                 os.close(lock)
 
 
-locks = _Locks()
+locks: _Locks = _Locks()
 
 
-async def wait_for_lock(lock: int, *, alone: bool) -> bool:
-    """Lock, at once or not at all if `alone`. On a file system without locks all may go on, but nobody alone."""
+async def wait_for_lock(lock: int, *, exclusive: bool) -> bool:
+    """Lock, at once or not at all if `exclusive`. On a file system without locks all are shared."""
     while True:
         try:
-            await _lock(lock, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+            await _lock(lock, fcntl.LOCK_NB | (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH))
             return True
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                return not alone
-            if error.errno == errno.EBADF and alone:  # it is open for reading only
+                return not exclusive
+            if error.errno == errno.EBADF and exclusive:  # it is open for reading only
                 return False
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            if alone:
+            if exclusive:
                 return False
         await anyio.sleep(_LOCK_POLL_S)
 

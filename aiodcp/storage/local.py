@@ -4,7 +4,7 @@ Files are opened by aiofiles and written at given offsets. O_DIRECT is tried onc
 system refuses it (tmpfs, many network file systems) the page cache is used, and that is remembered.
 
 Files are read where they lie: a symbolic link that leads out of the checkpoint is followed only from a snapshot of a
-Hugging Face cache to its blobs (`snapshots/<revision>/...` to `blobs/...`), and what is no regular file is not opened.
+Hugging Face cache to its blobs (`snapshots/<revision>/...` to `blobs/...`), and only regular files are opened.
 
 Durability: a file is fsynced before its directory, a directory before anything that names it, and a rename only
 counts once its directory is fsynced. Source: rename(2), fsync(2), and "Files are hard",
@@ -28,6 +28,7 @@ from .._log import SafeLogger
 from ..errors import ArgumentError
 from .file_access import check_inside_async, open_direct, open_regular
 from .file_io import (
+    file_sizes,
     fsync,
     fsync_directory,
     is_blocks,
@@ -39,14 +40,14 @@ from .file_io import (
     unlink,
     write_all,
 )
-from .file_lock import LOCK_NAME, claims, locks, wait_for_lock
+from .file_lock import LOCK_NAME, locks, process_locks, wait_for_lock
 
-log = SafeLogger(__name__)
+log: SafeLogger = SafeLogger(__name__)
 
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
-_temporaries: set[str] = set()  # that `put` is writing now, in this process: nobody's leftovers
+_temporaries: set[str] = set()  # that `put` is writing now, in this process: not leftovers
 
 
 class LocalStorage:
@@ -72,21 +73,21 @@ class LocalStorage:
             ArgumentError: it is a URL.
         """
         if _URL.match(checkpoint_id):
-            problem = f"{checkpoint_id!r} is a URL, and LocalStorage keeps directories: pass a storage= that knows it"
+            problem = f"{checkpoint_id!r} is a URL, and LocalStorage keeps directories: pass a storage= for it"
             raise ArgumentError("checkpoint_id", problem)
         return os.path.abspath(os.path.expanduser(checkpoint_id))
 
-    def locate(self, checkpoint_id: str, name: str = "") -> str:
+    def describe(self, checkpoint_id: str, name: str = "") -> str:
         return os.path.join(checkpoint_id, name) if name else checkpoint_id
 
     def is_direct(self, checkpoint_id: str) -> bool:
-        """Tell whether the next file of this checkpoint will be tried with O_DIRECT."""
+        """Whether the next file of this checkpoint will be tried with O_DIRECT."""
         return self._direct and checkpoint_id not in self._refused
 
     @asynccontextmanager
     async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[_LocalWriter]:
         path = os.path.join(checkpoint_id, name)
-        with CancelScope(shield=True):  # a thread that makes a file is waited for: else nobody would remove it
+        with CancelScope(shield=True):  # wait for the thread that creates the file: else it would not be removed
             await self._make(checkpoint_id)
             file = await aiofiles.open(path, "xb", buffering=0)
         writer = _LocalWriter(file, self, checkpoint_id)
@@ -99,7 +100,7 @@ class LocalStorage:
                 await writer.close()
                 await fsync_directory(checkpoint_id)
         except BaseException:
-            with CancelScope(shield=True):  # what fails now, fails for the same reason, which is the one to be told
+            with CancelScope(shield=True):  # what fails now fails for the same reason, which is raised
                 with _logged(path):
                     await writer.close()
                 with _logged(path):
@@ -145,12 +146,15 @@ class LocalStorage:
                 content = await file.read()
         return content
 
-    async def names(self, checkpoint_id: str) -> list[str]:
+    async def list_files(self, checkpoint_id: str) -> list[str]:
         try:
             found = await aiofiles.os.listdir(checkpoint_id)
         except FileNotFoundError:
             return []
         return sorted(name for name in found if name not in _temporaries)
+
+    async def file_sizes(self, checkpoint_id: str) -> dict[str, int]:
+        return await file_sizes(checkpoint_id, await self.list_files(checkpoint_id))
 
     async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
         with CancelScope(shield=True):
@@ -170,7 +174,7 @@ class LocalStorage:
         finally:
             _temporaries.discard(temporary)
 
-    async def discard(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
+    async def remove_if_empty(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
         if checkpoint_id not in self._made and not made_by_anyone:
             return
         with CancelScope(shield=True):
@@ -184,46 +188,43 @@ class LocalStorage:
         with CancelScope(shield=True):
             await remove_tree(checkpoint_id)
 
-    async def places(self, root: str) -> list[str]:
+    async def list_children(self, root: str) -> list[str]:
         return await list_directories(root)
 
-    def join(self, root: str) -> AbstractAsyncContextManager[bool]:
-        return self._claim(root, alone=False, make=False)
-
-    def claim(self, root: str, *, alone: bool) -> AbstractAsyncContextManager[bool]:
+    def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
         """By a lock on a file of `root`'s, which the system takes back when the process ends, however it ends.
 
         A POSIX record lock: children that are forked do not inherit it, and network file systems know it. Within a
-        process it does not hold, hence `claims` beside it. Source: fcntl_locking(2).
+        process it does not hold, hence `process_locks` beside it. Source: fcntl_locking(2).
         """
-        return self._claim(root, alone=alone, make=not alone)
+        return self._lock(root, exclusive=exclusive, create=create and not exclusive)
 
     @asynccontextmanager
-    async def _claim(self, root: str, *, alone: bool, make: bool) -> AsyncIterator[bool]:
+    async def _lock(self, root: str, *, exclusive: bool, create: bool) -> AsyncIterator[bool]:
         root = await realpath(root)  # one root has one lock, by whatever name it is called
         path = os.path.join(root, LOCK_NAME)
-        async with claims.hold(root, alone=alone) as free:
+        async with process_locks.hold(root, exclusive=exclusive) as free:
             if not free:
                 yield False
                 return
             with CancelScope(shield=True):
-                if make:
+                if create:
                     await make_durable_directory(root)
                 try:
-                    lock = await locks.open(path, make)
+                    lock = await locks.open(path, create)
                 except (FileNotFoundError, NotADirectoryError):
-                    if make:
+                    if create:
                         raise
                     lock = None
                 except OSError:
-                    if not alone:
+                    if not exclusive:
                         raise
                     lock = None
-            if lock is None:  # nobody has ever claimed it, or who asks may not even read there
-                yield not alone
+            if lock is None:  # it has never been locked, or this user may not even read there
+                yield not exclusive
                 return
             try:
-                yield await wait_for_lock(lock, alone=alone)
+                yield await wait_for_lock(lock, exclusive=exclusive)
             finally:
                 with CancelScope(shield=True):
                     await locks.close(path)
@@ -286,4 +287,4 @@ def _logged(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        log.warning("%s could not be cleared away: %s", path, error)
+        log.warning("%s could not be removed: %s", path, error)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from .claims import Claims
+from .process_locks import ProcessLocks
 
 
 class MemoryStorage:
@@ -19,19 +19,19 @@ class MemoryStorage:
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = defaultdict(dict)
-        self._claims = Claims()
+        self._locks = ProcessLocks()
         self._written_at: dict[tuple[str, str], float] = {}
 
     def resolve(self, checkpoint_id: str) -> str:
         return checkpoint_id
 
-    def locate(self, checkpoint_id: str, name: str = "") -> str:
+    def describe(self, checkpoint_id: str, name: str = "") -> str:
         return f"memory:{checkpoint_id}/{name}" if name else f"memory:{checkpoint_id}"
 
     @asynccontextmanager
     async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[_MemoryWriter]:
         if name in self.files[checkpoint_id]:
-            raise FileExistsError(self.locate(checkpoint_id, name))
+            raise FileExistsError(self.describe(checkpoint_id, name))
         writer = _MemoryWriter()
         yield writer
         self._keep(checkpoint_id, name, writer.content)
@@ -51,36 +51,32 @@ class MemoryStorage:
         try:
             return self.files[checkpoint_id][name]
         except KeyError:
-            raise FileNotFoundError(self.locate(checkpoint_id, name)) from None
+            raise FileNotFoundError(self.describe(checkpoint_id, name)) from None
 
-    async def names(self, checkpoint_id: str) -> list[str]:
+    async def list_files(self, checkpoint_id: str) -> list[str]:
         return sorted(self.files[checkpoint_id])
+
+    async def file_sizes(self, checkpoint_id: str) -> dict[str, int]:
+        return {name: len(content) for name, content in sorted(self.files[checkpoint_id].items())}
 
     async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
         self.files[checkpoint_id].pop(name, None)
 
-    async def discard(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
+    async def remove_if_empty(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
         if not self.files[checkpoint_id]:
             del self.files[checkpoint_id]
 
     async def remove_tree(self, checkpoint_id: str) -> None:
-        below = [place for place in self.files if place == checkpoint_id or place.startswith(f"{checkpoint_id}/")]
-        for place in below:
-            del self.files[place]
+        below = [each for each in self.files if each == checkpoint_id or each.startswith(f"{checkpoint_id}/")]
+        for each in below:
+            del self.files[each]
 
-    async def places(self, root: str) -> list[str]:
-        below = [
-            place[len(root) + 1 :] for place, files in self.files.items() if files and place.startswith(f"{root}/")
-        ]
-        return sorted({place.split("/")[0] for place in below})
+    async def list_children(self, root: str) -> list[str]:
+        below = [each[len(root) + 1 :] for each, files in self.files.items() if files and each.startswith(f"{root}/")]
+        return sorted({each.split("/")[0] for each in below})
 
-    def join(self, root: str) -> AbstractAsyncContextManager[bool]:
-        return self._claims.hold(root, alone=False)
-
-    @asynccontextmanager
-    async def claim(self, root: str, *, alone: bool) -> AsyncIterator[bool]:
-        async with self._claims.hold(root, alone=alone) as held:
-            yield held
+    def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
+        return self._locks.hold(root, exclusive=exclusive)
 
 
 class _MemoryWriter:

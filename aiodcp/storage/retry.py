@@ -1,4 +1,4 @@
-"""Trying again what storage refuses for the moment: a network file system that stalls, a connection that is reset."""
+"""Transient storage errors, retried: a network file system that stalls, a connection that is reset."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ _TRANSIENT = {
 
 
 def is_transient(error: OSError) -> bool:
-    """Whether what storage refuses may well succeed a little later; a full disk or a missing permission will not."""
+    """Whether the same call may well succeed a little later; on a full disk or without permission it will not."""
     return error.errno in _TRANSIENT or isinstance(error, TimeoutError | ConnectionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """How often, and after which waits, to try again what storage refuses for the moment.
+    """How often, and after which waits, transient storage errors are retried.
 
-    What is written is tried again from the staged bytes: nothing is captured anew, and no other rank is bothered. A
-    file whose fsync failed is written anew as a whole: a second fsync may succeed without the data being there. Source:
+    Writes are retried from the staged bytes: nothing is captured again, and no other rank is involved. A file whose
+    fsync failed is written again as a whole: a second fsync may succeed without the data being there. Source:
     https://lwn.net/Articles/752063/.
 
     Args:
-        attempts: in all; 1 for never again.
+        attempts: in all; 1 to retry nothing.
         wait_s: seconds to wait at most before the second attempt; twice as many before each further one, and a random
             part of that, so that thousands of ranks do not come back at once.
         max_wait_s: seconds to wait at most before any of them.
-        is_transient: tells of an `OSError` whether to try again; by default of time-outs, of connections and servers
-            that are gone, and of I/O errors.
+        is_transient: whether to retry after an `OSError`; by default after time-outs, lost connections and servers, and
+            I/O errors.
     """
 
     attempts: int = 3
@@ -75,8 +75,8 @@ class Retry:
             if type(value) not in (int, float) or not 0 <= value < float("inf"):
                 raise ArgumentError(name, f"{value!r} is not a number of seconds")
 
-    async def persist(self, function: Callable[[], Awaitable[T]], tell: Callable[[Attempt], None]) -> T:
-        """Call `function` until it succeeds, fails for good, or has failed too often; `tell` of each wait.
+    async def call(self, function: Callable[[], Awaitable[T]], report: Callable[[Attempt], None]) -> T:
+        """Call `function` until it succeeds, fails for good, or has failed too often; `report` each wait.
 
         Raises:
             Exception: what it raised last; but what it raised first, if what that has left is in the way.
@@ -89,7 +89,7 @@ class Retry:
             assert state.next_action is not None
             error = _refusal(state.outcome.exception())
             assert error is not None
-            tell(Attempt(number=state.attempt_number, error=error, wait_s=state.next_action.sleep))
+            report(Attempt(number=state.attempt_number, error=error, wait_s=state.next_action.sleep))
 
         def is_worth_it(error: BaseException) -> bool:
             refusal = _refusal(error)
@@ -137,7 +137,7 @@ class Attempt:
     wait_s: float
 
     def __str__(self) -> str:
-        return f"attempt {self.number} failed, trying again in {self.wait_s:.1f} s: {self.error}"
+        return f"attempt {self.number} failed, retrying in {self.wait_s:.1f} s: {self.error}"
 
 
 def _refusal(error: BaseException | None) -> OSError | None:
@@ -149,22 +149,22 @@ def _refusal(error: BaseException | None) -> OSError | None:
 
 
 class RetryingStorage:
-    """A storage that tries again. Files that are being written are not: who has their bytes writes them anew."""
+    """A storage whose calls are retried. Writing a file is not: whoever has its bytes writes it again."""
 
     def __init__(
         self,
         storage: Storage,
         retry: Retry,
-        tell: Callable[[str, str, Attempt], None],
+        report: Callable[[str, str, Attempt], None],
         doing: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """Wrap `storage`; `tell` is called with the checkpoint, the path and each attempt that failed.
+        """Wrap `storage`; `report` is called with the checkpoint, the path and each attempt that failed.
 
         `doing` makes a block in which what it names is under way, for whoever watches.
         """
         self._storage = storage
         self._retry = retry
-        self._tell = tell
+        self._report = report
         self._doing = doing
 
     def __repr__(self) -> str:
@@ -173,12 +173,12 @@ class RetryingStorage:
     def resolve(self, checkpoint_id: str) -> str:
         return self._storage.resolve(checkpoint_id)
 
-    def locate(self, checkpoint_id: str, name: str = "") -> str:
-        return self._storage.locate(checkpoint_id, name)
+    def describe(self, checkpoint_id: str, name: str = "") -> str:
+        return self._storage.describe(checkpoint_id, name)
 
     @asynccontextmanager
     async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[Writer]:
-        with self._doing(f"writing {self._storage.locate(checkpoint_id, name)}"):
+        with self._doing(f"writing {self._storage.describe(checkpoint_id, name)}"):
             async with self._storage.create(checkpoint_id, name) as writer:
                 yield writer
 
@@ -189,49 +189,51 @@ class RetryingStorage:
             async def enter() -> Reader:
                 return await stack.enter_async_context(self._storage.open(checkpoint_id, name))
 
-            reader = await self.persist(enter, checkpoint_id, name)
-            yield _RetryingReader(reader, lambda function: self.persist(function, checkpoint_id, name))
+            reader = await self.retrying(enter, checkpoint_id, name)
+            yield _RetryingReader(reader, lambda function: self.retrying(function, checkpoint_id, name))
 
     async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
-        await self.persist(lambda: self._storage.put(checkpoint_id, name, data), checkpoint_id, name)
+        await self.retrying(lambda: self._storage.put(checkpoint_id, name, data), checkpoint_id, name)
 
     async def get(self, checkpoint_id: str, name: str) -> bytes:
-        return await self.persist(lambda: self._storage.get(checkpoint_id, name), checkpoint_id, name)
+        return await self.retrying(lambda: self._storage.get(checkpoint_id, name), checkpoint_id, name)
 
-    async def names(self, checkpoint_id: str) -> list[str]:
-        return await self.persist(lambda: self._storage.names(checkpoint_id), checkpoint_id)
+    async def file_sizes(self, checkpoint_id: str) -> dict[str, int]:
+        return await self.retrying(lambda: self._storage.file_sizes(checkpoint_id), checkpoint_id)
+
+    async def list_files(self, checkpoint_id: str) -> list[str]:
+        return await self.retrying(lambda: self._storage.list_files(checkpoint_id), checkpoint_id)
 
     async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
-        await self.persist(lambda: self._storage.remove(checkpoint_id, name, durable=durable), checkpoint_id, name)
+        await self.retrying(lambda: self._storage.remove(checkpoint_id, name, durable=durable), checkpoint_id, name)
 
-    async def discard(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
-        await self.persist(lambda: self._storage.discard(checkpoint_id, made_by_anyone=made_by_anyone), checkpoint_id)
+    async def remove_if_empty(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
+        await self.retrying(
+            lambda: self._storage.remove_if_empty(checkpoint_id, made_by_anyone=made_by_anyone), checkpoint_id
+        )
 
     async def remove_tree(self, checkpoint_id: str) -> None:
-        await self.persist(lambda: self._storage.remove_tree(checkpoint_id), checkpoint_id)
+        await self.retrying(lambda: self._storage.remove_tree(checkpoint_id), checkpoint_id)
 
-    async def places(self, root: str) -> list[str]:
-        return await self.persist(lambda: self._storage.places(root), root)
+    async def list_children(self, root: str) -> list[str]:
+        return await self.retrying(lambda: self._storage.list_children(root), root)
 
-    def join(self, root: str) -> AbstractAsyncContextManager[bool]:
-        return self._storage.join(root)
+    def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
+        return self._storage.lock(root, exclusive=exclusive, create=create)
 
-    def claim(self, root: str, *, alone: bool) -> AbstractAsyncContextManager[bool]:
-        return self._storage.claim(root, alone=alone)
-
-    async def persist(self, function: Callable[[], Awaitable[T]], checkpoint_id: str, name: str = "") -> T:
+    async def retrying(self, function: Callable[[], Awaitable[T]], checkpoint_id: str, name: str = "") -> T:
         """Call `function`, which works on this file, until it succeeds or has failed too often."""
-        path = self._storage.locate(checkpoint_id, name)
+        path = self._storage.describe(checkpoint_id, name)
         with self._doing(f"storage: {path}"):
-            return await self._retry.persist(function, lambda attempt: self._tell(checkpoint_id, path, attempt))
+            return await self._retry.call(function, lambda attempt: self._report(checkpoint_id, path, attempt))
 
 
 class _RetryingReader:
-    def __init__(self, reader: Reader, persist: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
+    def __init__(self, reader: Reader, retrying: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
         self.nbytes = reader.nbytes
         self.modified_at: float | None = getattr(reader, "modified_at", None)
         self._reader = reader
-        self._persist = persist
+        self._retrying = retrying
 
     async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        await self._persist(lambda: self._reader.read_into(offset, buffers))
+        await self._retrying(lambda: self._reader.read_into(offset, buffers))

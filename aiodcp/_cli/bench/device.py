@@ -67,7 +67,7 @@ class Cost:
 
 @dataclass(slots=True, kw_only=True)
 class Saving:
-    """A save under way, whose tensors may change from now on: what tells its times."""
+    """A save under way, whose tensors may change from now on: and its times."""
 
     copied: Callable[[], Awaitable[float]]  # when all was in host memory
     durable: Callable[[], Awaitable[float]]  # when all was committed
@@ -129,7 +129,7 @@ class DcpCached:
         async def copied() -> float:
             return returned
 
-        return Saving(copied=copied, durable=_told(response))
+        return Saving(copied=copied, durable=_ended_at(response))
 
     async def close(self) -> None:
         return
@@ -146,7 +146,7 @@ class DcpStager:
     async def save(self, state: State, path: str) -> Saving:
         response = dcp_async_save(state, checkpoint_id=path, async_stager=self._stager)
         assert isinstance(response, AsyncSaveResponse)
-        copied, durable = _told(response.staging_completion), _told(response.upload_completion)
+        copied, durable = _ended_at(response.staging_completion), _ended_at(response.upload_completion)
         response.staging_completion.result()
         return Saving(copied=copied, durable=durable)
 
@@ -154,15 +154,15 @@ class DcpStager:
         self._stager.close()
 
 
-def _told(future: Any) -> Callable[[], Awaitable[float]]:
+def _ended_at(future: Any) -> Callable[[], Awaitable[float]]:
     ended: list[float] = []
     future.add_done_callback(lambda _: ended.append(time.perf_counter()))
 
-    async def told() -> float:
+    async def ended_at() -> float:
         await asyncio.wrap_future(future)
         return ended[0]
 
-    return told
+    return ended_at
 
 
 def _systems(device: torch.device) -> dict[str, System]:
@@ -296,7 +296,7 @@ def run(device: str, directory: str, shapes: Sequence[Shape], *, repeat: int, as
     warnings.filterwarnings("ignore")  # DCP warns of having no process group, on every save
     where = torch.device(device)
     if where.type != "cpu" and torch.accelerator.current_accelerator(check_available=True) is None:
-        raise ArgumentError("device", f"torch finds no accelerator here, so there is no {where}")
+        raise ArgumentError("device", f"torch finds no accelerator here: there is no {where}")
     if where.type != "cpu" and where.index is None:
         where = torch.device(where.type, torch.accelerator.current_device_index())
     training = Training(where) if where.type != "cpu" else Training(where, width=64, layers=1)

@@ -24,7 +24,7 @@ LAG_PERIOD_S = 0.001
 @dataclass(slots=True, kw_only=True)
 class Row:
     """What one system took: seconds, except `slowdown` (a ratio), `extra_mib`, and the parts (0 to 1) of staging and
-    writing that lay under the steps of a blocking caller, which DCP does not tell.
+    writing that lay under the steps of a blocking caller, which DCP does not report.
     """
 
     held_s: float = 0.0

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from ..._distributed.votes import FACTS, PhaseVote
+from ..._distributed.votes import PROPOSAL_LENGTH, PhaseVote, any_rank
 from ..._format.dcp import KeyPath
 from ..._save.plan import LocalPlan
 from ..._save.plan_cache import plan_for_all
@@ -73,13 +73,13 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
     dcp_s, dcp_sent = _timed(dcp_plan)
     first_s, (_, record, parts) = _timed(lambda: plan_for_all(ours, None))
     assert record is not None
-    row = [0] * (5 + FACTS)
+    row = [0] * (5 + PROPOSAL_LENGTH)
     row[4] = 1  # done
     table = torch.tensor([row] * ranks, dtype=torch.int64)
 
     def agree() -> int:
-        for decide in (agree_on_start, lambda rows: [any(each[0] for each in rows)], None):
-            verdict = PhaseVote(60.0, decide).judge(table.tolist())
+        for decide in (agree_on_start, any_rank, None):
+            verdict = PhaseVote(60.0, decide).decide(table.tolist())
         return 3 * 8 * (len(row) + len(verdict) + 1)
 
     later_s, later_nbytes = min(_timed(agree) for _ in range(5))

@@ -1,0 +1,265 @@
+"""The files of one checkpoint, open for a load: what is read from them, checked, and brought to its place.
+
+Items that lie close together are read as one span into scratch memory, checked, and copied to their places in one
+go; a large tensor that is contiguous in host memory is read straight into it.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import torch
+
+from .._engine.device_copies import DeviceCopies
+from .._engine.gc_pause import gc_paused
+from .._engine.host_memory import memory_of
+from .._engine.task_groups import one_error
+from .._engine.threads import Threads, in_thread
+from .._format.archive_reader import StoredTensor, find_tensor
+from .._format.item_tables import ItemTables
+from .._telemetry.progress_bar import Bar
+from ..errors import CorruptError, ReadError
+from ..storage.base import Reader, Storage
+from ..storage.error_mapping import read_errors
+from .chunk_index import read_rows
+from .coalesce import DIRECT_NBYTES, SPAN_NBYTES, ReadSpan, coalesce_reads, overlapping, reads_direct
+from .decode import ItemDecoder
+from .large_reads import LargeRead, in_windows
+from .plan import ReadPlan, TensorRead, ValueRead
+from .scatter import scatter
+from .scratch import Scratch
+
+ENDS_NBYTES = 8 << 10  # of an archive: what torch.save writes before and after one tensor's bytes is 1.5 KiB
+READS_AT_ONCE = 3  # one is read, one is checked, one waits
+
+
+class FileReads:
+    """Reads the files of one checkpoint, as they are at one time: a save may replace all of them."""
+
+    def __init__(
+        self, storage: Storage, threads: Threads, checkpoint_id: str, tables: ItemTables, decoder: ItemDecoder
+    ) -> None:
+        """Begin without an open file.
+
+        Args:
+            storage, checkpoint_id: where the files are.
+            threads: the engine's.
+            tables: what `.metadata` says of the files' tables of checksums.
+            decoder: checks and decodes items.
+        """
+        self._storage = storage
+        self._threads = threads
+        self._checkpoint_id = checkpoint_id
+        self._tables = tables
+        self._decoder = decoder
+        self._readers: dict[str, Reader] = {}
+        self._crcs: dict[str, dict[int, int]] = {}  # by file and offset, of the tables that have been read
+
+    async def open(self, stack: AsyncExitStack, plan: ReadPlan) -> None:
+        """Open every file of a plan, until `stack` is closed, and check that every item lies within its file.
+
+        Raises:
+            CorruptError: a file is missing, too short, or its table is not what was saved.
+            ReadError: storage failed.
+        """
+        readers = self._readers
+        reads: list[ValueRead | TensorRead] = [*plan.values, *plan.tensors]
+        for read in reads:
+            file = read.file
+            if file not in readers:
+                path = self._storage.describe(self._checkpoint_id, file)
+                try:
+                    with read_errors(path):
+                        readers[file] = await stack.enter_async_context(self._storage.open(self._checkpoint_id, file))
+                except ReadError as error:
+                    if isinstance(error.__cause__, FileNotFoundError):
+                        raise CorruptError(path, read.fqn, "the file is missing") from error.__cause__
+                    raise
+                await self._read_table(file, path)
+            if read.offset + read.nbytes > readers[file].nbytes:
+                problem = f"the file has {readers[file].nbytes} bytes, the value ends at {read.offset + read.nbytes}"
+                raise CorruptError(self._storage.describe(self._checkpoint_id, file), read.fqn, problem)
+            if isinstance(read, TensorRead) and read.frame and not read.bare and read.frame.item_nbytes != read.nbytes:
+                problem = f"{read.nbytes} bytes are not {read.dtype} of {tuple(read.sizes)}"
+                raise CorruptError(self._storage.describe(self._checkpoint_id, file), read.fqn, problem)
+            if isinstance(read, ValueRead) or not read.bare:
+                read.crc = self._crcs[file].get(read.offset)
+
+    async def _read_table(self, file: str, path: str) -> None:
+        """Read the table at a file's end, if it has one."""
+        self._crcs[file] = {}
+        nbytes, reader = self._tables.nbytes(file), self._readers[file]
+        if not nbytes:
+            return
+        if nbytes > reader.nbytes:
+            raise CorruptError(path, "", f"the file has {reader.nbytes} bytes, the table at its end {nbytes}")
+        table = bytearray(nbytes)
+        with read_errors(path):
+            await reader.read_into(reader.nbytes - nbytes, [memoryview(table)])
+        try:
+            self._crcs[file] = self._tables.read(file, bytes(table))
+        except ValueError as error:
+            raise CorruptError(path, "", str(error)) from error
+
+    async def read_values(self, reads: Sequence[ValueRead], *, decoded: bool) -> dict[int, Any]:
+        loaded: dict[int, Any] = {}
+        decoder = self._decoder
+
+        def decode(span: ReadSpan, memory: memoryview) -> None:
+            for read in span.items:
+                start = read.offset - span.start
+                data = bytes(memory[start : start + read.nbytes])
+                loaded[read.place] = decoder.value(read.fqn, span.file, data, read.crc) if decoded else data
+
+        for span in coalesce_reads(reads):
+            memory = memoryview(bytearray(span.stop - span.start))
+            await self._readers[span.file].read_into(span.start, [memory])
+            await in_thread(self._threads.compute, decode, span, memory)
+        return loaded
+
+    async def find_stored(self, reads: Sequence[TensorRead]) -> dict[int, StoredTensor]:
+        """Find out where in large archives of `torch.save` the elements are, to read a part or a window at a time.
+
+        An archive's directory is at its end, and the headers before the tensor's bytes are at its beginning.
+
+        Returns:
+            Of those that are wanted whole, by their number, where the tensor lies.
+        """
+        found: dict[int, StoredTensor] = {}
+        limit = anyio.Semaphore(READS_AT_ONCE)
+        readers = self._readers
+
+        async def look(number: int, read: TensorRead) -> None:
+            sparse = mmap.mmap(-1, read.nbytes)  # memory is taken for what is touched
+            async with limit:
+                with memoryview(sparse) as archive:
+                    ends = archive[:ENDS_NBYTES], archive[-ENDS_NBYTES:]
+                    await readers[read.file].read_into(read.offset, [ends[0]])
+                    await readers[read.file].read_into(read.offset + read.nbytes - ENDS_NBYTES, [ends[1]])
+                    stored = find_tensor(archive, None)
+            if stored is None or stored.start >= ENDS_NBYTES:
+                return
+            if read.part is None:
+                found[number] = stored
+            else:
+                read_rows(read, stored.dtype, stored.sizes, stored.strides, stored.start, stored.offset)
+
+        async with anyio.create_task_group() as group:
+            for number, read in enumerate(reads):
+                if read.frame is None and read.nbytes >= (SPAN_NBYTES if read.part is None else DIRECT_NBYTES):
+                    group.start_soon(look, number, read)
+        return found
+
+    async def read_tensors(
+        self, reads: Sequence[TensorRead], stored: dict[int, StoredTensor], device_copies: DeviceCopies, bar: Bar
+    ) -> None:
+        """Read parts of tensors, and bring each to its place.
+
+        Args:
+            reads: what to read.
+            stored: of some of them, by number, where in their archive the tensor lies: see `find_stored`.
+            device_copies: brings tensors to devices.
+            bar: shows how far it has come.
+
+        Raises:
+            CorruptError: what is stored is not what was saved.
+            OSError: storage failed.
+        """
+        ways = _Ways.choose(reads, stored)
+        bar.total(ways.nbytes)
+        readers, decoder = self._readers, self._decoder
+        scratch = Scratch(self._threads, pin_for=device_copies.first_device)
+        limit = anyio.Semaphore(READS_AT_ONCE)
+
+        async def read_direct(read: TensorRead) -> None:
+            async with limit:
+                await self._read_direct(read)
+                bar.advance(read.nbytes)
+
+        async def read_span(span: ReadSpan) -> None:
+            async with limit, scratch.take(span.stop - span.start) as arena:
+                memory = arena.memory[: span.stop - span.start]
+                await readers[span.file].read_into(span.start, [memory])
+                await in_thread(self._threads.compute, scatter, span, arena, decoder, device_copies)
+                bar.advance(span.stop - span.start)
+
+        async def read_window(each: LargeRead, number: int) -> None:  # begun in order, so the one before is under way
+            window = each.windows[number]
+            async with limit, scratch.take(window.nbytes) as arena:
+                await readers[each.read.file].read_into(window.start, [arena.memory[: window.nbytes]])
+                if each.is_compared and number:
+                    await each.windows[number - 1].checked.wait()
+                await in_thread(self._threads.compute, each.fill, number, arena, decoder, device_copies)
+                window.checked.set()
+                bar.advance(window.nbytes)
+
+        with one_error():
+            async with anyio.create_task_group() as group:
+                for read in ways.direct:
+                    group.start_soon(read_direct, read)
+                for span in ways.spans:
+                    group.start_soon(read_span, span)
+                for each in ways.large:
+                    if not each.is_compared and not each.read.bare:
+                        decoder.note_unchecked()
+                    for number in range(len(each.windows)):
+                        group.start_soon(read_window, each, number)
+
+    async def _read_direct(self, read: TensorRead) -> None:
+        assert read.frame is not None
+        reader, payload = self._readers[read.file], memory_of(read.into)
+        torch.autograd.graph.increment_version(read.into)
+        if read.bare:
+            await reader.read_into(read.offset, [payload])
+            return
+        header = memoryview(bytearray(len(read.frame.header)))
+        await reader.read_into(read.offset, [header, payload])
+        await in_thread(self._threads.compute, self._decoder.framed, read, read.frame.header_crc, header, payload)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ways:
+    """In which way each part of a tensor is read.
+
+    Attributes:
+        direct: straight into its place.
+        spans: with its neighbours, by way of scratch memory.
+        large: a window at a time, likewise.
+    """
+
+    direct: list[TensorRead]
+    spans: list[ReadSpan]
+    large: list[LargeRead]
+
+    @classmethod
+    def choose(cls, reads: Sequence[TensorRead], stored: dict[int, StoredTensor]) -> _Ways:
+        with gc_paused():
+            large_or_direct = [read for read in reads if read.nbytes > SPAN_NBYTES or reads_direct(read)]
+            tied = overlapping(reads) if large_or_direct else set()
+            direct = [read for read in large_or_direct if reads_direct(read) and id(read) not in tied]
+            apart = set(map(id, direct))
+            large = [
+                found
+                for number, read in enumerate(reads)
+                if read.nbytes > SPAN_NBYTES
+                and id(read) not in apart
+                and id(read) not in tied
+                and (found := in_windows(read, stored.get(number))) is not None
+            ]
+            apart |= {id(each.read) for each in large}
+            spans = coalesce_reads([read for read in reads if id(read) not in apart] if apart else reads)
+            return cls(direct=direct, spans=spans, large=large)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to be read."""
+        return (
+            sum(read.nbytes for read in self.direct)
+            + sum(span.stop - span.start for span in self.spans)
+            + sum(window.nbytes for each in self.large for window in each.windows)
+        )

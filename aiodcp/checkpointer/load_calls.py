@@ -1,0 +1,109 @@
+"""Loads as their caller sees them: what is to be filled, the load itself, and handing over what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch.distributed.checkpoint.planner import LoadPlanner
+
+from .._distributed.votes import OperationKind
+from .._engine.device_copies import CopyStreams
+from .._load.find_targets import find_targets
+from .._load.loader import Loader
+from .._load.options import Loaded, LoadOptions
+from .._load.read_custom_metadata import read_custom_metadata
+from .._load.report import LoadReport
+from .._load.targets import LoadTargets
+from .._telemetry.progress_bar import Bar
+from ..errors import CheckpointError, LoadError
+from ..storage.retry import RetryingStorage
+from .arguments import CheckpointId, Options, check_id, digest_of
+from .capture_call import captured_here
+from .flows import Flows
+
+
+class LoadCalls:
+    """The loads of one `Checkpointer`, as they are asked for. Its methods are called from the caller's thread."""
+
+    def __init__(self, flows: Flows, storage: RetryingStorage, options: Options) -> None:
+        self._flows = flows
+        self._storage = storage
+        self._options = options
+        self._loader: Loader
+        self._streams: CopyStreams
+
+    def open(self, streams: CopyStreams) -> None:
+        """Make what is kept from load to load; the engine runs."""
+        self._loader = Loader(self._storage, self._flows.engine.threads, checksum=self._options.checksum)
+        self._streams = streams
+
+    def close(self) -> None:
+        """Let go of it."""
+        del self._loader
+
+    async def load(
+        self,
+        state_dict: MutableMapping[str, Any],
+        checkpoint_id: CheckpointId,
+        planner: LoadPlanner | None,
+        options: LoadOptions,
+        bar: Bar,
+    ) -> LoadReport:
+        """Load as `Checkpointer.load` does, which see; the bar shows how far it has come."""
+        flows = self._flows
+        flows.check_open()
+        path = ""
+
+        def find() -> LoadTargets:
+            nonlocal path
+            path = self._storage.resolve(check_id(checkpoint_id))
+            return find_targets(state_dict, flows.rank, planner, self._streams)
+
+        with _load_errors():
+            await flows.wait_for_saves()
+            take = captured_here(find, is_alone=flows.channel is None)
+            loaded = await self._load(take, lambda: path, checkpoint_id, options, bar)
+            loaded.targets.hand_over(state_dict, absent=loaded.absent)
+        return loaded.targets.report
+
+    async def _load(
+        self,
+        take: Callable[[], Awaitable[LoadTargets]],
+        path: Callable[[], str],
+        checkpoint_id: CheckpointId,
+        options: LoadOptions,
+        bar: Bar,
+    ) -> Loaded:
+        flows = self._flows
+        if flows.channel is not None:  # ranks wait for each other's turns
+            flows.refuse_inside("a load of several ranks")
+        operation = flows.operation(OperationKind.LOAD, LoadError("the load was cancelled"))
+
+        async def load() -> Loaded:
+            with flows.under_way(operation):
+                return await self._loader.load(operation, digest_of(checkpoint_id), take, path(), options, bar)
+
+        async def load_in_turn() -> Loaded:
+            async with flows.slot:
+                return await load()
+
+        return await flows.run(load_in_turn if flows.channel else load, operation=operation)
+
+    async def read_custom_metadata(self, checkpoint_id: CheckpointId) -> dict[str, Any]:
+        """Read as `Checkpointer.read_custom_metadata` does, which see."""
+        self._flows.check_open()
+        path = self._storage.resolve(check_id(checkpoint_id))
+        return await self._flows.run(read_custom_metadata, self._storage, path)
+
+
+@contextmanager
+def _load_errors() -> Iterator[None]:
+    """Let nothing leave a load that is not of our tree."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise LoadError(f"failed: {error!r}") from error

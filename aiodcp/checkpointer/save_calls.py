@@ -1,0 +1,334 @@
+"""Saves as their caller sees them: the turn, the capture, the hand-over, and failures raised once."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.distributed.checkpoint.planner import SavePlanner
+
+from .._distributed.operation import Operation
+from .._distributed.votes import OperationKind
+from .._engine.device_copies import CopyStreams
+from .._engine.gil_fairness import yield_to_engine
+from .._save.commit import remove_files
+from .._save.pipeline import WritePipeline
+from .._save.request import PartRequest, SaveJob
+from .._save.saver import Saver
+from .._state.capture import Capture, capture
+from .._state.flatten import KnownNames
+from .._state.planner_capture import capture_planned
+from .._state.tear_detector import TearDetector
+from .._telemetry.trace import Trace
+from ..errors import ArgumentError, BusyError, CheckpointError, ClosedError, SaveCancelled, SaveError, StageError
+from ..storage.retry import RetryingStorage
+from .arguments import ON_BUSY, CheckpointId, Options, check_id, digest_of
+from .capture_call import captured_here
+from .checkpoint import EarlierFailureError, SaveState
+from .flows import Flows
+from .handshake import Handshake
+from .optimizer_guard import Guard, Guards
+
+OnBusy = Literal["wait", "skip", "raise"]
+
+EncodeMetadata = Callable[[], Awaitable[Callable[[], bytes]]]
+"""Awaited before a save begins; it fails the save on all ranks, or returns what makes the custom metadata."""
+
+
+class SaveCalls:
+    """The saves of one `Checkpointer`, as they are asked for. Its methods are called from the caller's thread.
+
+    Attributes:
+        trace: of all saves.
+        last: the last save that was captured.
+    """
+
+    def __init__(self, flows: Flows, storage: RetryingStorage, options: Options) -> None:
+        self.trace: Trace = Trace()
+        self.last: SaveState | None = None
+        self._flows = flows
+        self._storage = storage
+        self._options = options
+        self._unsafe: set[str] = set()  # fqns that were warned about: they need more than plain data to be loaded
+        self._staging: list[SaveState] = []  # captured, and perhaps not staged yet
+        self._names: KnownNames = {}
+        self._saver: Saver
+        self._guards: Guards
+        self._streams: CopyStreams
+
+    def open(self, streams: CopyStreams) -> None:
+        """Make what is kept from save to save; the engine runs."""
+        options, threads = self._options, self._flows.engine.threads
+        make_pipeline = partial(
+            WritePipeline,
+            self._storage,
+            threads,
+            keep_buffers=options.keep_buffers,
+            max_host_nbytes=options.max_host_bytes,
+            checksum=options.checksum,
+        )
+        self._streams = streams
+        self._saver = Saver(
+            self._storage,
+            threads,
+            make_pipeline,
+            share_pipeline=options.max_host_bytes is not None,
+            on_disagreement=options.on_disagreement,
+        )
+        self._guards = Guards(self._on_step)
+
+    def close(self) -> None:
+        """Give the host memory back, and let optimizers step."""
+        self._guards.close()
+        del self._saver
+
+    # --- one state
+
+    async def save(
+        self,
+        state_dict: Mapping[str, Any],
+        checkpoint_id: CheckpointId,
+        encode_metadata: EncodeMetadata,
+        *,
+        planner: SavePlanner | None,
+        on_busy: OnBusy,
+    ) -> SaveState | None:
+        """Save as `Checkpointer.save` does, which see; return None if it is skipped."""
+        flows = self._flows
+        flows.check_open()
+        if on_busy == "wait":
+            flows.refuse_inside("a save")
+        number = flows.count_call()
+        is_skipped = on_busy in ("skip", "raise") and await flows.skips.ask()
+        handshake: Handshake[SaveJob] = Handshake()
+        with flows.waiting(handshake):
+            try:
+                path = self._storage.resolve(check_id(checkpoint_id))
+                custom_metadata = await encode_metadata()
+                _check_choices(on_busy, planner)
+                self.raise_unretrieved()
+                if is_skipped and on_busy == "raise":
+                    raise BusyError(flows.in_flight or path)
+            except BaseException as error:
+                if flows.channel is not None and not is_skipped:
+                    self._report_to_others(error, number, checkpoint_id, handshake)
+                raise
+            if is_skipped:
+                return None
+            state = self._begin(number, path, checkpoint_id, handshake)
+            try:
+                await handshake.wait_for_turn()
+                self.raise_unretrieved()  # of the save that this one waited for
+                job = self.capture(state, state_dict, custom_metadata, planner)
+                if not handshake.hand_over(job):
+                    await state.uploaded.reached()  # another rank has failed: raises that
+                    raise ClosedError("the Checkpointer was closed before this save was captured")
+                self.last = state
+            except BaseException as error:
+                state.mark_retrieved()  # it is raised here
+                handshake.fail(self._reason_for(error, checkpoint_id))
+                raise
+        yield_to_engine(asyncio.get_running_loop(), state.uploaded)
+        return state
+
+    def _report_to_others(
+        self, error: BaseException, number: int, checkpoint_id: CheckpointId, handshake: Handshake[SaveJob]
+    ) -> None:
+        """Take part in the save after all, to fail it: the other ranks wait for this one."""
+        handshake.fail(self._reason_for(error, checkpoint_id))
+        self._begin(number, str(checkpoint_id), checkpoint_id, handshake).mark_retrieved()
+
+    def _reason_for(self, error: BaseException, checkpoint_id: CheckpointId) -> Exception:
+        """Return why the save fails, for the engine and the other ranks, when `error` is raised to its caller."""
+        if self.last is not None and self.last.uploaded.error() is error:
+            return EarlierFailureError.of(error)
+        return error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
+
+    def _begin(self, number: int, path: str, checkpoint_id: CheckpointId, handshake: Handshake[SaveJob]) -> SaveState:
+        state = SaveState(path, self._flows.engine)
+
+        async def save(operation: Operation) -> list[str]:
+            try:
+                return await self._saver.save(operation, digest_of(checkpoint_id), handshake.wait_for_capture)
+            finally:
+                state.tears = None  # and with it what it held of the state
+
+        state.operation = self._begin_flow(number, path, handshake.give_turn, save, state.fail)
+        return state
+
+    # --- several states
+
+    def begin_joint(
+        self,
+        path: str,
+        give_turn: Callable[[], None],
+        custom_metadata: Callable[[], bytes],
+        next_part: Callable[[], Awaitable[PartRequest]],
+        succeed: Callable[[], None],
+        fail: Callable[[Exception], None],
+    ) -> Operation:
+        """Begin a save of several states, which its user requests one by one.
+
+        Args:
+            path: where to.
+            give_turn: called when it has its turn.
+            custom_metadata: returns the custom metadata, encoded, when all states are there.
+            next_part: waits for the next request; the last has no name.
+            succeed, fail: called when it is over.
+        """
+
+        async def save(operation: Operation) -> list[str]:
+            replaced = await self._saver.save_several(operation, digest_of(path), path, custom_metadata, next_part)
+            succeed()
+            return replaced
+
+        return self._begin_flow(self._flows.count_call(), path, give_turn, save, fail)
+
+    # --- both
+
+    def _begin_flow(
+        self,
+        number: int,
+        path: str,
+        give_turn: Callable[[], None],
+        save: Callable[[Operation], Awaitable[list[str]]],
+        fail: Callable[[Exception], None],
+    ) -> Operation:
+        async def save_or_fail(operation: Operation) -> list[str]:
+            try:
+                return await save(operation)
+            except CheckpointError as error:
+                fail(error)
+            except Exception as error:
+                failure = SaveError(repr(error))
+                failure.__cause__ = error
+                fail(failure)
+            return []
+
+        # Removing a large file takes long (0.2 s a GiB on ext4): the next save need not wait for it.
+        remove = partial(remove_files, self._storage, path)
+        return self._flows.begin_save(number, path, give_turn, save_or_fail, remove, on_failure=fail)
+
+    def capture(
+        self,
+        state: SaveState,
+        state_dict: Mapping[str, Any],
+        custom_metadata: Callable[[], bytes] = bytes,
+        planner: SavePlanner | None = None,
+    ) -> SaveJob:
+        """Take the state as it is now. In the caller's thread."""
+        state.log.restart()
+        with state.timeline.record("capture"), _capture_errors():
+            if planner is None:
+                captured = self._capture_plain(state_dict)
+            else:
+                captured = capture_planned(state_dict, planner, is_coordinator=self._flows.skips.decides)
+            self._warn_unsafe(captured)
+            state.device_copies = self._streams.begin(captured.devices, captured.name_on)
+            if self._options.check_torn:
+                state.tears = TearDetector(captured)
+                self._guards.arm()
+        self._staging = [*(each for each in self._staging if not each.staged.done()), state]
+        self.trace.add(state.checkpoint_id, state.timeline)
+        return SaveJob(
+            captured=captured,
+            planner=planner,
+            device_copies=state.device_copies,
+            tears=state.tears,
+            checkpoint_id=state.checkpoint_id,
+            custom_metadata=custom_metadata,
+            queued=state.queued,
+            staged=state.staged,
+            uploaded=state.uploaded,
+            log=state.log,
+            timeline=state.timeline,
+        )
+
+    def _capture_plain(self, state_dict: Mapping[str, Any]) -> Capture:
+        may_be_empty = self._flows.channel is not None
+        return capture(state_dict, self._flows.rank, may_be_empty=may_be_empty, names=self._names)
+
+    def _warn_unsafe(self, captured: Capture) -> None:
+        """Warn of values that `load` will not build by default, once a name."""
+        for place, frozen in captured.frozen.items():
+            fqn = captured.fqns[place]
+            if frozen.needs and fqn not in self._unsafe:
+                self._unsafe.add(fqn)
+                warnings.warn(
+                    f"{fqn} is saved, but is more than plain data: to load it needs weights_only=False, or "
+                    f"torch.serialization.add_safe_globals for {', '.join(frozen.needs)}",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+    # --- ahead of a save, and while it is staged
+
+    async def prepare(self, state_dict: Mapping[str, Any]) -> None:
+        """Plan and take memory as `Checkpointer.prepare` does, which see."""
+        flows = self._flows
+        flows.check_open()
+        flows.refuse_inside("a preparation")
+        take = captured_here(lambda: self._capture_plain(state_dict), is_alone=flows.channel is None)
+        operation = flows.operation(OperationKind.PREPARE, ClosedError("the preparation was cancelled"))
+
+        async def prepare_in_turn() -> None:
+            async with flows.slot:
+                with flows.under_way(operation):
+                    await self._saver.prepare(operation, take)
+
+        await flows.run(prepare_in_turn, operation=operation)
+
+    def guard(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> Guard:
+        """Have optimizers wait as `Checkpointer.guard` does, which see."""
+        self._flows.check_open()
+        return self._guards.add(optimizers)
+
+    def _on_step(self, optimizer: torch.optim.Optimizer, guarded: bool) -> None:
+        for state in self._staging:
+            if state.staged.done():
+                continue
+            if guarded:
+                state.fence()
+            elif (tears := state.tears) is not None:
+                tears.begins_step(optimizer)
+
+    # --- failures that were not retrieved
+
+    def raise_unretrieved(self) -> None:
+        """Raise the failure of the last save unless it was retrieved."""
+        error = self.take_unretrieved()
+        if error is not None:
+            raise error
+
+    def take_unretrieved(self) -> Exception | None:
+        """Return the failure of the last save unless it was retrieved, and mark it as such."""
+        if self.last is None:
+            return None
+        error = self.last.unretrieved()
+        if error is not None:
+            self.last.mark_retrieved()
+        return error
+
+    def is_busy(self) -> bool:
+        """Whether a save is in flight, or asked for."""
+        return self._flows.is_asked() or (self.last is not None and not self.last.uploaded.done())
+
+
+def _check_choices(on_busy: str, planner: object) -> None:
+    if on_busy not in ON_BUSY:
+        raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
+    if planner is not None and not isinstance(planner, SavePlanner):
+        raise ArgumentError("planner", f"a {type(planner).__name__} is not a SavePlanner")
+
+
+@contextmanager
+def _capture_errors() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise StageError(0, "no host memory is left to capture the values in") from error

@@ -1,0 +1,115 @@
+"""Restoring a step: which one is the latest, and which is taken when that one is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any, Literal
+
+from torch.distributed.checkpoint.planner import LoadPlanner
+
+from .._load.options import LoadOptions
+from .._load.report import LoadReport
+from ..checkpointer.session import Session
+from ..errors import ArgumentError, CorruptError, LoadError, RankError, ReadError
+from .arguments import check_step
+from .catalog import StepCatalog
+from .reporter import Reporter
+from .steps import step_path
+
+
+class RestoredStep(int):
+    """The step that `restore` has loaded, a number, with what was left out of it or converted.
+
+    Attributes:
+        report: as `Checkpointer.load` returns it.
+    """
+
+    report: LoadReport
+
+    def __new__(cls, step: int, report: LoadReport) -> RestoredStep:
+        made = super().__new__(cls, step)
+        made.report = report
+        return made
+
+    def __reduce__(self) -> tuple[type[RestoredStep], tuple[int, LoadReport]]:
+        return RestoredStep, (int(self), self.report)
+
+    def __repr__(self) -> str:
+        return int.__repr__(self)
+
+
+class StepRestores:
+    """The restores of one manager."""
+
+    def __init__(self, session: Session, catalog: StepCatalog, reporter: Reporter) -> None:
+        self._session = session
+        self._catalog = catalog
+        self._reporter = reporter
+
+    async def refresh(self) -> None:
+        """Look again which steps are complete, and know the same on all ranks."""
+        mark = self._catalog.mark()
+        self._catalog.update(await self._session.flows.ask("list steps", self._catalog.look), mark)
+
+    async def restore(
+        self,
+        state_dict: MutableMapping[str, Any],
+        step: int | Literal["latest", "best"],
+        *,
+        fall_back: bool,
+        planner: LoadPlanner | None,
+        options: LoadOptions,
+    ) -> RestoredStep | None:
+        """Restore as `CheckpointManager.restore` does, which see."""
+        if step not in ("latest", "best"):
+            check_step(step)
+        if step == "best" and self._catalog.retention.keep_best is None:
+            raise ArgumentError("step", '"best" needs keep_best=, which names the metric')
+        self._session.flows.check_open()
+        await self._session.flows.wait_for_saves()
+        await self.refresh()
+        candidates = self._candidates(step, fall_back=fall_back)
+        with self._catalog.use(*candidates):
+            for number in candidates:
+                try:
+                    with self._reporter.restoring(number) as bar:
+                        path = step_path(self._catalog.root, number)
+                        report = await self._session.loads.load(state_dict, path, planner, options, bar)
+                    return RestoredStep(number, report)
+                except (CorruptError, RankError) as error:
+                    if number == candidates[-1] or not _is_damage(error):
+                        raise
+                    self._catalog.mark_damaged(number)
+                    self._reporter.fell_back(number, error)
+        return None
+
+    def _candidates(self, step: int | Literal["latest", "best"], *, fall_back: bool) -> Sequence[int]:
+        """Return which steps to try, one after the other."""
+        numbers = [each.step for each in self._catalog.newest]
+        if step == "latest":
+            self._refuse_to_pass_over(fall_back=fall_back)
+        if isinstance(step, int):
+            numbers = [step, *(numbers[numbers.index(step) + 1 :] if step in numbers else ())]
+        elif step == "best":
+            numbers = self._catalog.retention.best(self._catalog.known)
+        return numbers if fall_back else numbers[:1]
+
+    def _refuse_to_pass_over(self, *, fall_back: bool) -> None:
+        """Refuse to take an older step for the latest because the latest cannot be read."""
+        unreadable, last = self._catalog.unreadable, next(iter(self._catalog.newest), None)
+        if last is None:
+            suspects = list(unreadable)
+        elif last.commit_number:  # those that it knew of are older
+            suspects = [step for step in unreadable if step not in last.after]
+        else:
+            suspects = [step for step in unreadable if step > last.step]
+        if suspects and (last is None or not fall_back):
+            step = max(suspects)
+            path = step_path(self._catalog.root, step)
+            raise ReadError(path, f"it may be the latest step, and cannot be read: {unreadable[step]}")
+
+
+def _is_damage(error: LoadError) -> bool:
+    """Whether what is stored is damaged, as this rank found or another one."""
+    kinds = {failure.kind for failure in error.failures} if isinstance(error, RankError) else {type(error).__name__}
+    return kinds == {CorruptError.__name__}

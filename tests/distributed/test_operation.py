@@ -1,0 +1,294 @@
+"""Several ranks: agreement, failures, deadlines, death."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from aiodcp import Checkpointer, CheckpointError, RankError
+from aiodcp._save import plan_cache
+from aiodcp._save.staging import Staging
+from aiodcp.testing import Gate
+
+from ..support.broken_files import BrokenFiles
+from ..support.ranks import Killed, World
+from ..support.states import assert_equal, blank, make_state
+
+
+def _save_and_load(rank: int, size: int, path: Path) -> list[str]:
+    async def main() -> None:
+        state = make_state(3)
+        async with Checkpointer() as checkpointer:
+            for _ in range(3):
+                ckpt = await checkpointer.save(state, path)
+                await ckpt.staged
+                await ckpt.uploaded
+            target = blank(state)
+            await checkpointer.load(target, path)
+            assert_equal(state, target)
+
+    asyncio.run(main())
+    return sorted(os.listdir(path))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_replicated_state_is_saved_once(world: World, tmp_path: Path, size: int) -> None:
+    names = world.run(size, _save_and_load, tmp_path / "ckpt")[0]
+    assert names[0] == ".metadata"
+    assert len(names) == 1 + size
+
+
+class UnpicklableError(Exception):
+    def __init__(self) -> None:
+        super().__init__("holds a lock")
+        self.lock = threading.Lock()
+
+
+class Stateful:
+    def __init__(self, state: dict[str, Any], error: Exception | None) -> None:
+        self.state, self.error = state, error
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def _no_space(call: str) -> None:
+    if call == "write":
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _no_put(call: str) -> None:
+    if call == "put":
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
+def _uncopyable(*_: object) -> None:
+    raise RuntimeError("the copy engine is on fire")
+
+
+def _unplannable(taken: Any, *, alone: bool) -> Any:
+    raise UnpicklableError
+
+
+FAULTS = {
+    "state_dict": ("capture", "CaptureError", "state_dict() of Stateful raised"),
+    "unpicklable": ("capture", "CaptureError", "holds a lock"),
+    "argument": ("capture", "ArgumentError", "is not a path"),
+    "plan": ("plan", "SaveError", "planning failed"),
+    "stage": ("write", "StageError", "on fire"),
+    "write": ("write", "WriteError", "No space left on device"),
+    "metadata": ("commit", "WriteError", "Disk quota exceeded"),
+}
+
+
+async def _save_with(fault: str, checkpointer: Checkpointer, storage: BrokenFiles, state: Any, path: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        error: Exception | None = None
+        if fault == "state_dict":
+            error = ValueError("no state today")
+        elif fault == "unpicklable":
+            error = UnpicklableError()
+        elif fault == "argument":
+            path = 3
+        elif fault == "plan":
+            patch.setattr(plan_cache, "plan_local", _unplannable)
+            state = state | {"new": torch.zeros(2)}
+        elif fault == "stage":
+            patch.setattr(Staging, "copy", _uncopyable)
+        elif fault == "write":
+            storage.fault = _no_space
+        elif fault == "metadata":
+            storage.fault = _no_put
+        try:
+            ckpt = await checkpointer.save({"app": Stateful(state, error)}, path)
+            await ckpt.uploaded
+        finally:
+            storage.fault = lambda call: None
+
+
+def _fail_on(rank: int, size: int, folder: Path) -> None:
+    async def main() -> None:
+        storage = BrokenFiles()
+        state = {"w": torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), "v": torch.zeros(5), "n": 1}
+        async with Checkpointer(storage=storage) as checkpointer:
+            for number, (fault, (phase, kind, text)) in enumerate(FAULTS.items()):
+                path = folder / fault
+                await (await checkpointer.save({"app": Stateful(state, None)}, path)).uploaded
+                dist.barrier()
+                before = sorted(os.listdir(path))
+                failing = {1, 2} if fault == "write" else {0} if fault == "metadata" else {number % size}
+                changed = state | ({"new": torch.zeros(2)} if fault == "plan" else {})
+                began = time.monotonic()
+                with pytest.raises(CheckpointError) as caught:
+                    await _save_with(fault if rank in failing else "", checkpointer, storage, changed, path)
+                assert time.monotonic() - began < 10
+                error = caught.value
+                if isinstance(error, RankError):
+                    assert error.phase == phase
+                    assert {each.rank for each in error.failures} == failing, fault
+                    assert {each.kind for each in error.failures} == {kind}
+                    assert all(text in each.text and "Traceback" in each.traceback for each in error.failures)
+                    assert not error.missing
+                    assert all(f"rank {each}" in str(error) and text in str(error) for each in failing)
+                    assert (error.__cause__ is not None) == (rank in failing), (fault, error.__cause__)
+                else:
+                    assert rank in failing
+                    assert type(error).__name__ == kind
+                dist.barrier()
+                assert sorted(os.listdir(path)) == before, fault
+                await (await checkpointer.save({"app": Stateful(state, None)}, path)).uploaded
+                target = Stateful(blank(state), None)
+                await checkpointer.load({"app": target}, path)
+                assert_equal(state, target.state)
+
+    asyncio.run(main())
+
+
+def test_an_error_on_one_rank_in_any_phase_is_told_on_all_and_nothing_is_committed(
+    world: World, tmp_path: Path
+) -> None:
+    world.run(3, _fail_on, tmp_path)
+
+
+def _stop_early(rank: int, size: int, path: Path) -> None:
+    async def main() -> None:
+        storage = BrokenFiles()
+        gate = Gate("write")
+        if rank == 1:
+            storage.fault = _no_space
+        else:
+            storage.fault = gate  # never opened: only being stopped ends it
+        state = {f"w{n}": torch.ones(1000) for n in range(size)}
+        async with Checkpointer(storage=storage) as checkpointer:
+            with pytest.raises(RankError, match="rank 1: WriteError"):
+                await (await checkpointer.save(state, path)).uploaded
+            storage.fault = lambda call: None
+            await (await checkpointer.save(state, path)).uploaded
+
+    asyncio.run(main())
+
+
+def test_a_failure_stops_the_writing_of_the_others(world: World, tmp_path: Path) -> None:
+    world.run(3, _stop_early, tmp_path / "ckpt")
+
+
+def _miss_the_deadline(rank: int, size: int, path: Path) -> None:
+    async def main() -> None:
+        storage = BrokenFiles()
+        state = {f"w{n}": torch.ones(1000) for n in range(size)}
+        async with Checkpointer(storage=storage, timeout=1.5) as checkpointer:
+            await (await checkpointer.save(state, path)).uploaded
+            stuck = threading.Event()
+            if rank == 1:  # in a thread that cannot be interrupted, as a hung file system holds one
+                storage.fault = lambda call: asyncio.to_thread(stuck.wait, 30) if call == "write" else None
+            ckpt = await checkpointer.save(state, path)
+            with pytest.raises(RankError) as caught:
+                await ckpt.uploaded
+            assert caught.value.missing == (1,)
+            assert caught.value.phase == "write"
+            assert not stuck.is_set()
+            stuck.set()
+            storage.fault = lambda call: None
+            await (await checkpointer.save(state, path)).uploaded
+            target = blank(state)
+            await checkpointer.load(target, path)
+            assert_equal(state, target)
+
+    asyncio.run(main())
+
+
+def test_at_the_deadline_the_rank_that_is_not_done_is_named_and_the_next_save_works(
+    world: World, tmp_path: Path
+) -> None:
+    world.run(3, _miss_the_deadline, tmp_path / "ckpt")
+
+
+def _come_late(rank: int, size: int, path: Path, late: int) -> None:
+    async def main() -> None:
+        state = {f"w{n}": torch.ones(1000) for n in range(size)}
+        async with Checkpointer(timeout=1.0) as checkpointer:
+            await (await checkpointer.save(state, path)).uploaded
+            if rank == late:
+                others = Path(f"{path}-others")
+                while len(os.listdir(others)) < size - 1:
+                    await asyncio.sleep(0.01)
+            with pytest.raises(RankError) as caught:
+                await (await checkpointer.save(state, path)).uploaded
+            assert caught.value.missing == (late,)
+            Path(f"{path}-others", str(rank)).touch()
+            await (await checkpointer.save(state, path)).uploaded
+            target = blank(state)
+            await checkpointer.load(target, path)
+            assert_equal(state, target)
+
+    os.makedirs(f"{path}-others", exist_ok=True)
+    dist.barrier()
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_rank_that_comes_too_late_is_named_and_joins_the_next_save(world: World, tmp_path: Path, late: int) -> None:
+    world.run(3, _come_late, tmp_path / "ckpt", late)
+
+
+def _be_killed(rank: int, size: int, path: Path, victim: int, moment: str) -> Any:
+    async def main() -> Any:
+        storage = BrokenFiles()
+        state = {f"w{n}": torch.full((1000,), 1.0) for n in range(size)}
+        async with Checkpointer(storage=storage) as checkpointer:
+            await (await checkpointer.save(state, path)).uploaded
+            dist.barrier()
+
+            def die(call: str) -> None:
+                if call == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            if rank == victim:
+                storage.fault = die
+            changed = {f"w{n}": torch.full((1000,), 2.0) for n in range(size)}
+            began = time.monotonic()
+            with pytest.raises(RankError) as caught:
+                await (await checkpointer.save(changed, path)).uploaded
+            return caught.value.missing, time.monotonic() - began
+
+    return asyncio.run(main())
+
+
+def _load_after_death(rank: int, size: int, path: Path) -> float:
+    async def main() -> float:
+        state = {f"w{n}": torch.zeros(1000) for n in range(4)}
+        async with Checkpointer() as checkpointer:
+            await checkpointer.load(state, path)
+        [value] = {float(each) for tensor in state.values() for each in tensor}
+        return value
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(("victim", "moment"), [(2, "write"), (0, "put"), (0, "sync")])
+def test_a_killed_rank_is_named_by_the_survivors_and_the_old_checkpoint_stays(
+    world: World, tmp_path: Path, victim: int, moment: str
+) -> None:
+    results = world.run(4, _be_killed, tmp_path / "ckpt", victim, moment, killed=True)
+    assert isinstance(results.pop(victim), Killed)
+    for missing, seconds in results:
+        assert missing == (victim,)
+        assert seconds < 30
+    if moment == "put":  # it might have been killed a moment later: the data that the commit names is not removed
+        assert len(list((tmp_path / "ckpt").glob("*.distcp"))) == 8
+    assert world.run(2, _load_after_death, tmp_path / "ckpt") == [1.0, 1.0]
