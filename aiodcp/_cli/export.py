@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .._format.dcp import KeyPath, Metadata, TensorStorageMetadata
-from .._format.extension import container_notes
+from .._format.extension import containers_of
 from .._state.structure import int_keys_of, rebuild
 from ..errors import ArgumentError, WriteError
 from .reading import load, opened, pieces, read
@@ -47,10 +47,10 @@ def export_torch(checkpoint_id: str, out: str) -> dict[str, Any]:
 def nest(flat: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
     """Return the nested state dict of flat values: with lists, empty dicts and int keys as they were saved."""
     paths: dict[str, KeyPath] = {fqn: tuple((metadata.planner_data or {}).get(fqn, (fqn,))) for fqn in flat}
-    notes = container_notes(metadata)
-    empty = notes.empty if notes is not None else []
+    containers = containers_of(metadata)
+    empty = containers.empty if containers is not None else []
     items = [(paths[fqn], value) for fqn, value in flat.items()]
-    nested: dict[str, Any] = rebuild((), items, None, empty, int_keys_of(notes, paths.values()))
+    nested: dict[str, Any] = rebuild((), items, None, empty, int_keys_of(containers, paths.values()))
     return nested
 
 

@@ -48,11 +48,11 @@ async def rows_of(storage: Storage, root: str) -> list[dict[str, Any]]:
         }
         rows.append(row)
         if complete:
-            await _read_note(storage, step_path(root, step), row)
+            await _add_metadata(storage, step_path(root, step), row)
     return sorted(rows, key=lambda row: row["step"])
 
 
-async def _read_note(storage: Storage, path: str, row: dict[str, Any]) -> None:
+async def _add_metadata(storage: Storage, path: str, row: dict[str, Any]) -> None:
     """Add what the custom metadata says, and when it was written."""
     try:
         custom_metadata, row["saved_at"] = await read_dated_custom_metadata(storage, path)

@@ -113,7 +113,7 @@ class Channel:
         """Connect with all others, if that is not done yet, and return the group.
 
         Raises:
-            LineCutError: not all of them came in time.
+            ChannelBrokenError: not all of them came in time.
 
         Cancellation: leaves a thread behind, for `timeout_s` at most.
         """
@@ -156,7 +156,7 @@ class Channel:
         """Collect each rank's `row` (of one shape and dtype): [size, *shape] at the root, None elsewhere.
 
         Raises:
-            LineCutError: a rank is gone or did not answer in time.
+            ChannelBrokenError: a rank is gone or did not answer in time.
         """
         group = await self.connect()
         table = torch.zeros(self.size, *row.shape, dtype=row.dtype) if self.rank == self.root else None
@@ -171,7 +171,7 @@ class Channel:
         """Fill `tensor` with the root's.
 
         Raises:
-            LineCutError: a rank is gone or did not answer in time.
+            ChannelBrokenError: a rank is gone or did not answer in time.
         """
         group = await self.connect()
         options = dist.BroadcastOptions()
@@ -183,7 +183,7 @@ class Channel:
         """Fill `row` with this rank's row of the root's `table` [size, *shape].
 
         Raises:
-            LineCutError: a rank is gone or did not answer in time.
+            ChannelBrokenError: a rank is gone or did not answer in time.
         """
         group = await self.connect()
         options = dist.ScatterOptions()

@@ -45,7 +45,7 @@ class SkipAgreement:
             return self._skipped
 
     def hear(self, skipped: int) -> None:
-        """Take note of what the coordinator has skipped."""
+        """Learn what the coordinator has skipped."""
         with self._lock:
             self._skipped = max(self._skipped, skipped)
             self._tell()

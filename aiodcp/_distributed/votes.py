@@ -113,7 +113,7 @@ class Proposal:
     @classmethod
     def from_row(cls, row: Row) -> Self:
         """Return what `to_row` was given."""
-        return cls(**{each.name: row[place] for place, each in enumerate(fields(cls))})  # type: ignore[arg-type]
+        return cls(**{each.name: row[index] for index, each in enumerate(fields(cls))})  # type: ignore[arg-type]
 
 
 def any_rank(table: list[Row]) -> Row:

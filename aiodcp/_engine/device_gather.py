@@ -51,10 +51,10 @@ class GatherBuffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
-    """Tensors of one dtype and with the strides of their places, which one call copies; or any, one after the other."""
+    """Tensors of one dtype, strided as their views of the buffer: one call copies all. Or any, one after the other."""
 
     pick: Pick
-    places: list[torch.Tensor]
+    views: list[torch.Tensor]
     is_alike: bool
     seen_as: torch.dtype | None
 
@@ -84,19 +84,19 @@ class Gather:
         start, here = stretch.data_ptr(), memory.get_device()
         host: list[int] = []
         groups: dict[torch.dtype | None, list[int]] = {}
-        places: dict[int, torch.Tensor] = {}
+        views: dict[int, torch.Tensor] = {}
         for number, (target, source) in enumerate(zip(targets, sources, strict=True)):
             if self._where[number] != here:
                 host.append(number)
                 continue
             first = target.data_ptr() - start if target.numel() else 0
-            place = memory[first : first + target.nbytes].view(target.dtype).view(target.shape)
-            is_alike = source.stride() == place.stride() and not source.is_conj() and not source.is_neg()
-            places[number] = place
+            view = memory[first : first + target.nbytes].view(target.dtype).view(target.shape)
+            is_alike = source.stride() == view.stride() and not source.is_conj() and not source.is_neg()
+            views[number] = view
             groups.setdefault(target.dtype if is_alike else None, []).append(number)
         self.host_targets: list[torch.Tensor] = [targets[number] for number in host]
         self.pick_host: Pick = picker(host)
-        self.groups: list[_Group] = [_group(dtype, numbers, places) for dtype, numbers in groups.items()]
+        self.groups: list[_Group] = [_group(dtype, numbers, views) for dtype, numbers in groups.items()]
 
     def fits(self, sources: Tensors) -> bool:
         """Whether these are where the ones were that this was planned for, and can be seen as integers as those."""
@@ -108,14 +108,14 @@ class Gather:
         )
 
 
-def _group(dtype: torch.dtype | None, numbers: list[int], places: dict[int, torch.Tensor]) -> _Group:
+def _group(dtype: torch.dtype | None, numbers: list[int], views: dict[int, torch.Tensor]) -> _Group:
     seen_as = None if dtype is None or dtype in _WITH_KERNEL else _INTEGERS.get(dtype.itemsize)
-    found = [places[number] if seen_as is None else places[number].view(seen_as) for number in numbers]
-    return _Group(pick=picker(numbers), places=found, is_alike=dtype is not None, seen_as=seen_as)
+    found = [views[number] if seen_as is None else views[number].view(seen_as) for number in numbers]
+    return _Group(pick=picker(numbers), views=found, is_alike=dtype is not None, seen_as=seen_as)
 
 
 def gather_and_copy(gather: Gather, sources: Tensors) -> None:
-    """Queue, on the current stream, what brings `sources` to their places in the stretch, by way of the buffer.
+    """Queue, on the current stream, what brings `sources` into the stretch, by way of the buffer.
 
     What comes from host memory must be there already: the stretch goes to the device and back as a whole.
     """
@@ -125,20 +125,20 @@ def gather_and_copy(gather: Gather, sources: Tensors) -> None:
     for group in gather.groups:
         chosen = group.pick(sources)
         if not group.is_alike:
-            for place, source in zip(group.places, chosen, strict=True):
-                place.copy_(source, non_blocking=True)
+            for view, source in zip(group.views, chosen, strict=True):
+                view.copy_(source, non_blocking=True)
             continue
         if group.seen_as is not None:
             chosen = tuple(source.view(group.seen_as) for source in chosen)
-        torch._foreach_copy_(group.places, chosen, non_blocking=True)
+        torch._foreach_copy_(group.views, chosen, non_blocking=True)
     gather.stretch.copy_(gather.gathered, non_blocking=True)
 
 
-def picker(places: list[int]) -> Pick:
-    """Return what takes the values at `places` out of a sequence."""
-    if not places:
+def picker(indices: list[int]) -> Pick:
+    """Return what takes the values at `indices` out of a sequence."""
+    if not indices:
         return lambda values: ()
-    if len(places) == 1:
-        [place] = places
-        return lambda values: (values[place],)
-    return itemgetter(*places)
+    if len(indices) == 1:
+        [index] = indices
+        return lambda values: (values[index],)
+    return itemgetter(*indices)

@@ -9,7 +9,7 @@ from .dcp import Metadata
 
 
 @dataclass(slots=True)
-class ContainerNotes:
+class Containers:
     """What dotted names do not say of the containers of a state dict, by path.
 
     Attributes:
@@ -21,12 +21,12 @@ class ContainerNotes:
     int_keys: list[tuple[str | int, ...]] = field(default_factory=list)
 
 
-def container_notes(metadata: Metadata) -> ContainerNotes | None:
-    """Return what is noted of the containers; None if that was not noted."""
+def containers_of(metadata: Metadata) -> Containers | None:
+    """Return what is stored about the containers; None if nothing is."""
     mark = vars(metadata).get("aiodcp")
     if not isinstance(mark, dict) or "empty" not in mark:
         return None
-    return ContainerNotes(list(mark["empty"]), list(mark.get("int_keys", ())))
+    return Containers(list(mark["empty"]), list(mark.get("int_keys", ())))
 
 
 def framed_by_us(metadata: Metadata) -> Callable[[str], bool]:

@@ -20,7 +20,7 @@ from .dcp import (
     StorageMeta,
     TensorStorageMetadata,
 )
-from .extension import ContainerNotes
+from .extension import Containers
 from .seal import CLAIM
 
 FORMAT_VERSION = "1.0.0"
@@ -33,7 +33,7 @@ def build_metadata(
     stored: Mapping[MetadataIndex, StorageInfo],
     storage_meta: StorageMeta,
     opaque: Sequence[str],
-    notes: ContainerNotes,
+    containers: Containers,
 ) -> Metadata:
     """Return `planned` completed for writing, equal parts shared so that the pickle is small and quick to read.
 
@@ -43,7 +43,7 @@ def build_metadata(
         stored: where each item lies.
         storage_meta: as DCP's; ids are `str` (a pickled `Path` leaks the host's paths, and differs between Pythons).
         opaque: fqns of tensors that lie there as `torch.save` wrote them, not in this library's framing.
-        notes: what the names do not say of the containers.
+        containers: what dotted names do not say of them.
     """
     share: dict[Any, Any] = {}
 
@@ -78,8 +78,8 @@ def build_metadata(
     vars(metadata)["aiodcp"] = {
         "framing": 1,
         "opaque": list(opaque),
-        "empty": list(notes.empty),
-        "int_keys": list(notes.int_keys),
+        "empty": list(containers.empty),
+        "int_keys": list(containers.int_keys),
         CLAIM: True,  # the last: it is looked for in the last bytes
     }
     return metadata

@@ -43,11 +43,11 @@ class ItemDecoder:
     weights_only: bool
     note_unchecked: Callable[[], None] = lambda: None
 
-    def framed(self, read: TensorRead, place: int, header: memoryview, payload: memoryview) -> None:
-        """Compare a payload with the CRC32 at `place` of `header`."""
+    def framed(self, read: TensorRead, position: int, header: memoryview, payload: memoryview) -> None:
+        """Compare a payload with the CRC32 at `position` of `header`."""
         if self.crc32 is None:
             return
-        self.compare(read, self.crc32(payload, 0), int.from_bytes(header[place : place + 4], "little"))
+        self.compare(read, self.crc32(payload, 0), int.from_bytes(header[position : position + 4], "little"))
 
     def compare(self, read: TensorRead, crc: int, stored: int) -> None:
         """Compare a payload's CRC32 with the one that is stored with it, and with the one in its file's table."""

@@ -114,7 +114,7 @@ class FileReads:
             for read in span.items:
                 start = read.offset - span.start
                 data = bytes(memory[start : start + read.nbytes])
-                loaded[read.place] = decoder.value(read.fqn, span.file, data, read.crc) if decoded else data
+                loaded[read.index] = decoder.value(read.fqn, span.file, data, read.crc) if decoded else data
 
         for span in coalesce_reads(reads):
             memory = memoryview(bytearray(span.stop - span.start))

@@ -121,7 +121,7 @@ def _params(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
 
 
 def allocate_optimizers(targets: LoadTargets, metadata: Metadata) -> None:
-    """Put into optimizers' states that are still empty a place for all that is stored of them: for a planner."""
+    """Put into optimizers' states that are still empty a target for all that is stored of them: for a planner."""
     for scope in targets.optimizers:
         if scope.state["state"] or len(scope.path) != 1:
             continue

@@ -20,19 +20,19 @@ def settle_values(plan: ReadPlan, targets: LoadTargets, *, cast: bool) -> list[s
     """Convert between numbers and tensors, given the values; return why something does not fit."""
     problems: list[str] = []
     loaded = targets.loaded
-    for place in plan.numbers:
-        stored, wanted = loaded[place].item(), type(targets.values[place])
+    for index in plan.numbers:
+        stored, wanted = loaded[index].item(), type(targets.values[index])
         number = as_number(stored, wanted, cast=cast)
         if number is None:
             problems.append(
-                f"{targets.fqns[place]} is the tensor {stored!r} in the checkpoint, {wanted.__name__} in the state "
+                f"{targets.fqns[index]} is the tensor {stored!r} in the checkpoint, {wanted.__name__} in the state "
                 "dict, which loses: cast=True allows it"
             )
-        loaded[place] = number
-        targets.report.converted.append(targets.fqns[place])
-    for place in plan.fills:
-        fqn, value, tensor = targets.fqns[place], loaded[place], targets.values[place]
-        if value is None and targets.kinds.get(str(targets.paths[place][0])) == "plain":
+        loaded[index] = number
+        targets.report.converted.append(targets.fqns[index])
+    for index in plan.fills:
+        fqn, value, tensor = targets.fqns[index], loaded[index], targets.values[index]
+        if value is None and targets.kinds.get(str(targets.paths[index][0])) == "plain":
             continue  # there was none
         if not isinstance(value, int | float) or tensor.dim() or is_sharded(tensor):
             problems.append(f"{fqn} is a tensor in the state dict, another kind of value in the checkpoint")
@@ -42,13 +42,13 @@ def settle_values(plan: ReadPlan, targets: LoadTargets, *, cast: bool) -> list[s
                 "cast=True allows it"
             )
         targets.report.converted.append(fqn)
-    for place in plan.opaque:
-        value, tensor = loaded[place], targets.values[place]
+    for index in plan.opaque:
+        value, tensor = loaded[index], targets.values[index]
         if not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
-            problems.append(f"{targets.fqns[place]} is a {type(value).__name__} in the checkpoint")
+            problems.append(f"{targets.fqns[index]} is a {type(value).__name__} in the checkpoint")
         elif value.layout is not tensor.layout:
             problems.append(
-                f"{targets.fqns[place]} is {value.layout} in the checkpoint, {tensor.layout} in the state dict"
+                f"{targets.fqns[index]} is {value.layout} in the checkpoint, {tensor.layout} in the state dict"
             )
     return problems
 
@@ -56,17 +56,17 @@ def settle_values(plan: ReadPlan, targets: LoadTargets, *, cast: bool) -> list[s
 def fill_whole(plan: ReadPlan, targets: LoadTargets) -> None:
     """Fill, after everything is checked, the tensors that are not filled part by part."""
     with torch.no_grad():
-        for place in plan.fills:
-            if targets.loaded[place] is not None:
-                targets.values[place].fill_(targets.loaded.pop(place))
-        for place in plan.opaque:
-            target = targets.values[place]
+        for index in plan.fills:
+            if targets.loaded[index] is not None:
+                targets.values[index].fill_(targets.loaded.pop(index))
+        for index in plan.opaque:
+            target = targets.values[index]
             try:
-                target.copy_(targets.loaded[place])
+                target.copy_(targets.loaded[index])
             except Exception as error:  # whatever its kind of tensor says that it cannot: then it is replaced
-                log.debug("%s is replaced, it cannot be filled: %r", targets.fqns[place], error)
+                log.debug("%s is replaced, it cannot be filled: %r", targets.fqns[index], error)
                 continue
-            del targets.loaded[place]
+            del targets.loaded[index]
 
 
 def misfit(value: torch.Tensor, entry: TensorStorageMetadata, *, cast: bool) -> str:

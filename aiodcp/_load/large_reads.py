@@ -176,4 +176,4 @@ def _rows(read: TensorRead, lengths: torch.Size, strides: tuple[int, ...], nbyte
 
 
 def _row_major(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -22,7 +22,7 @@ from .._engine.gc_pause import gc_paused
 from .._engine.threads import Threads, in_thread
 from .._format.checksum import Checksum
 from .._format.dcp import Metadata
-from .._format.extension import container_notes
+from .._format.extension import containers_of
 from .._format.item_tables import ItemTables
 from .._format.metadata_reader import read_sealed
 from .._format.naming import METADATA_NAME
@@ -312,8 +312,8 @@ class _LoadFlow:
     ) -> _Planned:
         options, operation = self._options, self._operation
         with self._planning():
-            notes = container_notes(metadata)
-            found = Resolver(targets, stored, notes, values, rank=operation.rank, cast=options.cast).run()
+            containers = containers_of(metadata)
+            found = Resolver(targets, stored, containers, values, rank=operation.rank, cast=options.cast).run()
             plan, problems = plan_load(metadata, targets, checkpoint_id=self._checkpoint_id, cast=options.cast)
             found.problems += problems
             # What no rank wants is known when all ranks have been asked; all other problems are raised at once.

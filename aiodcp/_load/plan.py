@@ -16,7 +16,7 @@ class ValueRead:
 
     Attributes:
         fqn: the value.
-        place: which leaf of the caller's it is.
+        index: which leaf of the caller's it is.
         file: where it lies.
         offset: bytes, where in the file.
         nbytes: its length.
@@ -24,7 +24,7 @@ class ValueRead:
     """
 
     fqn: str
-    place: int
+    index: int
     file: str
     offset: int
     nbytes: int
@@ -69,10 +69,10 @@ class ReadPlan:
     Attributes:
         tensors: parts of tensors.
         values: other values, and tensors that are not filled part by part.
-        numbers: places of numbers that are stored as tensors.
-        fills: places of tensors that are stored as numbers.
-        opaque: places of tensors that are filled as a whole, by themselves, or replaced.
-        items: of the caller's own planner, to which the values' places refer.
+        numbers: indices of numbers that are stored as tensors.
+        fills: indices of tensors that are stored as numbers.
+        opaque: indices of tensors that are filled as a whole, by themselves, or replaced.
+        items: of the caller's own planner, to which the values' indices refer.
         resolved: of those the tensors', with what they are read into.
     """
 

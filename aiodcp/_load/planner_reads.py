@@ -43,12 +43,12 @@ def plan_reads(
     pieces = ChunkIndex(metadata, checkpoint_id)
     made = ReadPlan(tensors=[], values=[])
     problems: list[str] = []
-    for place, item in enumerate(plan.items):
+    for index, item in enumerate(plan.items):
         fqn = item.storage_index.fqn
         entry = metadata.state_dict_metadata.get(fqn)
         if item.type is LoadItemType.BYTE_IO and isinstance(entry, BytesStorageMetadata):
             info = pieces.find(fqn, None)
-            made.values.append(ValueRead(fqn, place, info.relative_path, info.offset, info.length))
+            made.values.append(ValueRead(fqn, index, info.relative_path, info.offset, info.length))
         elif item.type is LoadItemType.TENSOR and isinstance(entry, TensorStorageMetadata):
             chunk = next((each for each in entry.chunks if each.offsets == item.storage_index.offset), None)
             if chunk is None:
@@ -77,8 +77,8 @@ def commit_loaded(planner: LoadPlanner, plan: ReadPlan, loaded: Mapping[int, byt
         LoadError: the planner raised.
     """
     try:
-        for place, data in loaded.items():
-            planner.load_bytes(plan.items[place], io.BytesIO(data))
+        for index, data in loaded.items():
+            planner.load_bytes(plan.items[index], io.BytesIO(data))
         for item, tensor in plan.resolved:
             planner.commit_tensor(item, tensor)
     except Exception as error:

@@ -1,6 +1,6 @@
 """Which stored pieces a load reads, and where they go. Pure: no files, no clock.
 
-It follows `create_read_items_for_chunk_list` of DCP, which cuts stored chunks to the places that want them.
+It follows `create_read_items_for_chunk_list` of DCP, which cuts stored chunks to the parts that are asked for.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Planner:
     def plan(self) -> tuple[ReadPlan, list[str]]:
         targets, entries = self._targets, self._entries
         converted = targets.report.converted
-        for place, (fqn, value, source) in enumerate(zip(targets.fqns, targets.values, targets.sources, strict=True)):
+        for index, (fqn, value, source) in enumerate(zip(targets.fqns, targets.values, targets.sources, strict=True)):
             if source is None:
                 continue
             entry = entries[source]
@@ -78,25 +78,25 @@ class _Planner:
                 self._plan.tensors.append(self._pieces.read(fqn, source, entry, entry.chunks[0], None, value))
                 continue
             if isinstance(entry, BytesStorageMetadata):
-                self._plan_value(place, fqn, value, source)
+                self._plan_value(index, fqn, value, source)
                 continue
             if isinstance(value, torch.Tensor):
                 problem = misfit(value, entry, cast=self._cast)
-                as_stored = place in targets.as_stored
+                as_stored = index in targets.as_stored
                 if as_stored and value.dtype is not entry.properties.dtype:
                     problem = "is of another dtype"
                 if problem and as_stored and self._is_opaque(source, entry):
-                    self._read_whole(place, fqn, source, entry)
+                    self._read_whole(index, fqn, source, entry)
                     continue
                 if problem:
-                    value = self._replace(place, fqn, value, entry, problem)
-            elif (value is None or place in targets.as_stored) and self._is_opaque(source, entry):
-                self._read_whole(place, fqn, source, entry)
+                    value = self._replace(index, fqn, value, entry, problem)
+            elif (value is None or index in targets.as_stored) and self._is_opaque(source, entry):
+                self._read_whole(index, fqn, source, entry)
                 continue
-            elif value is None or place in targets.as_stored:
-                value = self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype))
+            elif value is None or index in targets.as_stored:
+                value = self._make(index, torch.empty(entry.size, dtype=entry.properties.dtype))
             else:
-                self._plan_number(place, fqn, value, source, entry)
+                self._plan_number(index, fqn, value, source, entry)
                 continue
             if value is None:
                 continue
@@ -105,10 +105,10 @@ class _Planner:
             if not (
                 type(value) in PLAIN_TENSORS and value.layout is torch.strided and value.dtype not in QUANTIZED
             ) and (not is_sharded(value)):
-                self._plan_opaque(place, fqn, source, entry)
+                self._plan_opaque(index, fqn, source, entry)
             else:
                 self._plan.tensors.extend(_read_tensor(self._pieces, fqn, source, value, entry))
-        targets.holders = self._find_holders()
+        targets.assignments = self._find_assignments()
         return self._plan, self._problems
 
     def _is_opaque(self, source: str, entry: TensorStorageMetadata) -> bool:
@@ -117,71 +117,71 @@ class _Planner:
             entry.properties.layout is not torch.strided or source in self._pieces.opaque
         )
 
-    def _read_value(self, place: int, fqn: str, source: str, offsets: torch.Size | None) -> None:
+    def _read_value(self, index: int, fqn: str, source: str, offsets: torch.Size | None) -> None:
         info = self._pieces.find(source, offsets)
-        self._plan.values.append(ValueRead(fqn, place, info.relative_path, info.offset, info.length))
+        self._plan.values.append(ValueRead(fqn, index, info.relative_path, info.offset, info.length))
 
-    def _read_whole(self, place: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
-        self._assigned.append(place)
-        self._read_value(place, fqn, source, entry.chunks[0].offsets)
+    def _read_whole(self, index: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
+        self._assigned.append(index)
+        self._read_value(index, fqn, source, entry.chunks[0].offsets)
 
-    def _plan_value(self, place: int, fqn: str, value: Any, source: str) -> None:
-        if isinstance(value, torch.Tensor) and place not in self._targets.as_stored:
-            self._plan.fills.append(place)
-        self._assigned.append(place)
-        self._read_value(place, fqn, source, None)
+    def _plan_value(self, index: int, fqn: str, value: Any, source: str) -> None:
+        if isinstance(value, torch.Tensor) and index not in self._targets.as_stored:
+            self._plan.fills.append(index)
+        self._assigned.append(index)
+        self._read_value(index, fqn, source, None)
 
-    def _plan_number(self, place: int, fqn: str, value: Any, source: str, entry: TensorStorageMetadata) -> None:
+    def _plan_number(self, index: int, fqn: str, value: Any, source: str, entry: TensorStorageMetadata) -> None:
         if len(entry.size) or not isinstance(value, int | float):
             self._problems.append(f"{fqn} is a tensor in the checkpoint, {type(value).__name__} in the state dict")
             return
-        self._plan.numbers.append(place)
-        self._read_whole(place, fqn, source, entry)
+        self._plan.numbers.append(index)
+        self._read_whole(index, fqn, source, entry)
 
-    def _plan_opaque(self, place: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
+    def _plan_opaque(self, index: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
         if len(entry.chunks) != 1:
             self._problems.append(
                 f"{fqn} is stored in {len(entry.chunks)} pieces, from which such a tensor cannot be made"
             )
             return
-        self._plan.opaque.append(place)
-        self._read_whole(place, fqn, source, entry)
+        self._plan.opaque.append(index)
+        self._read_whole(index, fqn, source, entry)
 
     def _replace(
-        self, place: int, fqn: str, value: torch.Tensor, entry: TensorStorageMetadata, problem: str
+        self, index: int, fqn: str, value: torch.Tensor, entry: TensorStorageMetadata, problem: str
     ) -> torch.Tensor | None:
         """Return a new tensor in place of one that cannot be filled; None, and a problem, where that must not be."""
         if torch.nn.parameter.is_lazy(value):
-            return self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype))
+            return self._make(index, torch.empty(entry.size, dtype=entry.properties.dtype))
         if value.is_meta and not differs(value, entry, cast=self._cast):
-            return self._make(place, _with_memory(value, self._targets.home.place_of(value)))
-        if place not in self._targets.as_stored:
+            return self._make(index, _with_memory(value, self._targets.home.place_of(value)))
+        if index not in self._targets.as_stored:
             self._problems.append(f"{fqn} {problem}")
             return None
         if isinstance(value, DTensor) and value.shape == entry.size:
-            return self._make(place, torch.empty_like(value, dtype=entry.properties.dtype))
+            return self._make(index, torch.empty_like(value, dtype=entry.properties.dtype))
         device = self._targets.home.place_of(value)
-        return self._make(place, torch.empty(entry.size, dtype=entry.properties.dtype, device=device))
+        return self._make(index, torch.empty(entry.size, dtype=entry.properties.dtype, device=device))
 
-    def _make(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
-        self._targets.values[place] = tensor
-        self._assigned.append(place)
+    def _make(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        self._targets.values[index] = tensor
+        self._assigned.append(index)
         return tensor
 
-    def _find_holders(self) -> dict[int, tuple[Any, Any]]:
+    def _find_assignments(self) -> dict[int, tuple[Any, Any]]:
         targets, finder = self._targets, Finder()
         roots = [*targets.rebuilt, *(path for _, _, ranks in targets.joined for path in ranks.values())]
-        holders: dict[int, tuple[Any, Any]] = {}
-        for place in self._assigned:
-            path = targets.paths[place]
+        assignments: dict[int, tuple[Any, Any]] = {}
+        for index in self._assigned:
+            path = targets.paths[index]
             if any(path[: len(root)] == root for root in roots):
                 continue
-            _, holder, key = finder.find(targets.states, path)
-            if not isinstance(holder, MutableMapping | list | PerRank):
-                problem = f"{targets.fqns[place]} is in a {type(holder).__name__}, which takes no new value"
+            _, container, key = finder.find(targets.states, path)
+            if not isinstance(container, MutableMapping | list | PerRank):
+                problem = f"{targets.fqns[index]} is in a {type(container).__name__}, which takes no new value"
                 raise ArgumentError("state_dict", problem)
-            holders[place] = holder, key
-        return holders
+            assignments[index] = container, key
+        return assignments
 
 
 def _with_memory(value: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .._format.dcp import KeyPath, TensorStorageMetadata
-from .._format.extension import ContainerNotes
+from .._format.extension import Containers
 from .._state.per_rank import per_rank_key
 from .._state.structure import find, int_keys_of
 from .optimizer_plan import group_fqns, has_same_parameters, plan_optimizer
@@ -68,7 +68,7 @@ class Resolver:
         self,
         targets: LoadTargets,
         stored: StoredNames,
-        notes: ContainerNotes | None,
+        containers: Containers | None,
         options: Mapping[str, Any],
         *,
         rank: int,
@@ -79,14 +79,14 @@ class Resolver:
         Args:
             targets: the leaves of the caller's state dict.
             stored: what the checkpoint has.
-            notes: what it says of containers.
+            containers: what it says of them.
             options: values of the optimizers' options, by name.
             rank: this one.
             cast: whether conversions that lose are allowed.
         """
         self._targets = targets
         self._stored = stored
-        self._notes = notes
+        self._containers = containers
         self._options = options
         self._rank = rank
         self._cast = cast
@@ -139,9 +139,9 @@ class Resolver:
         kinds = {name for name, kind in targets.kinds.items() if kind == "stateful"}
         modules = {name for name, kind in targets.kinds.items() if kind == "module"}
         if kinds or modules:
-            for place, path in enumerate(targets.paths):
+            for index, path in enumerate(targets.paths):
                 if path[0] in kinds or (path[0] in modules and len(path) > 1 and _is_extra_state(path)):
-                    targets.as_stored.add(place)
+                    targets.as_stored.add(index)
 
     # --- optimizers
 
@@ -155,7 +155,7 @@ class Resolver:
             options = (*base, "param_groups")
             length = len(options)
             self._targets.as_stored.update(
-                place for place, path in enumerate(self._targets.paths) if path[:length] == options
+                index for index, path in enumerate(self._targets.paths) if path[:length] == options
             )
             return
         below = {
@@ -169,10 +169,10 @@ class Resolver:
         for fqn in below.values():
             self._extra.pop(fqn, None)
         length = len(base)
-        for place, path in enumerate(self._targets.paths):
+        for index, path in enumerate(self._targets.paths):
             if path[:length] == base:
-                self._dropped.add(place)
-                self._missing.pop(self._targets.fqns[place], None)
+                self._dropped.add(index)
+                self._missing.pop(self._targets.fqns[index], None)
         if plan.problems:
             return
         for path, fqn in below.items():
@@ -259,15 +259,15 @@ class Resolver:
                 continue
             kept.add(fqn)
             self._extra.pop(fqn, None)
-            place = self._at.get(fqn)
-            value = self._targets.values[place] if place is not None else None
+            index = self._at.get(fqn)
+            value = self._targets.values[index] if index is not None else None
             self._added.append((path, fqn, value, True))
-        for place, path in enumerate(self._targets.paths):
-            if path[:length] == root and place not in self._dropped:
-                fqn = self._targets.fqns[place]
-                self._dropped.add(place)
+        for index, path in enumerate(self._targets.paths):
+            if path[:length] == root and index not in self._dropped:
+                fqn = self._targets.fqns[index]
+                self._dropped.add(index)
                 self._missing.pop(fqn, None)
-                if self._notes is None and fqn not in kept and len(path) - 1 > length:
+                if self._containers is None and fqn not in kept and len(path) - 1 > length:
                     self._targets.empty.append(path[:-1])  # a container that is empty leaves no name
         self._rebuild(root)
 
@@ -314,7 +314,7 @@ class Resolver:
 
     def _is_stored_below(self, root: KeyPath) -> bool:
         length = len(root)
-        if self._notes is not None and any(path[:length] == root for path in self._notes.empty):
+        if self._containers is not None and any(path[:length] == root for path in self._containers.empty):
             return True
         return any(self._stored.path(fqn)[:length] == root for fqn in self._stored.entries)
 
@@ -329,10 +329,10 @@ class Resolver:
         self._found.unexpected = list(self._extra)
         self._found.others = list(self._stored.entries.keys() - self._at.keys()) if self._missing else []
         self._dropped |= {self._at[fqn] for fqn in self._missing}
-        if self._notes is not None:
-            targets.empty += self._notes.empty
+        if self._containers is not None:
+            targets.empty += self._containers.empty
         if targets.rebuilt or targets.joined:
-            targets.int_keys |= int_keys_of(self._notes, map(self._stored.path, self._stored.entries))
+            targets.int_keys |= int_keys_of(self._containers, map(self._stored.path, self._stored.entries))
         if self._dropped or self._added:
             self._change()
         else:
@@ -345,15 +345,15 @@ class Resolver:
         order = {fqn: number for number, fqn in enumerate(self._stored.in_order())}
         last = len(order)
         added = sorted(self._added, key=lambda each: last if each[1] is None else order.get(each[1], last))
-        kept = [place for place in range(len(targets.fqns)) if place not in self._dropped]
-        targets.as_stored = {number for number, place in enumerate(kept) if place in targets.as_stored} | {
+        kept = [index for index in range(len(targets.fqns)) if index not in self._dropped]
+        targets.as_stored = {number for number, index in enumerate(kept) if index in targets.as_stored} | {
             len(kept) + number for number, each in enumerate(added) if each[3]
         }
-        sources: list[str | None] = [source(targets.fqns[place]) for place in kept]
+        sources: list[str | None] = [source(targets.fqns[index]) for index in kept]
         targets.sources = sources + [None if each[1] is None else source(each[1]) for each in added]
-        targets.fqns = [targets.fqns[place] for place in kept] + [".".join(map(str, each[0])) for each in added]
-        targets.paths = [targets.paths[place] for place in kept] + [each[0] for each in added]
-        targets.values = [targets.values[place] for place in kept] + [each[2] for each in added]
+        targets.fqns = [targets.fqns[index] for index in kept] + [".".join(map(str, each[0])) for each in added]
+        targets.paths = [targets.paths[index] for index in kept] + [each[0] for each in added]
+        targets.values = [targets.values[index] for index in kept] + [each[2] for each in added]
 
     def _find_absent(self) -> set[str]:
         names = {name for name, kind in self._targets.kinds.items() if kind != "plain"}

@@ -38,10 +38,10 @@ def scatter(span: ReadSpan, arena: Arena, decoder: ItemDecoder, device_copies: D
                 tensor = unpack(read, arena, offset, decoder)
             elif read.bare:
                 assert read.part is not None
-                rows, place = as_typed(dtype), offset // dtype.itemsize
+                rows, first = as_typed(dtype), offset // dtype.itemsize
                 if offset % dtype.itemsize:  # in files of DCP's, where items begin anywhere
-                    rows, place = arena.tensor[offset : offset + read.nbytes].clone().view(dtype), 0
-                tensor = rows.as_strided(read.part[1], frame.strides, place)
+                    rows, first = arena.tensor[offset : offset + read.nbytes].clone().view(dtype), 0
+                tensor = rows.as_strided(read.part[1], frame.strides, first)
             else:
                 start = offset + len(frame.header)
                 decoder.framed(read, frame.header_crc + offset, memory, memory[start : start + frame.nbytes])

@@ -60,7 +60,7 @@ class OptimizerScope:
 
 @dataclass(slots=True, kw_only=True)
 class LoadTargets:
-    """What a load is to fill. `fqns`, `paths`, `values` and `sources` go in step: one place a leaf.
+    """What a load is to fill. `fqns`, `paths`, `values` and `sources` go in step: one entry a leaf.
 
     Attributes:
         states: the state dict, `Stateful` values replaced by their state.
@@ -72,13 +72,13 @@ class LoadTargets:
         sources: by which name they are stored; None for a value that stays.
         device_copies: brings tensors to devices.
         home: where the caller's thread makes new tensors, and which of the accelerators it uses.
-        as_stored: places whose stored value need not fit what is there.
-        holders: of places whose value is put into a container when all is read, that container, and the key there.
+        as_stored: indices whose stored value need not fit what is there.
+        assignments: of indices whose value is put into a container when all is read, that container, and the key there.
         rebuilt: paths of containers that are made anew.
-        empty, int_keys: what is known of these: see `ContainerNotes`.
+        empty, int_keys: what is known of these: see `Containers`.
         joined: values of all ranks, of which a function makes this rank's: path of it, `PerRank`, and by rank where
             the values are.
-        loaded: new values, by place.
+        loaded: new values, by index.
         report: what was left out or converted.
         planner: the caller's own, which puts everything into `states` itself.
     """
@@ -94,7 +94,7 @@ class LoadTargets:
     home: NewTensorDevice
     sources: list[str | None] = field(default_factory=list)
     as_stored: set[int] = field(default_factory=set)
-    holders: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    assignments: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     rebuilt: list[KeyPath] = field(default_factory=list)
     empty: list[KeyPath] = field(default_factory=list)
     int_keys: set[KeyPath] = field(default_factory=set)
@@ -119,9 +119,9 @@ class LoadTargets:
             planner=self.planner,
         )
 
-    def value(self, place: int) -> Any:
-        """Return what is to be in a place: what was loaded, or the tensor that was filled."""
-        return self.loaded[place] if place in self.loaded else self.values[place]
+    def value(self, index: int) -> Any:
+        """Return the value for a leaf: what was loaded, or the tensor that was filled."""
+        return self.loaded[index] if index in self.loaded else self.values[index]
 
     def rebuild(self) -> None:
         """Make the containers anew that are to be as they were saved. All values are there."""
@@ -134,7 +134,7 @@ class LoadTargets:
 
     def _rebuild(self, path: KeyPath, template: Any) -> Any:
         length = len(path)
-        items = [(each, self.value(place)) for place, each in enumerate(self.paths) if each[:length] == path]
+        items = [(each, self.value(index)) for index, each in enumerate(self.paths) if each[:length] == path]
         return rebuild(path, items, template, self.empty, self.int_keys)
 
     def hand_over(self, state_dict: MutableMapping[str, Any], *, absent: set[str]) -> None:
@@ -147,15 +147,15 @@ class LoadTargets:
         Raises:
             StatefulError: an object refused its state.
         """
-        for place, (holder, key) in self.holders.items():
-            _assign(holder, key, self.value(place))
+        for index, (container, key) in self.assignments.items():
+            _assign(container, key, self.value(index))
         for path, made in self._made.items():
-            there, holder, key = find(self.states, path)
+            there, container, key = find(self.states, path)
             if self.kinds.get(str(path[0])) == "plain" and type(there) is type(made) and isinstance(made, dict | list):
                 there.clear()  # the caller may hold it elsewhere, too
                 there.extend(made) if isinstance(made, list) else there.update(made)
             else:
-                _assign(holder if holder is not None else self.states, key, made)
+                _assign(container if container is not None else self.states, key, made)
         for key in sorted(self.states, key=str):
             state = self.states[key]
             if key not in state_dict:  # put there by a planner
@@ -174,11 +174,11 @@ class LoadTargets:
                 state_dict[key] = state
 
 
-def _assign(holder: Any, key: Any, value: Any) -> None:
-    if isinstance(holder, PerRank):
-        holder.value = value
+def _assign(container: Any, key: Any, value: Any) -> None:
+    if isinstance(container, PerRank):
+        container.value = value
     else:
-        holder[key] = value
+        container[key] = value
 
 
 def _give_state(name: str, target: Any, state: Any) -> None:

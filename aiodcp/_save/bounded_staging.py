@@ -184,11 +184,11 @@ class BoundedStaging:
         ]
         if self._held is None:  # the trailer alone went on into this window
             return []
-        place, end, blocks = self._held
+        start, end, blocks = self._held
         self._held = None
-        CRC.pack_into(blocks, offset + frame.header_crc - place, self._crc)
+        CRC.pack_into(blocks, offset + frame.header_crc - start, self._crc)
         self._lent[number].append(blocks)
-        return [(place, blocks[: end - place])]
+        return [(start, blocks[: end - start])]
 
     def release(self, number: int) -> None:
         """Take back the memory of a window that has been written."""

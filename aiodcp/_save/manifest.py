@@ -14,7 +14,7 @@ from .._format.dcp import (
     StorageMeta,
     TensorStorageMetadata,
 )
-from .._format.extension import ContainerNotes
+from .._format.extension import Containers
 from .._format.metadata_writer import build_metadata
 from .._format.naming import data_file
 from .._format.pickle_template import PickleTemplate, Placeholder
@@ -31,7 +31,7 @@ class ByteRange:
 
 
 class ManifestTemplate:
-    """`.metadata` for all saves of the same plans: only ids, file names and the places of frozen values differ."""
+    """`.metadata` for all saves of the same plans: only ids, file names and the ranges of frozen values differ."""
 
     def __init__(self, *plans: GlobalPlan) -> None:
         """Make the template for one state's plan, or of several states' that are committed together, in their order.
@@ -66,20 +66,20 @@ class ManifestTemplate:
                 )
             opaque += [item.index.fqn for item in share.frozen if item.tensor_data is not None]
         meta = StorageMeta(checkpoint_id.stand_in, save_id.stand_in)  # type: ignore[arg-type]
-        notes = ContainerNotes()
+        containers = Containers()
         for plan in plans:
-            notes.empty += plan.notes.empty
-            notes.int_keys += plan.notes.int_keys
-        metadata = build_metadata(*_join(plans), stored, meta, opaque, notes)
+            containers.empty += plan.containers.empty
+            containers.int_keys += plan.containers.int_keys
+        metadata = build_metadata(*_join(plans), stored, meta, opaque, containers)
         _check_complete(metadata)
         self._template = PickleTemplate(metadata, used)
 
     def render(self, checkpoint_id: str, save_id: str, frozen: Sequence[Sequence[Sequence[ByteRange]]]) -> bytes:
-        """Return `.metadata`'s content for one save, given the places of frozen values, by plan and by rank."""
+        """Return `.metadata`'s content for one save, given the ranges of frozen values, by plan and by rank."""
         files = [data_file(rank, save_id, part) for part, rank in self._writers]
         items = [item for part, rank in self._writers for item in frozen[part][rank]]
-        places = [number for item in items for number in (item.offset, item.nbytes)]
-        return self._template.render([checkpoint_id, save_id, *files, *places])
+        numbers = [number for item in items for number in (item.offset, item.nbytes)]
+        return self._template.render([checkpoint_id, save_id, *files, *numbers])
 
     def in_order_of_files(self, save_id: str, numbers: Sequence[Sequence[int]]) -> list[int]:
         """Return numbers, given by plan and by rank, in the order of the names of the data files that they are of."""

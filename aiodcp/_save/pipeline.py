@@ -313,8 +313,8 @@ class WritePipeline:
         """Copy within the block; whatever happens, no device uses the memory after it, or it is never freed."""
         values = job.captured.values
         if first and not all(map(torch.Tensor.data_ptr, map(values.__getitem__, plan.staged))):
-            for place, item in zip(plan.staged, plan.share.staged, strict=True):
-                if values[place].data_ptr() == 0 and values[place].numel():  # to copy it would crash the process
+            for index, item in zip(plan.staged, plan.share.staged, strict=True):
+                if values[index].data_ptr() == 0 and values[index].numel():  # to copy it would crash the process
                     raise CaptureError(item.index.fqn, "its storage has been freed")
         self._is_lost = bool(job.device_copies)
         try:

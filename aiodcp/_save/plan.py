@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
 from .._format.dcp import KeyPath, Metadata
-from .._format.extension import ContainerNotes
+from .._format.extension import Containers
 from .._format.layout import Layout
 from .._state.capture import Capture
 from .._state.sharding import holds_shards, shape_and_dtype
@@ -32,7 +32,7 @@ class LocalPlan:
         sources: of each item, which of the captured values it writes.
         frozen: which items were frozen at capture.
         paths: fqn -> keys.
-        notes: what the names do not say of the containers.
+        containers: what dotted names do not say of them.
         planner_data: what the caller's own planner adds for its global plan.
     """
 
@@ -40,7 +40,7 @@ class LocalPlan:
     sources: list[int]
     frozen: set[int]
     paths: dict[str, KeyPath]
-    notes: ContainerNotes = field(default_factory=ContainerNotes)
+    containers: Containers = field(default_factory=Containers)
     planner_data: Any = None
 
 
@@ -63,7 +63,7 @@ class GlobalPlan:
         plans: by rank, the caller's own planner's, for its `finish_plan`; else none.
         metadata: names, shapes and chunks, as the planner made them.
         paths: fqn -> keys.
-        notes: what the names do not say of the containers.
+        containers: what dotted names do not say of them.
         sharing: which items several ranks hold.
     """
 
@@ -72,7 +72,7 @@ class GlobalPlan:
     plans: list[dcp.SavePlan]
     metadata: Metadata
     paths: dict[str, KeyPath] | None
-    notes: ContainerNotes
+    containers: Containers
     sharing: SharingPlan
 
 
@@ -86,10 +86,10 @@ class WritePlan:
         paths: of each leaf, its keys.
         share: the items, and the file that they make.
         staged: of each staged item, which of the captured values it writes.
-        frozen: of each frozen item, the place of its leaf.
+        frozen: of each frozen item, the index of its leaf.
         frozen_places: of all leaves that were frozen, this rank's to write or not.
         items: of the caller's own planner's local plan.
-        notes: what the names do not say of the containers.
+        containers: what dotted names do not say of them.
         comparison: of what other ranks hold too.
     """
 
@@ -101,36 +101,36 @@ class WritePlan:
     frozen: list[int]
     frozen_places: set[int]
     items: list[WriteItem] | None
-    notes: ContainerNotes
+    containers: Containers
     comparison: Comparison
 
     def fits(self, captured: Capture) -> bool:
         """Whether a state dict has the structure that this plan was made for: names, kinds, dtypes, shapes."""
-        if self.fqns != captured.fqns or self.paths != captured.paths or self.notes != captured.notes:
+        if self.fqns != captured.fqns or self.paths != captured.paths or self.containers != captured.containers:
             return False
         if self.items != (None if captured.planned is None else captured.planned.items):
             return False
-        for place, (kind, value) in enumerate(zip(self.kinds, captured.values, strict=False)):
+        for index, (kind, value) in enumerate(zip(self.kinds, captured.values, strict=False)):
             if not isinstance(value, torch.Tensor):
-                if kind is not None and place not in captured.parts:
+                if kind is not None and index not in captured.parts:
                     return False
             elif kind is None or kind[0] is not type(value) or kind[1] is not value.dtype or kind[2] != value.shape:
                 return False
-        if {place for place, kind in enumerate(self.kinds) if kind and len(kind) > 3} != captured.sharded.keys():
+        if {index for index, kind in enumerate(self.kinds) if kind and len(kind) > 3} != captured.sharded.keys():
             return False
-        if any(self.kinds[place] != sharded_kind(captured, place) for place in captured.sharded):
+        if any(self.kinds[index] != sharded_kind(captured, index) for index in captured.sharded):
             return False
         return captured.frozen.keys() == self.frozen_places
 
 
-def sharded_kind(captured: Capture, place: int) -> LeafKind:
+def sharded_kind(captured: Capture, index: int) -> LeafKind:
     """What makes two captures of a sharded tensor alike: all that its plan depends on."""
-    value = captured.sharded[place]
+    value = captured.sharded[index]
     if isinstance(value, DTensor) and holds_shards(value):
         chunks = [(chunk.offsets, chunk.sizes) for chunk in value.__create_chunk_list__()]  # type: ignore[no-untyped-call]
         return type(value), value.dtype, value.shape, tuple(chunks)
     if isinstance(value, DTensor):
-        local = captured.values[place]
+        local = captured.values[index]
         return type(local), local.dtype, local.shape, value.shape, value.placements, value.device_mesh
     shards = [(tuple(each.shard_offsets), tuple(each.shard_sizes)) for each in value.metadata().shards_metadata]
     held = [tuple(shard.metadata.shard_offsets) for shard in value.local_shards()]

@@ -42,7 +42,7 @@ class CachedPlan:
         manifest: `.metadata`, on the coordinator; of a state that is committed alone.
         planned: what all ranks write, on the coordinator; of one that is committed with others.
         sharing: who holds the same, on the coordinator.
-        places: where the frozen values of the last save lie: on the coordinator of every rank, else of this one.
+        frozen_ranges: where the frozen values of the last save lie: on the coordinator of every rank, else of this one.
     """
 
     number: int
@@ -50,7 +50,7 @@ class CachedPlan:
     manifest: ManifestTemplate | None
     planned: GlobalPlan | None
     sharing: SharingPlan | None
-    places: dict[int, list[ByteRange]]
+    frozen_ranges: dict[int, list[ByteRange]]
 
     @property
     def layout(self) -> Layout:
@@ -109,7 +109,7 @@ class PlanCache:
             finished = await in_thread(self._threads.compute, finish_plan, captured, local, kept, shared, share)
             finished.comparison.exclude(self._disagreed)
             return CachedPlan(
-                number=agreed[0], plan=finished, manifest=manifest, planned=joined, sharing=sharing, places={}
+                number=agreed[0], plan=finished, manifest=manifest, planned=joined, sharing=sharing, frozen_ranges={}
             )
 
         cached, _ = await operation.run_phase("plan", finish)
@@ -142,13 +142,13 @@ class PlanCache:
         for each in [cached, *(each for kept in self._kept.values() for each in kept)]:
             each.plan.comparison.exclude(self._disagreed)
 
-    async def share_places(self, operation: Operation, cached: CachedPlan, places: list[ByteRange]) -> None:
-        """Give the coordinator the places of frozen values, which only change when one of them grows or shrinks."""
-        flat = [number for item in places for number in (item.offset, item.nbytes)]
+    async def share_frozen_ranges(self, operation: Operation, cached: CachedPlan, ranges: list[ByteRange]) -> None:
+        """Send the coordinator where the frozen values lie, which only changes when one of them grows or shrinks."""
+        flat = [number for item in ranges for number in (item.offset, item.nbytes)]
         for rank, data in enumerate(await operation.gather(struct.pack(f"<{len(flat)}q", *flat))):
             numbers = struct.iter_unpack("<qq", data)
-            cached.places[rank] = [ByteRange(offset=offset, nbytes=nbytes) for offset, nbytes in numbers]
-        cached.places[operation.rank] = places
+            cached.frozen_ranges[rank] = [ByteRange(offset=offset, nbytes=nbytes) for offset, nbytes in numbers]
+        cached.frozen_ranges[operation.rank] = ranges
 
     async def manifest_of(self, parts: list[CachedPlan]) -> ManifestTemplate:
         if parts[0].manifest is not None:

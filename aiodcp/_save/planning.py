@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from .._format.chunks import is_whole
 from .._format.dcp import KeyPath, TensorStorageMetadata
 from .._format.dtypes import NOT_COPIED
-from .._format.extension import ContainerNotes
+from .._format.extension import Containers
 from .._format.layout import lay_out
 from .._state.capture import Capture, nothing_to_save
 from .._state.plain_tensors import PLAIN_TENSORS
@@ -47,27 +47,27 @@ def plan_local(captured: Capture) -> LocalPlan:
             planner_data=captured.planned.planner_data,
         )
     leaves: dict[str, Any] = {}
-    for place, fqn in enumerate(captured.fqns):
+    for index, fqn in enumerate(captured.fqns):
         if fqn in leaves:
             raise CaptureError(fqn, "two values of the state dict have this name")
-        leaves[fqn] = _plannable(captured.leaf(place))
+        leaves[fqn] = _plannable(captured.leaf(index))
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(leaves, is_coordinator=True)
     try:
         items = planner.create_local_plan().items
     except Exception as error:
         raise _name_unplannable(leaves, error) from error
-    places = {fqn: place for place, fqn in enumerate(captured.fqns)}
+    index_of = {fqn: index for index, fqn in enumerate(captured.fqns)}
     sources: list[int] = []
     frozen: set[int] = set()
     seen: dict[int, int] = {}
     for number, item in enumerate(items):
-        place = source = places[item.index.fqn]
-        if place in captured.frozen:
+        index = source = index_of[item.index.fqn]
+        if index in captured.frozen:
             frozen.add(number)
-        elif place in captured.parts:  # the items of a ShardedTensor are in the order of its local shards
-            source = captured.parts[place] + seen.get(place, 0)
-            seen[place] = seen.get(place, 0) + 1
+        elif index in captured.parts:  # the items of a ShardedTensor are in the order of its local shards
+            source = captured.parts[index] + seen.get(index, 0)
+            seen[index] = seen.get(index, 0) + 1
         if item.tensor_data is not None:
             held, sizes = captured.values[source], item.tensor_data.chunk.sizes
             if held.shape != sizes:
@@ -80,7 +80,7 @@ def plan_local(captured: Capture) -> LocalPlan:
         sources=sources,
         frozen=frozen,
         paths=dict(zip(captured.fqns, captured.paths, strict=True)),
-        notes=captured.notes,
+        containers=captured.containers,
     )
 
 
@@ -109,7 +109,7 @@ def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner | None = 
     if planner is not None:
         return _plan_global_with(planner, locals_)
     holders = _find_holders(locals_)
-    if not holders and not any(local.notes.empty for local in locals_):
+    if not holders and not any(local.containers.empty for local in locals_):
         raise nothing_to_save()
     kept = _share_out(locals_, holders)
     finished, metadata = create_default_global_save_plan(
@@ -130,7 +130,7 @@ def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner | None = 
         plans=[],
         metadata=metadata,
         paths=paths,
-        notes=_join_notes(locals_, paths),
+        containers=_join_containers(locals_, paths),
         sharing=_plan_sharing(locals_, holders, kept),
     )
 
@@ -144,12 +144,12 @@ def _find_holders(locals_: Sequence[LocalPlan]) -> dict[Key, list[tuple[int, int
     return holders
 
 
-def _join_notes(locals_: Sequence[LocalPlan], paths: Mapping[str, KeyPath]) -> ContainerNotes:
-    """Join all ranks' notes; what is empty on one rank need not be so on another."""
+def _join_containers(locals_: Sequence[LocalPlan], paths: Mapping[str, KeyPath]) -> Containers:
+    """Join what all ranks say; what is empty on one rank need not be so on another."""
     filled = {path[:length] for path in paths.values() for length in range(1, len(path))}
-    empty = {path: None for local in locals_ for path in local.notes.empty if path not in filled}
-    int_keys = {path: None for local in locals_ for path in local.notes.int_keys}
-    return ContainerNotes(list(empty), list(int_keys))
+    empty = {path: None for local in locals_ for path in local.containers.empty if path not in filled}
+    int_keys = {path: None for local in locals_ for path in local.containers.int_keys}
+    return Containers(list(empty), list(int_keys))
 
 
 def _plan_sharing(
@@ -186,7 +186,7 @@ def _plan_global_with(planner: dcp.SavePlanner, locals_: Sequence[LocalPlan]) ->
         plans=plans,
         metadata=metadata,
         paths=metadata.planner_data,
-        notes=ContainerNotes(),
+        containers=Containers(),
         sharing=_plan_sharing(locals_, _find_holders(locals_), kept),
     )
 
@@ -251,8 +251,8 @@ def finish_plan(
     return WritePlan(
         fqns=captured.fqns,
         kinds=[
-            sharded_kind(captured, place) if place in captured.sharded else tensor_kind(value)
-            for place, value in enumerate(captured.values[:count])
+            sharded_kind(captured, index) if index in captured.sharded else tensor_kind(value)
+            for index, value in enumerate(captured.values[:count])
         ],
         paths=captured.paths,
         share=share,
@@ -260,7 +260,7 @@ def finish_plan(
         frozen=[local.sources[number] for number in kept if number in local.frozen],
         frozen_places=set(captured.frozen),
         items=None if captured.planned is None else captured.planned.items,
-        notes=captured.notes,
+        containers=captured.containers,
         comparison=Comparison(
             fqns=[local.items[number].index.fqn for number in shared.numbers],
             sources=[local.sources[number] for number in shared.numbers],

@@ -56,7 +56,7 @@ def plan_copies(
     arena: Arena, layout: Layout, records: Sequence[int], leaves: Sequence[int], shift: int = 0
 ) -> RecordCopies:
     """Plan the copies of `records`, whose bytes lie in the arena `shift` bytes after their place in the file."""
-    places: list[int] = []
+    indices: list[int] = []
     targets: list[torch.Tensor] = []
     payloads: list[memoryview] = []
     odd = False
@@ -69,11 +69,11 @@ def plan_copies(
         payloads.append(arena.memory[start:stop])
         header_crcs.append(offset + frame.header_crc)
         trailer_crcs.append(stop + frame.trailer_crc)
-        places.append(leaves[record])
+        indices.append(leaves[record])
         targets.append(copyable(arena.tensor[start:stop].view(frame.dtype).view(frame.shape)))
         odd = odd or frame.dtype in NOT_COPIED
     return RecordCopies(
-        pick=picker(places),
+        pick=picker(indices),
         targets=targets,
         odd=odd,
         payloads=payloads,

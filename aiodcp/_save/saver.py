@@ -281,7 +281,7 @@ class Saver:
 
         async def write(cached: CachedPlan) -> tuple[list[ByteRange], int, int]:
             nonlocal voting
-            tail, places = lay_tail(cached, job.captured)
+            tail, ranges = lay_tail(cached, job.captured)
             buffer = await pipeline.take_memory(cached.plan, tail.nbytes, pin_for=job.device_copies.first_device)
             files.names.append(file)
             files.are_written = False
@@ -290,7 +290,7 @@ class Saver:
             )
             files.are_written = True
             voting = time.perf_counter()
-            return places, digest, table_crc
+            return ranges, digest, table_crc
 
         cached = kept or await self._plans.make(operation, name, job.captured, job.planner)
         captured = job.timeline.between("capture")
@@ -299,7 +299,7 @@ class Saver:
         tables: list[int] = []
 
         def propose(written: tuple[list[ByteRange], int, int]) -> Row:
-            is_moved = cached.places.get(operation.rank) != written[0]
+            is_moved = cached.frozen_ranges.get(operation.rank) != written[0]
             return _WriteProposal(is_moved=is_moved, digest=written[1], table_crc=written[2]).to_row()
 
         def settle(table: list[Row]) -> Row:
@@ -310,10 +310,10 @@ class Saver:
                 differs=not agree([each.digest for each in proposals]),
             ).to_row()
 
-        (places, _, _), row = await operation.run_phase("write", lambda: write(cached), propose=propose, agree=settle)
+        (ranges, _, _), row = await operation.run_phase("write", lambda: write(cached), propose=propose, agree=settle)
         agreed = _WriteAgreed.from_row(row)
         if agreed.is_moved:
-            await self._plans.share_places(operation, cached, places)
+            await self._plans.share_frozen_ranges(operation, cached, ranges)
         if compares and agreed.differs:
             await self._plans.compare(operation, cached, self._on_disagreement)
         job.timeline.add("vote", voting)
@@ -334,10 +334,10 @@ class Saver:
                 return None
             manifest = await self._plans.manifest_of([part.plan for part in parts])
             await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
-            places = [[part.plan.places[rank] for rank in range(operation.size)] for part in parts]
+            ranges = [[part.plan.frozen_ranges[rank] for rank in range(operation.size)] for part in parts]
             with write_errors(self._storage.describe(path, METADATA_NAME)):
                 tables = manifest.in_order_of_files(save_id, [part.tables for part in parts])
-                content = seal(manifest.render(path, save_id, places), custom_metadata(), tables)
+                content = seal(manifest.render(path, save_id, ranges), custom_metadata(), tables)
                 await commit(self._storage, path, content, manifest.files(save_id))
             return manifest
 

@@ -116,5 +116,5 @@ class Staging:
 
 
 def staging_nbytes(layout: Layout, tail_nbytes: int) -> int:
-    """Return how many bytes a `Stage` takes."""
+    """Return how many bytes a `Staging` takes."""
     return layout.tail + round_up(max(tail_nbytes, 1), BLOCK)

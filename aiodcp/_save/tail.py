@@ -44,8 +44,8 @@ def lay_tail(cached: CachedPlan, captured: Capture) -> tuple[Tail, list[ByteRang
     crcs: list[int] = []
     items: list[ByteRange] = []
     position = 0
-    for place in cached.plan.frozen:
-        data = captured.frozen[place].archive()
+    for index in cached.plan.frozen:
+        data = captured.frozen[index].archive()
         items.append(ByteRange(offset=cached.layout.tail + position, nbytes=len(data)))
         crcs.append(zlib.crc32(data))
         filled = round_up(len(data), ALIGNMENT)

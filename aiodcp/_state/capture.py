@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 
 from .._format.dcp import KeyPath
-from .._format.extension import ContainerNotes
+from .._format.extension import Containers
 from ..errors import CaptureError
 from .flatten import KnownNames, flatten
 from .freeze import Frozen, freeze
@@ -31,12 +31,12 @@ class Capture:
         paths: the keys and list indices that lead to each value.
         values: the leaves themselves; of sharded ones the part that this rank holds. A `ShardedTensor` has any number
             of parts, which follow all leaves.
-        frozen: for every leaf that is not staged, by place, its pickle; framed as `torch.save` does it or still bare.
-        sharded: the leaves that are sharded, by place.
-        parts: of each leaf with any number of parts, by place, where among the values its first part is.
+        frozen: for every leaf that is not staged, by index, its pickle; framed as `torch.save` does it or still bare.
+        sharded: the leaves that are sharded, by index.
+        parts: of each leaf with any number of parts, by index, where among the values its first part is.
         devices: where the tensors are that are staged.
         versions: of each value, how often it was changed; None if they are to be read one by one.
-        notes: what the names do not say of the containers.
+        containers: what dotted names do not say of them.
         planned: the plan of the caller's own planner, whose items are the leaves.
     """
 
@@ -48,7 +48,7 @@ class Capture:
     parts: dict[int, int]
     devices: set[torch.device]
     versions: list[int] | None = None
-    notes: ContainerNotes = field(default_factory=ContainerNotes)
+    containers: Containers = field(default_factory=Containers)
     planned: SavePlan | None = None
 
     @property
@@ -56,10 +56,10 @@ class Capture:
         """The name of each of `values`; of parts that of their leaf."""
         if not self.parts:
             return self.fqns
-        starts = {start: self.fqns[place] for place, start in self.parts.items()}
+        starts = {start: self.fqns[index] for index, start in self.parts.items()}
         names = list(self.fqns)
-        for place in range(len(names), len(self.values)):
-            names.append(starts.get(place, names[-1]))
+        for index in range(len(names), len(self.values)):
+            names.append(starts.get(index, names[-1]))
         return names
 
     def name_on(self, device: torch.device) -> str:
@@ -67,9 +67,9 @@ class Capture:
         on_it = (isinstance(value, torch.Tensor) and value.device == device for value in self.values)
         return next(compress(self.names, on_it))
 
-    def leaf(self, place: int) -> Any:
+    def leaf(self, index: int) -> Any:
         """Return a leaf as it stands in the state dict."""
-        return self.sharded.get(place, self.values[place])
+        return self.sharded.get(index, self.values[index])
 
 
 def capture(
@@ -89,25 +89,25 @@ def capture(
     """
     leaves = flatten(call_stateful(state_dict), rank, names)
     fqns, values = leaves.fqns, leaves.values
-    if not fqns and not leaves.notes.empty and not may_be_empty:
+    if not fqns and not leaves.containers.empty and not may_be_empty:
         raise nothing_to_save()
     seen = _look_at(values)
     odd, devices = seen.odd, seen.devices
-    sharded = {place: values[place] for place in odd if is_sharded(values[place])}
+    sharded = {index: values[index] for index in odd if is_sharded(values[index])}
     parts: dict[int, int] = {}
     frozen: dict[int, Frozen] = {}
-    for place, value in sharded.items():
-        held = local_parts(fqns[place], value)
+    for index, value in sharded.items():
+        held = local_parts(fqns[index], value)
         devices |= {part.device for part in held}
         if isinstance(value, DTensor) and not holds_shards(value):
-            [values[place]] = held
+            [values[index]] = held
             if not is_plain(held[0]) and not held[0].is_meta:
-                frozen[place] = freeze(fqns[place], held[0])
+                frozen[index] = freeze(fqns[index], held[0])
         else:
-            parts[place] = len(values)
-            values[place] = None
+            parts[index] = len(values)
+            values[index] = None
             values += held
-    frozen |= {place: freeze(fqns[place], values[place]) for place in odd if place not in sharded}
+    frozen |= {index: freeze(fqns[index], values[index]) for index in odd if index not in sharded}
     return Capture(
         fqns=fqns,
         paths=leaves.paths,
@@ -117,7 +117,7 @@ def capture(
         parts=parts,
         devices=devices,
         versions=seen.versions,
-        notes=leaves.notes,
+        containers=leaves.containers,
     )
 
 
@@ -126,7 +126,7 @@ class _Seen:
     """What is seen of the values of a state in one go.
 
     Attributes:
-        odd: the places of all but tensors that are only referred to (see `is_plain`).
+        odd: the indices of all but tensors that are only referred to (see `is_plain`).
         devices: where those are, but for host memory.
         versions: of each value, how often it was changed; None if they are to be read one by one.
     """
@@ -141,15 +141,15 @@ def _look_at(values: Sequence[Any]) -> _Seen:
     odd: list[int] = []
     versions: list[int] = []
     facts: set[tuple[torch.layout, torch.dtype, torch.device | bool]] = set()
-    plain, note, add = PLAIN_TENSORS, versions.append, facts.add
+    plain, add_version, add_fact = PLAIN_TENSORS, versions.append, facts.add
     try:
-        for place, value in enumerate(values):
+        for index, value in enumerate(values):
             if type(value) in plain:
-                note(value._version)
-                add((value.layout, value.dtype, value.is_cpu or value.device))  # a device takes longer to make
+                add_version(value._version)
+                add_fact((value.layout, value.dtype, value.is_cpu or value.device))  # a device takes longer to make
             else:
-                odd.append(place)
-                note(0)
+                odd.append(index)
+                add_version(0)
     except RuntimeError:  # an inference tensor has no version
         versions = []
     devices = {device for _, _, device in facts if isinstance(device, torch.device)}
@@ -157,10 +157,10 @@ def _look_at(values: Sequence[Any]) -> _Seen:
         layout is not torch.strided or dtype in QUANTIZED or torch.device("meta") in devices
         for layout, dtype, _ in facts
     ):
-        odd = [place for place, value in enumerate(values) if type(value) not in PLAIN_TENSORS or not is_plain(value)]
+        odd = [index for index, value in enumerate(values) if type(value) not in PLAIN_TENSORS or not is_plain(value)]
         others = set(odd)
-        return _Seen(odd, {value.device for place, value in enumerate(values) if place not in others}, None)
-    has_others = any(isinstance(values[place], torch.Tensor) for place in odd)
+        return _Seen(odd, {value.device for index, value in enumerate(values) if index not in others}, None)
+    has_others = any(isinstance(values[index], torch.Tensor) for index in odd)
     return _Seen(odd, devices, None if has_others else versions)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._format.dcp import KeyPath
-from .._format.extension import ContainerNotes
+from .._format.extension import Containers
 from ..errors import CaptureError
 from .per_rank import PerRank, per_rank_key
 from .plain_tensors import PLAIN_TENSORS
@@ -34,7 +34,7 @@ class Leaves:
     fqns: list[str]
     paths: list[KeyPath]
     values: list[Any]
-    notes: ContainerNotes
+    containers: Containers
     optimizers: list[KeyPath]
     per_rank: list[tuple[KeyPath, PerRank]]
 
@@ -55,7 +55,7 @@ def flatten(state_dict: Mapping[str, Any], rank: int = 0, names: KnownNames | No
     fqns: list[str] = []
     paths: list[KeyPath] = []
     values: list[Any] = []
-    notes = ContainerNotes()
+    containers = Containers()
     optimizers: list[KeyPath] = []
     per_rank: list[tuple[KeyPath, PerRank]] = []
 
@@ -73,9 +73,9 @@ def flatten(state_dict: Mapping[str, Any], rank: int = 0, names: KnownNames | No
                     continue
                 if isinstance(value, Mapping):
                     if not value:
-                        notes.empty.append((*path, step))
+                        containers.empty.append((*path, step))
                     elif type(next(iter(value))) is int and all(type(each) is int for each in value):
-                        notes.int_keys.append((*path, step))
+                        containers.int_keys.append((*path, step))
                     elif "param_groups" in value and "state" in value:
                         optimizers.append((*path, step))
                     walk_mapping(f"{prefix}{key}.", (*path, step), value)
@@ -107,7 +107,7 @@ def flatten(state_dict: Mapping[str, Any], rank: int = 0, names: KnownNames | No
         raise CaptureError(f"{here[:SHOWN]}...", "is nested too deeply, or contains itself") from error
     names.clear()
     names.update(used)
-    return Leaves(fqns, paths, values, notes, optimizers, per_rank)
+    return Leaves(fqns, paths, values, containers, optimizers, per_rank)
 
 
 def _is_leaf(values: list[Any]) -> bool:

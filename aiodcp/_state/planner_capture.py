@@ -34,15 +34,15 @@ def capture_planned(state_dict: Mapping[str, Any], planner: SavePlanner, *, is_c
     try:
         planner.set_up_planner(states, is_coordinator=is_coordinator)
         plan = _whole_plan(planner)
-        for place, item in enumerate(plan.items):
+        for index, item in enumerate(plan.items):
             fqn = item.index.fqn
             with checksums():
                 data = planner.resolve_data(item)
             if not isinstance(data, torch.Tensor):
                 archive = bytes(data.getbuffer())
-                frozen[place] = Frozen(archive, True, tuple(unsafe_in_archive(archive)))
+                frozen[index] = Frozen(archive, True, tuple(unsafe_in_archive(archive)))
             elif not is_plain(data):
-                frozen[place] = freeze(fqn, data)
+                frozen[index] = freeze(fqn, data)
             values.append(data)
     except CaptureError:
         raise

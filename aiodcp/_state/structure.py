@@ -7,7 +7,7 @@ from copy import copy
 from typing import Any
 
 from .._format.dcp import KeyPath
-from .._format.extension import ContainerNotes
+from .._format.extension import Containers
 from .per_rank import PerRank
 
 _MISSING = object()
@@ -120,9 +120,9 @@ def find(root: Any, path: KeyPath) -> tuple[Any, Any, Any]:
     return Finder().find(root, path)
 
 
-def int_keys_of(notes: ContainerNotes | None, paths: Iterable[KeyPath]) -> set[KeyPath]:
+def int_keys_of(containers: Containers | None, paths: Iterable[KeyPath]) -> set[KeyPath]:
     """Return which mappings have ints for keys; of a checkpoint that does not say so, optimizers' states."""
-    if notes is not None:
-        return set(notes.int_keys)
+    if containers is not None:
+        return set(containers.int_keys)
     groups = {path[:position] for path in paths for position, step in enumerate(path) if step == "param_groups"}
     return {(*base, "state") for base in groups}

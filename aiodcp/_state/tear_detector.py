@@ -23,7 +23,7 @@ class TearDetector:
 
     def __init__(self, captured: Capture) -> None:
         self._captured = captured
-        self._whole = {place: value for place, value in captured.sharded.items() if isinstance(value, DTensor)}
+        self._whole = {index: value for index, value in captured.sharded.items() if isinstance(value, DTensor)}
         self._versions = self._read(captured.values) if captured.versions is None else captured.versions
         self._names_of_values = captured.names
         self._stepping: list[torch.Tensor] = []  # parameters of which optimizers have begun to step
@@ -47,8 +47,8 @@ class TearDetector:
         changed |= self._stepped(names, values)
         return [
             fqn
-            for place, fqn in enumerate(self._captured.fqns)
-            if fqn in changed and place not in self._captured.frozen
+            for index, fqn in enumerate(self._captured.fqns)
+            if fqn in changed and index not in self._captured.frozen
         ]
 
     def begins_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -84,7 +84,7 @@ class TearDetector:
 
     def _names(self) -> list[str]:
         """Return the name of each value, in the order of `_read`."""
-        return [*self._names_of_values, *(self._captured.fqns[place] for place in self._whole)]
+        return [*self._names_of_values, *(self._captured.fqns[index] for index in self._whole)]
 
 
 def _version_of(value: Any) -> int:

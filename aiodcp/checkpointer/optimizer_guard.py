@@ -1,4 +1,4 @@
-"""Optimizers that begin a step while tensors are staged: guarded ones wait, others are noted by the tear detector.
+"""Optimizers that begin a step while tensors are staged: guarded ones wait, others are recorded by the tear detector.
 
 One hook of PyTorch's for all optimizers does both, since it is called before the hooks of each optimizer.
 """

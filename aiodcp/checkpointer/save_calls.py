@@ -255,8 +255,8 @@ class SaveCalls:
 
     def _warn_unsafe(self, captured: Capture) -> None:
         """Warn of values that `load` will not build by default, once a name."""
-        for place, frozen in captured.frozen.items():
-            fqn = captured.fqns[place]
+        for index, frozen in captured.frozen.items():
+            fqn = captured.fqns[index]
             if frozen.needs and fqn not in self._unsafe:
                 self._unsafe.add(fqn)
                 warnings.warn(

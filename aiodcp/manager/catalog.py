@@ -95,7 +95,7 @@ class StepCatalog:
             self.has_looked = True
 
     def count_commit(self, step: int) -> dict[str, int | list[int]]:
-        """Return what is noted of the order of a commit that is made now, later than anything that is known."""
+        """Return what to record of the order of a commit that is made now, later than anything that is known."""
         with self._lock:
             # An unreadable step may have a number that is not known: it is left behind by far.
             self._last_number += PAST_UNREADABLE if self.unreadable else 1

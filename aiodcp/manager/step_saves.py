@@ -1,4 +1,4 @@
-"""Saves of steps: what is noted of each, who may remove what meanwhile, and what follows a commit."""
+"""Saves of steps: what is recorded of each, who may remove what meanwhile, and what follows a commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A root of steps: which of them are complete, what is noted of each, and how one is removed. No torch here.
+"""A root of steps: which of them are complete, what is recorded of each, and how one is removed. No torch here.
 
 root/step-100/.metadata    a step is complete when its `.metadata` is there
 root/step-200/__0_....     the data of a save that goes on, or was interrupted
@@ -47,13 +47,13 @@ class Step:
 
     Attributes:
         step: its number.
-        commit_number: larger than those of all steps that were there when it was committed; 0 if none was noted, as
+        commit_number: larger than those of all steps that were there when it was committed; 0 if none was recorded, as
             by others than a manager.
         after: steps that were there when it was committed, as far as was known.
         uncounted: of these, those without a number, as far as was known.
-        saved_at: when it was committed, in seconds of `time.time()`: as noted of it, or else when its `.metadata` was
+        saved_at: when it was committed, in seconds of `time.time()`: as recorded, or else when its `.metadata` was
             written; 0 if the storage does not know. For people: clocks of two hosts differ.
-        metrics: what was noted of it, by name.
+        metrics: of it, by name.
     """
 
     step: int
@@ -101,30 +101,30 @@ async def list_steps(storage: Storage, root: str, *, but: Collection[int] = ()) 
 
 
 async def read_step(storage: Storage, root: str, step: int) -> Step:
-    """Return what is noted of a step.
+    """Return what the custom metadata of a step says.
 
     Raises:
-        NotACheckpointError, CorruptError, ReadError: see `read_note`.
+        NotACheckpointError, CorruptError, ReadError: see `read_custom_metadata`.
     """
-    note, modified_at = await read_dated_custom_metadata(storage, step_path(root, step))
-    number = note.get("commit_number")
+    metadata, modified_at = await read_dated_custom_metadata(storage, step_path(root, step))
+    number = metadata.get("commit_number")
     return Step(
         step=step,
         commit_number=number if type(number) is int and 0 < number < 1 << 63 else 0,
-        after=_numbers_in(note.get("committed_after")),
-        uncounted=_numbers_in(note.get("uncounted")),
-        saved_at=_number(note.get("saved_at")) or modified_at or 0.0,
-        metrics=metrics_of(note),
+        after=_numbers_in(metadata.get("committed_after")),
+        uncounted=_numbers_in(metadata.get("uncounted")),
+        saved_at=_number(metadata.get("saved_at")) or modified_at or 0.0,
+        metrics=metrics_of(metadata),
     )
 
 
-def _numbers_in(noted: object) -> frozenset[int]:
-    return frozenset(each for each in noted if type(each) is int) if isinstance(noted, list) else frozenset()
+def _numbers_in(value: object) -> frozenset[int]:
+    return frozenset(each for each in value if type(each) is int) if isinstance(value, list) else frozenset()
 
 
-def metrics_of(note: Mapping[str, Any]) -> dict[str, float]:
+def metrics_of(metadata: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics in custom metadata; what is not a number is left out."""
-    metrics = note.get("metrics")
+    metrics = metadata.get("metrics")
     if not isinstance(metrics, dict):
         return {}
     numbers = {name: _number(value) for name, value in metrics.items()}
@@ -145,20 +145,20 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
     """
     numbered = sorted((each for each in steps if each.commit_number), key=lambda each: (each.commit_number, each.step))
 
-    def place(step: Step) -> tuple[int, float, int]:
+    def position(step: Step) -> tuple[int, float, int]:
         if step.commit_number:
             return step.commit_number, 0.0, step.step
         before = (each.commit_number for each in numbered if step.step not in each.uncounted)
         return max(before, default=0), step.saved_at or 1.0, step.step
 
-    return sorted(steps, key=place)
+    return sorted(steps, key=position)
 
 
 async def remove_step(storage: Storage, checkpoint_id: str, seen: set[str]) -> None:
     """Remove a checkpoint, in an order in which a crash leaves no half of it that looks whole.
 
     Files of the user's beside it, such as a tokenizer's, are that checkpoint's, and removed with it; what another
-    process is saving to the same place is not.
+    process is saving to the same checkpoint id is not.
 
     Args:
         storage: where.
@@ -211,16 +211,16 @@ async def remove_leftovers(
     limit = anyio.Semaphore(LOOKS_AT_ONCE)
 
     async def look(step: int) -> None:
-        place = step_path(root, step)
+        checkpoint_id = step_path(root, step)
         async with limit:
             try:
-                names = await storage.list_files(place)
+                names = await storage.list_files(checkpoint_id)
                 if METADATA_NAME in names or any(map(is_live, names)) or (names and not any(map(is_old, names))):
                     return
                 with CancelScope(shield=True):
-                    await _remove_data(storage, place, names, is_old)
+                    await _remove_data(storage, checkpoint_id, names, is_old)
             except OSError as error:
-                log.warning("%s: leftovers of an interrupted save cannot be removed: %s", place, error)
+                log.warning("%s: leftovers of an interrupted save cannot be removed: %s", checkpoint_id, error)
                 return
             removed.append(step)
 

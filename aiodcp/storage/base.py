@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, runtime_checkable
 
-BLOCK = 4096
+WRITE_ALIGNMENT = 4096
 """Bytes. Writers are given offsets that are multiples of this and buffers that start at such an address."""
 
 

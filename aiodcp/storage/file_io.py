@@ -13,7 +13,7 @@ from pathlib import Path
 from aiofiles.os import wrap
 
 from .._log import SafeLogger
-from .base import BLOCK
+from .base import WRITE_ALIGNMENT
 
 log: SafeLogger = SafeLogger(__name__)
 
@@ -29,9 +29,9 @@ _cannot_sync: set[int] = set()  # devices whose file systems cannot fsync a dire
 
 def is_blocks(offset: int, data: memoryview) -> bool:
     """Whether O_DIRECT takes this: offset, length and address in whole blocks. Source: open(2)."""
-    if offset % BLOCK or data.nbytes % BLOCK or not data.nbytes or data.readonly:
+    if offset % WRITE_ALIGNMENT or data.nbytes % WRITE_ALIGNMENT or not data.nbytes or data.readonly:
         return False
-    return ctypes.addressof(ctypes.c_char.from_buffer(data)) % BLOCK == 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(data)) % WRITE_ALIGNMENT == 0
 
 
 @wrap
@@ -89,10 +89,10 @@ def _fsync_directory_now(path: str) -> None:
 def make_durable_directory(path: str) -> bool:
     """Make the directory and its parents, each name durable in the one above it; return whether it was missing."""
     missing = []
-    place = Path(path).absolute()
-    while not place.is_dir():
-        missing.append(place)
-        place = place.parent
+    directory = Path(path).absolute()
+    while not directory.is_dir():
+        missing.append(directory)
+        directory = directory.parent
     for new in reversed(missing):
         try:
             new.mkdir(exist_ok=True)

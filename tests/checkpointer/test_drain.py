@@ -371,7 +371,9 @@ async def test_a_failed_save_that_nobody_asks_about_is_logged_when_it_is_forgott
         await asyncio.sleep(0.001)
     del checkpointer, ckpt
     until = time.monotonic() + 30
-    while "the save failed, and its error was never retrieved" not in caplog.text:  # threads let go of their last work soon
+    while (
+        "the save failed, and its error was never retrieved" not in caplog.text
+    ):  # threads let go of their last work soon
         assert time.monotonic() < until
         gc.collect()
         await asyncio.sleep(0.01)

@@ -322,13 +322,13 @@ def test_a_reader_that_goes_away_is_no_error(root: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_hostile_note_stops_nobody(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for step, note in (
+def test_hostile_custom_metadata_stops_no_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step, custom in (
         (5, {"step": 5, "metrics": {"loss": 10**400}, "saved_at": "soon"}),
         (10, {"metrics": [1, 2]}),
     ):
         with (root / f"step-{step}" / ".metadata").open("ab") as file:
-            file.write(_old_seal(json.dumps(note).encode()))
+            file.write(_old_seal(json.dumps(custom).encode()))
     with (root / "step-15" / ".metadata").open("ab") as file:
         file.write(_old_seal(b"[" * 100_000 + b"]" * 100_000))
     rows = json.loads(run(capsys, "ls", root, "--json"))
@@ -339,8 +339,8 @@ def test_a_hostile_note_stops_nobody(root: Path, capsys: pytest.CaptureFixture[s
         assert manager.steps() == [5, 10]
 
 
-def _old_seal(note: bytes) -> bytes:
-    return note + len(note).to_bytes(4, "little") + OLD_MARK
+def _old_seal(custom: bytes) -> bytes:
+    return custom + len(custom).to_bytes(4, "little") + OLD_MARK
 
 
 def test_metadata_with_any_bit_flipped_is_read_or_refused_in_words(

@@ -181,12 +181,12 @@ def test_it_reads_as_a_future_of_concurrent_futures() -> None:
     calls: list[tuple[str, object, bool]] = []
     called = threading.Barrier(2)
 
-    def note(milestone: Milestone) -> None:
+    def remember(milestone: Milestone) -> None:
         calls.append((threading.current_thread().name, milestone.exception(), milestone.done()))
         called.wait(30)
 
     for source in (reached, failed):
-        Milestone(source).add_done_callback(note)
+        Milestone(source).add_done_callback(remember)
     reached.reach()
     called.wait(30)
     error = SaveError("why")

@@ -9,7 +9,7 @@ import torch
 from aiodcp._format.alignment import ALIGNMENT, BLOCK
 from aiodcp._format.archive_writer import Frame, frame_tensor, frame_value
 from aiodcp._format.layout import FIRST_SEGMENT_NBYTES, lay_out
-from aiodcp.storage import BLOCK as STORAGE_BLOCK
+from aiodcp.storage import WRITE_ALIGNMENT
 
 from ..support.dtypes import DTYPES, QUANTIZED
 
@@ -95,4 +95,4 @@ def test_an_empty_layout_has_no_segments() -> None:
 
 
 def test_layout_and_storage_agree_on_blocks() -> None:
-    assert BLOCK == STORAGE_BLOCK
+    assert BLOCK == WRITE_ALIGNMENT

@@ -310,7 +310,7 @@ async def test_every_bit_of_metadata_is_checked_by_load_and_by_the_custom_metada
             assert not target["w"].any()
         for position in range(
             len(good) - len('{"lr":0.5}') - FOOT_NBYTES, len(good)
-        ):  # the note and its seal; the pickle is not read for it
+        ):  # the custom metadata and its seal; the pickle is not read for it
             damaged = bytearray(good)
             damaged[position] ^= 1 << position % 8
             (place / ".metadata").write_bytes(damaged)

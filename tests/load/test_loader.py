@@ -534,7 +534,7 @@ async def test_metadata_that_is_damaged_inside_is_called_damaged(damage: str) ->
     assert str(caught.value)
 
 
-async def test_keys_that_are_noted_and_not_saved_are_passed_over() -> None:
+async def test_keys_that_are_recorded_and_not_saved_are_passed_over() -> None:
     storage = await saved({"o": {"state": {0: {"m": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}})
     metadata = pickle.loads(storage.files["ckpt"][".metadata"])
     metadata.planner_data["o.state.1.m"] = ("o", "state", "1", "m")

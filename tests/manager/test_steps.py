@@ -19,18 +19,20 @@ from aiodcp.testing import FaultyStorage
 from ..support.states import assert_equal, blank, make_state
 
 
-async def _save(root: Path | str, step: int, storage: object = None, **note: object) -> None:
+async def _save(root: Path | str, step: int, storage: object = None, **custom_metadata: object) -> None:
     async with Checkpointer(storage=storage) as checkpointer:  # type: ignore[arg-type]
-        ckpt = await checkpointer.save(make_state(step), f"{root}/step-{step}", custom_metadata=note or None)
+        ckpt = await checkpointer.save(make_state(step), f"{root}/step-{step}", custom_metadata=custom_metadata or None)
         await ckpt
 
 
-@pytest.mark.parametrize("note", [{}, {"metrics": {"loss": 0.5}}, {"long": "ü" * 100_000}])
-async def test_a_note_comes_back_and_nobody_else_sees_it(note: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("custom_metadata", [{}, {"metrics": {"loss": 0.5}}, {"long": "ü" * 100_000}])
+async def test_custom_metadata_comes_back_and_dcp_does_not_see_it(
+    custom_metadata: dict[str, object], tmp_path: Path
+) -> None:
     state = make_state(3)
     async with Checkpointer() as checkpointer:
-        await (await checkpointer.save(state, tmp_path / "a", custom_metadata=note)).uploaded
-        assert await checkpointer.read_custom_metadata(tmp_path / "a") == note
+        await (await checkpointer.save(state, tmp_path / "a", custom_metadata=custom_metadata)).uploaded
+        assert await checkpointer.read_custom_metadata(tmp_path / "a") == custom_metadata
         target = blank(state)
         await checkpointer.load(target, tmp_path / "a")
         assert_equal(state, target)
@@ -57,8 +59,8 @@ async def test_a_note_that_json_cannot_say_is_refused_before_anything_happens(tm
 
 
 def test_a_seal_of_before_the_checksums_is_read() -> None:
-    note = json.dumps({"a": 1}).encode()
-    pickled, found = open_seal(b"pickle." + note + len(note).to_bytes(4, "little") + OLD_MARK)
+    custom_metadata = json.dumps({"a": 1}).encode()
+    pickled, found = open_seal(b"pickle." + custom_metadata + len(custom_metadata).to_bytes(4, "little") + OLD_MARK)
     assert bytes(pickled) == b"pickle."
     assert decode_custom_metadata(found.custom_metadata) == {"a": 1}
     assert bytes(open_seal(b"a pickle of others.")[0]) == b"a pickle of others."

@@ -111,7 +111,7 @@ def test_a_state_without_a_value_is_refused_unless_another_rank_may_hold_it() ->
     with pytest.raises(CaptureError, match="no value"):
         capture({})
     assert capture({}, may_be_empty=True).fqns == []
-    assert capture({"scaler": {}}).notes.empty == [("scaler",)]
+    assert capture({"scaler": {}}).containers.empty == [("scaler",)]
 
 
 def test_something_stateful_below_the_top_level_is_named() -> None:

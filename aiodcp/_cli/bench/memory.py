@@ -56,6 +56,6 @@ def _status_kib(name: str) -> int:
 
 if __name__ == "__main__":  # one system's memory: see extra_memory
     warnings.filterwarnings("ignore")
-    system_name, count, size, place = sys.argv[1:]
+    system_name, count, size, folder = sys.argv[1:]
     shape_of_one = Shape(name="memory", tensors=int(count), elements=int(size))
-    print(asyncio.run(measure_memory(system_name, shape_of_one, Path(place))))
+    print(asyncio.run(measure_memory(system_name, shape_of_one, Path(folder))))

@@ -83,8 +83,8 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
         return 3 * 8 * (len(row) + len(verdict) + 1)
 
     later_s, later_nbytes = min(_timed(agree) for _ in range(5))
-    places: list[list[Any]] = [[] for _ in range(ranks)]
-    render_s, record_bytes = _timed(lambda: record.render("checkpoint", "0" * 32, [places]))
+    no_ranges: list[list[Any]] = [[] for _ in range(ranks)]
+    render_s, record_bytes = _timed(lambda: record.render("checkpoint", "0" * 32, [no_ranges]))
     return {
         "aiodcp, first save": {
             "seconds": first_s,
