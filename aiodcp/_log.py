@@ -53,10 +53,7 @@ def _report_to_stderr() -> None:
     if not logging.raiseExceptions:
         return
     try:
-        sys.stderr.write("--- a handler of the log aiodcp failed\n")
+        sys.stderr.write("--- a handler of the logger 'aiodcp' failed\n")
         traceback.print_exc()
     except Exception:
         pass
-
-
-log = SafeLogger("aiodcp")

@@ -3,13 +3,13 @@
     CheckpointError
     ├── ArgumentError (also ValueError)      an argument is invalid: raised before anything happens
     ├── ClosedError (also RuntimeError)      the Checkpointer is not open, or belongs to the parent of this fork
-    │   └── DeadlockError                    the call would wait for what only its caller can end
+    │   └── DeadlockError                    the call would wait for what only its caller can finish
     ├── BusyError                            a save is in flight and the caller chose not to wait
     ├── SaveError                            a save failed; nothing was committed
     │   ├── CaptureError                     the state dict cannot be saved as it is: names the fqn
-    │   ├── StageError                       host memory could not be had, or a copy into it failed
+    │   ├── StageError                       host memory could not be allocated, or a copy into it failed
     │   ├── TornSnapshotError                tensors changed before they were staged: names their fqns
-    │   ├── DisagreementError                the ranks hold different values of one name, and the caller forbade that
+    │   ├── DisagreementError                values differ between ranks, and `on_disagreement="raise"`
     │   ├── ParticipantError                 a participant of a joint checkpoint failed: names it
     │   ├── WriteError                       storage failed: names the path, the OSError is its cause
     │   └── SaveCancelled                    `Checkpoint.cancel()` was called; nothing was committed
@@ -19,11 +19,11 @@
         ├── ReadError                        storage failed: names the path, the OSError is its cause
         ├── CorruptError                     what is stored is not what was saved: names path and fqn
         ├── FormatError                      what is there is written in another format: says which
-        ├── UnsafeError                      the checkpoint asks for more than data: names all that it needs
-        ├── MismatchError                    checkpoint and state dict do not fit: names every fqn and why
+        ├── UnsafeError                      the checkpoint needs more than plain data, or files elsewhere
+        ├── MismatchError                    checkpoint and state dict do not match: names every fqn
         └── StatefulError                    an object's load_state_dict() raised: that error is the cause
 
-Every error is a dataclass: its facts are its arguments and its attributes, and it survives pickling.
+An error that has facts is a dataclass: they are its arguments and its attributes. Every error survives pickling.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ClosedError(CheckpointError, RuntimeError):
 
 
 class DeadlockError(ClosedError):
-    """The call would wait for ever for what only its caller can end, such as the block that it is in."""
+    """The call would deadlock: it waits for what only its caller can finish, such as the block it is called from."""
 
 
 @_error
@@ -89,7 +89,7 @@ class BusyError(CheckpointError):
 
 
 class SaveError(CheckpointError):
-    """A save failed and committed nothing: what `checkpoint_id` held before, it still holds."""
+    """A save failed and committed nothing: the previous checkpoint at `checkpoint_id`, if any, is intact."""
 
 
 @_error
@@ -113,13 +113,15 @@ class StageError(SaveError):
     """Tensors could not be copied into host memory.
 
     Attributes:
-        nbytes: the bytes that were to be staged.
+        nbytes: the bytes that were to be staged; 0 if that is not known.
         problem: why they were not.
     """
 
-    message: ClassVar[str] = "staging {nbytes} bytes: {problem}"
     nbytes: int
     problem: str
+
+    def __str__(self) -> str:
+        return f"cannot stage {self.nbytes} bytes: {self.problem}" if self.nbytes else f"staging failed: {self.problem}"
 
 
 @_error
@@ -179,7 +181,7 @@ class WriteError(SaveError):
 
     Attributes:
         path: the file or object that could not be written.
-        problem: the system's words.
+        problem: the error message of the storage or the operating system.
     """
 
     message: ClassVar[str] = "cannot write {path}: {problem}"
@@ -221,7 +223,7 @@ class ReadError(LoadError):
 
     Attributes:
         path: the file or object that could not be read.
-        problem: the system's words.
+        problem: the error message of the storage or the operating system.
     """
 
     message: ClassVar[str] = "cannot read {path}: {problem}"
@@ -277,7 +279,7 @@ class CorruptError(LoadError):
 
 @_error
 class UnsafeError(LoadError):
-    """The checkpoint asks the reader to run or name something that is not plain data.
+    """The checkpoint needs more than plain data, or refers to files outside its directory.
 
     Attributes:
         path: the file that asks.
@@ -301,12 +303,12 @@ class UnsafeError(LoadError):
 
 @_error
 class MismatchError(LoadError):
-    """Checkpoint and state dict do not fit; the state dict is untouched.
+    """Checkpoint and state dict do not match; the state dict is untouched.
 
     Attributes:
         checkpoint_id: the checkpoint.
-        missing: fqns that the state dict has and the checkpoint has not, sorted.
-        unexpected: fqns that the checkpoint has below the names that were asked for and no rank wants, sorted.
+        missing: fqns of the state dict that are not in the checkpoint, sorted.
+        unexpected: stored fqns below the requested top-level names that are in no rank's state dict, sorted.
         problems: one sentence for each value that is in both and does not fit, each beginning with its fqn.
         suggestions: for missing fqns the stored ones that were most likely meant.
         hint: what would help, if that is known.
@@ -327,15 +329,15 @@ class MismatchError(LoadError):
         super().__post_init__()
 
     def __str__(self) -> str:
-        text = f"the checkpoint at {self.checkpoint_id!r} does not fit the state dict"
+        text = f"the checkpoint at {self.checkpoint_id!r} does not match the state dict"
         missing = [
             f"{name} (did you mean {self.suggestions[name]}?)" if name in self.suggestions else name
             for name in self.missing
         ]
         for title, names in (
-            ("missing in the checkpoint", missing),
+            ("missing from the checkpoint", missing),
             ("not in the state dict", self.unexpected),
-            ("different", self.problems),
+            ("incompatible", self.problems),
         ):
             if names:
                 more = [f"and {len(names) - self.SHOWN} more"] if len(names) > self.SHOWN else []
@@ -345,10 +347,10 @@ class MismatchError(LoadError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFailure:
-    """What went wrong on one rank, as text: an exception need not survive the way to the others.
+    """What went wrong on one rank, as text, because an exception may not survive being sent to other ranks.
 
     Attributes:
-        rank: in the world, as torchrun counts.
+        rank: the global one, as numbered by torchrun.
         kind: the exception's class.
         text: its message.
         traceback: as Python prints it.
@@ -386,7 +388,7 @@ class RankError(SaveError, LoadError):
         parts: list[str] = []
         if self.missing:
             ranks = ", ".join(f"rank {rank}" for rank in self.missing)
-            parts.append(f"missing (died, left, or not done in time): {ranks}")
+            parts.append(f"missing: {ranks} (died, left, or timed out)")
         alike: dict[tuple[str, str], list[RankFailure]] = {}
         for failure in self.failures:
             alike.setdefault((failure.kind, failure.text), []).append(failure)
@@ -397,8 +399,8 @@ class RankError(SaveError, LoadError):
             tracebacks += f"\n--- rank {failures[0].rank}\n{failures[0].traceback.rstrip()}"
         rest = [str(failure.rank) for failures in list(alike.values())[self.SHOWN :] for failure in failures]
         if rest:
-            parts.append("with other errors: rank " + ", ".join(rest))
-        return f"{self.phase}: " + "; ".join(parts or ["the ranks lost their connection"]) + tracebacks
+            parts.append("other errors: rank " + ", ".join(rest))
+        return f"{self.phase}: " + "; ".join(parts or ["the connection between the ranks was lost"]) + tracebacks
 
 
 def _some(names: Sequence[str], shown: int = 5) -> str:

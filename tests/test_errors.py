@@ -15,7 +15,7 @@ EXAMPLES: list[tuple[CheckpointError, str]] = [
     (errors.SaveError("reason"), "reason"),
     (errors.CaptureError("model.w", "is meta"), "model.w: is meta"),
     (errors.CaptureError("", "is no mapping"), "is no mapping"),
-    (errors.StageError(12, "no memory"), "staging 12 bytes: no memory"),
+    (errors.StageError(12, "no memory"), "cannot stage 12 bytes: no memory"),
     (
         errors.TornSnapshotError([f"w{number}" for number in range(7)]),
         "changed before they were staged: w0, w1, w2, w3, w4 and 2 more; wait for `staged` before changing tensors, "
@@ -28,7 +28,7 @@ EXAMPLES: list[tuple[CheckpointError, str]] = [
         errors.RankError(
             "write", [errors.RankFailure(rank=1, kind="OSError", text="full", traceback="Trace\n")], [2, 3]
         ),
-        "write: missing (died, left, or not done in time): rank 2, rank 3; rank 1: OSError: full\n--- rank 1\nTrace",
+        "write: missing: rank 2, rank 3 (died, left, or timed out); rank 1: OSError: full\n--- rank 1\nTrace",
     ),
     (errors.LoadError("reason"), "reason"),
     (errors.NotACheckpointError("ckpt/1"), "no committed checkpoint at 'ckpt/1': there is no .metadata"),
@@ -38,12 +38,12 @@ EXAMPLES: list[tuple[CheckpointError, str]] = [
     (errors.UnsafeError("a/b", "model.w", "names os.system"), "a/b (model.w): names os.system"),
     (
         errors.MismatchError("ckpt/1", ["a"], ["b"], ["c has shape (1,)"]),
-        "the checkpoint at 'ckpt/1' does not fit the state dict\nmissing in the checkpoint (1):\n  a\n"
-        "not in the state dict (1):\n  b\ndifferent (1):\n  c has shape (1,)",
+        "the checkpoint at 'ckpt/1' does not match the state dict\nmissing from the checkpoint (1):\n  a\n"
+        "not in the state dict (1):\n  b\nincompatible (1):\n  c has shape (1,)",
     ),
     (
         errors.MismatchError("ckpt/1", ["a.wieght"], suggestions={"a.wieght": "a.weight"}, hint="try this"),
-        "the checkpoint at 'ckpt/1' does not fit the state dict\nmissing in the checkpoint (1):\n"
+        "the checkpoint at 'ckpt/1' does not match the state dict\nmissing from the checkpoint (1):\n"
         "  a.wieght (did you mean a.weight?)\ntry this",
     ),
     (errors.FormatError("a/b", "is safetensors"), "a/b: is safetensors"),
@@ -82,6 +82,6 @@ def test_every_error_of_the_module_has_an_example_and_is_in_the_tree_drawn_on_to
 
 def test_a_mismatch_of_thousands_of_names_stays_readable() -> None:
     text = str(MismatchError("c", [f"n{number}" for number in range(5000)]))
-    assert "missing in the checkpoint (5000):\n  n0\n  n1\n" in text
+    assert "missing from the checkpoint (5000):\n  n0\n  n1\n" in text
     assert "\n  and 4990 more" in text
     assert len(text) < 300

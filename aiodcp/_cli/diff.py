@@ -11,7 +11,7 @@ import torch
 
 from .._format.dcp import TensorStorageMetadata
 from .._state.plain_tensors import is_plain
-from .reading import load, name_of, nbytes_of, opened, pieces, read
+from .reading import load, make_checkpointer, name_of, nbytes_of, pieces, read
 from .text_tables import number, plural, table
 
 
@@ -54,7 +54,7 @@ def diff(a: str, b: str, advance: Callable[[int], None], total: Callable[[int], 
         else:
             alike.append(fqn)
     total(sum(nbytes_of(entries[0][fqn]) for fqn in alike))
-    with opened(a) as of_a, opened(b) as of_b:
+    with make_checkpointer(a) as of_a, make_checkpointer(b) as of_b:
         for names in pieces(entries[0], alike):
             wanted = {fqn: entries[0][fqn] for fqn in names}
             states = [load(of_a, a, wanted), load(of_b, b, wanted)]

@@ -14,7 +14,7 @@ from .._format.dcp import KeyPath, Metadata, TensorStorageMetadata
 from .._format.extension import containers_of
 from .._state.structure import int_keys_of, rebuild
 from ..errors import ArgumentError, WriteError
-from .reading import load, opened, pieces, read
+from .reading import load, make_checkpointer, pieces, read
 
 SHARD_NBYTES = 5_000_000_000
 """Of one file of safetensors at most, unless a tensor is larger. Source: Hugging Face's `save_pretrained`."""
@@ -31,7 +31,7 @@ def export_torch(checkpoint_id: str, out: str) -> dict[str, Any]:
     """
     metadata, _ = read(checkpoint_id)
     _refuse_existing(Path(out))
-    with opened(checkpoint_id) as checkpointer:
+    with make_checkpointer(checkpoint_id) as checkpointer:
         flat = load(checkpointer, checkpoint_id, metadata.state_dict_metadata)
     state = nest(flat, metadata)
     temporary = f"{out}.tmp"
@@ -100,11 +100,11 @@ def export_safetensors(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WriteError(out, f"is to be a directory: {error.strerror}") from error
+        raise WriteError(out, f"cannot create the directory: {error.strerror}") from error
     weight_map: dict[str, str] = {}
     nbytes = {fqn: entry.size.numel() * entry.properties.dtype.itemsize for fqn, entry in entries.items()}
     total(sum(nbytes.values()))
-    with opened(checkpoint_id) as checkpointer:
+    with make_checkpointer(checkpoint_id) as checkpointer:
         for name, fqns in zip(names, shards, strict=True):
             state = load(checkpointer, checkpoint_id, {fqn: entries[fqn] for fqn in fqns})
             tensors = {fqn.removeprefix(prefix): state.pop(fqn) for fqn in fqns}
@@ -145,4 +145,4 @@ def _umask() -> int:
 
 def _refuse_existing(path: Path) -> None:
     if path.exists():
-        raise WriteError(str(path), "exists already, and is not overwritten")
+        raise WriteError(str(path), "the file exists, and will not be overwritten")

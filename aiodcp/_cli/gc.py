@@ -31,7 +31,7 @@ async def _collect(storage: Storage, root: str, retention: Retention, dry_run: b
         pass
     async with storage.lock(root, exclusive=True) as is_locked:
         if not is_locked:
-            raise ArgumentError("root", f"a process that saves below {root} is alive, and removes steps by itself")
+            raise ArgumentError("root", f"another process is saving below {root}, and removes steps itself")
         to_remove = retention.to_remove((await list_steps(storage, root)).steps)
         if dry_run:
             leftovers = [row["step"] for row in await rows_of(storage, root) if not row["complete"]]

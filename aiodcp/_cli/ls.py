@@ -67,7 +67,7 @@ def format_steps(rows: list[dict[str, Any]]) -> str:
     """Return the table of `aiodcp ls`."""
     cells = []
     for row in rows:
-        when = "not complete"
+        when = "incomplete"
         if row["complete"]:
             saved_at = row["saved_at"]
             when = "?" if saved_at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved_at))

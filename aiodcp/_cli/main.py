@@ -96,59 +96,67 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_ls(commands: _Commands) -> None:
-    ls = commands.add("ls", _ls, "list the steps below a root, complete or not")
-    ls.add_argument("root", help="the directory with step-<n> in it")
+    ls = commands.add("ls", _ls, "list the steps in a root directory, complete or not")
+    ls.add_argument("root", help="directory that contains the step-<n> directories")
 
 
 def _add_show(commands: _Commands) -> None:
     show = commands.add("show", _show, "show what a checkpoint holds: names, shapes, dtypes, sizes, files")
-    show.add_argument("checkpoint", help="its directory")
-    show.add_argument("fqn", nargs="?", help="only this value, and what lies below it")
-    show.add_argument("--chunks", action="store_true", help="show of each tensor where its chunks are stored, too")
+    show.add_argument("checkpoint", help="checkpoint directory")
+    show.add_argument("fqn", nargs="?", help="show only this value and everything below it")
+    show.add_argument("--chunks", action="store_true", help="also show where the chunks of each tensor are stored")
 
 
 def _add_verify(commands: _Commands) -> None:
-    text = "read all of a checkpoint and check it: coverage, files, the CRC32 of every item"
-    commands.add("verify", _verify, text).add_argument("checkpoint", help="its directory")
+    text = "read a whole checkpoint and verify its coverage, its files, and the CRC32 of every item"
+    commands.add("verify", _verify, text).add_argument("checkpoint", help="checkpoint directory")
 
 
 def _add_diff(commands: _Commands) -> None:
     diff = commands.add("diff", _diff, "compare two checkpoints: what changed, and by how much")
-    diff.add_argument("a", help="the directory of one")
-    diff.add_argument("b", help="the directory of the other")
+    diff.add_argument("a", help="checkpoint directory")
+    diff.add_argument("b", help="checkpoint directory to compare it with")
 
 
 def _add_gc(commands: _Commands) -> None:
-    gc = commands.add("gc", _gc, "remove steps that are not to be kept, and leftovers of interrupted saves")
-    gc.add_argument("root", help="the directory with step-<n> in it")
-    gc.add_argument("--keep-last", type=_positive_int, metavar="N", help="keep the newest N steps; without it, all")
-    gc.add_argument("--keep-every", type=_positive_int, metavar="N", help="keep multiples of N besides")
-    best = "keep the N best besides (default: 1)"
+    gc = commands.add("gc", _gc, "remove steps that the options do not keep, and leftovers of interrupted saves")
+    gc.add_argument("root", help="directory that contains the step-<n> directories")
+    gc.add_argument("--keep-last", type=_positive_int, metavar="N", help="keep the newest N steps (default: all)")
+    gc.add_argument(
+        "--keep-every", type=_positive_int, metavar="N", help="also keep every step that is a multiple of N"
+    )
+    best = "also keep the N best steps by METRIC (default: 1)"
     gc.add_argument("--keep-best", type=_best, metavar="METRIC:min|max[:N]", help=best)
-    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    gc.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
 
 
 def _add_export(commands: _Commands) -> None:
     export = commands.add("export", _export, "write a checkpoint in another format")
-    export.add_argument("checkpoint", help="its directory")
+    export.add_argument("checkpoint", help="checkpoint directory")
     export.add_argument("--to", choices=["safetensors", "torch"], required=True, help="the format")
     export.add_argument("out", help="a file for torch, a directory for safetensors")
-    export.add_argument("--prefix", default="", help="safetensors: only what lies below this name, and without it")
-    size = "safetensors: GB of one file at most (default: 5)"
+    export.add_argument(
+        "--prefix", default="", help="safetensors: export only the names under this prefix, and strip it"
+    )
+    size = "safetensors: maximum GB per file, but for a single larger tensor (default: 5)"
     export.add_argument("--shard-gb", type=_positive_float, default=5.0, help=size)
 
 
 def _add_bench(commands: _Commands) -> None:
     text = "measure saving and loading on this machine, or under torchrun, against DCP; takes minutes"
     bench = commands.add("bench", _bench, text)
-    where = "on the file system to measure; created if it does not exist (default: here)"
+    where = "directory on the file system to measure; created if it does not exist (default: .)"
     bench.add_argument("directory", nargs="?", default=".", help=where)
     bench.add_argument("--gib", type=_positive_float, default=1.0, help="size of the state in 64 tensors (default: 1)")
-    small = "of 4 KiB, on a device of 16 KiB, in the other state (default: 10000)"
+    small = "number of tensors in the other state, of 4 KiB, on a device of 16 KiB (default: 10000)"
     bench.add_argument("--tensors", type=_positive_int, default=10_000, help=small)
-    bench.add_argument("--repeat", type=_positive_int, default=5, help="rounds that count (default: 5)")
-    bench.add_argument("--plan", type=_positive_int, metavar="RANKS", help="measure planning, for simulated ranks")
-    device = "where the state is; cuda measures what a save holds up on host and device"
+    bench.add_argument(
+        "--repeat", type=_positive_int, default=5, help="measured rounds, after one to warm up (default: 5)"
+    )
+    bench.add_argument(
+        "--plan", type=_positive_int, metavar="RANKS", help="measure only planning, for RANKS simulated ranks"
+    )
+    device = "where the state is; cuda measures how long a save holds up host and device (default: cpu)"
     bench.add_argument("--device", default="cpu", help=device)
 
 
@@ -168,7 +176,7 @@ def _gc(options: argparse.Namespace) -> int:
     from .gc import collect
 
     if options.keep_last is None and (options.keep_every or options.keep_best):
-        raise ArgumentError("keep_last", "--keep-every and --keep-best keep steps besides those of --keep-last")
+        raise ArgumentError("keep_last", "--keep-every and --keep-best require --keep-last")
     retention = Retention(keep_last=options.keep_last, keep_every=options.keep_every, keep_best=options.keep_best)
     result = collect(options.root, retention, dry_run=options.dry_run)
 
@@ -200,7 +208,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     def text() -> str:
         lines = [": ".join(filter(None, (each.fqn, each.file, each.problem))) for each in problems]
-        return "\n".join([*lines, plural(len(problems), "problem")]) if problems else "whole: all is as it was saved"
+        return "\n".join([*lines, plural(len(problems), "problem")]) if problems else "intact: no damage found"
 
     _print(options, {"whole": not problems, "problems": [dataclasses.asdict(each) for each in problems]}, text)
     return DIFFERENT if problems else 0
@@ -222,7 +230,7 @@ def _export(options: argparse.Namespace) -> int:
     from .export import export_safetensors, export_torch
 
     if options.to == "torch" and options.prefix:
-        raise ArgumentError("prefix", "--prefix is for --to safetensors")
+        raise ArgumentError("prefix", "--prefix requires --to safetensors")
     with bar("exporting") as shown:
         if options.to == "torch":
             result = export_torch(options.checkpoint, options.out)
@@ -238,7 +246,7 @@ def _export(options: argparse.Namespace) -> int:
 
     def text() -> str:
         left_out = result["left_out"]
-        more = f"\nleft out, since they are not tensors: {', '.join(left_out)}" if left_out else ""
+        more = f"\nskipped, since they are not tensors: {', '.join(left_out)}" if left_out else ""
         return "\n".join(result["files"]) + f"\n{result['tensors']} tensors" + more
 
     _print(options, result, text)
@@ -283,7 +291,7 @@ def _in_json(value: Any) -> Any:
 
 def _positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
     return int(text)
 
 
@@ -293,7 +301,7 @@ def _positive_float(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
     return value
 
 
@@ -301,5 +309,5 @@ def _best(text: str) -> tuple[str, str] | tuple[str, str, int]:
     metric, _, rest = text.partition(":")
     mode, _, count = rest.partition(":")
     if not metric or mode not in ("min", "max") or (count and not count.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} is not like loss:min or accuracy:max:3")
+        raise argparse.ArgumentTypeError(f"must look like loss:min or accuracy:max:3, got {text}")
     return (metric, mode, int(count)) if count else (metric, mode)

@@ -80,7 +80,7 @@ def pieces(
         yield piece
 
 
-def opened(checkpoint_id: str) -> Checkpointer:
+def make_checkpointer(checkpoint_id: str) -> Checkpointer:
     """Return a Checkpointer, still to be entered, that loads what is at `checkpoint_id`."""
     return Checkpointer(storage=storage_of(checkpoint_id), no_dist=True)
 

@@ -36,7 +36,7 @@ async def _show(storage: Storage, checkpoint_id: str, fqn: str | None) -> dict[s
         stored.setdefault(index.fqn, []).append((index, info))
     names = [name for name in metadata.state_dict_metadata if fqn is None or name == fqn or name.startswith(f"{fqn}.")]
     if not names and fqn is not None:
-        raise ArgumentError("fqn", f"{checkpoint_id} holds nothing that is named {fqn!r}")
+        raise ArgumentError("fqn", f"{checkpoint_id} contains no value named {fqn!r}")
     rows = [_describe(name, metadata.state_dict_metadata[name], stored.get(name, [])) for name in names]
     result = {
         "checkpoint_id": checkpoint_id,

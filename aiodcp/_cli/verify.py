@@ -17,10 +17,10 @@ import anyio.from_thread
 import anyio.to_thread
 import torch
 
-from .._engine.task_groups import one_error
+from .._engine.task_groups import single_error
 from .._format.chunks import is_whole
 from .._format.dcp import Metadata, MetadataIndex, StorageInfo, TensorStorageMetadata
-from .._format.item_tables import ItemTables, is_the_item
+from .._format.item_tables import ItemTables, matches_table
 from .._format.naming import METADATA_NAME
 from .._load.decode import check_records
 from ..errors import CorruptError
@@ -72,7 +72,9 @@ async def _verify(
     except CorruptError as error:
         return [Problem(fqn="", file=METADATA_NAME, problem=error.problem)]
     except ValueError:
-        return [Problem(fqn="", file=METADATA_NAME, problem="it names more or fewer files than were written")]
+        return [
+            Problem(fqn="", file=METADATA_NAME, problem="the number of data files is not the number of checksum tables")
+        ]
     items: dict[str, list[_Item]] = {}
     for index, info in metadata.storage_data.items():
         item = _Item(fqn=index.fqn, info=info, payload_nbytes=_payload_nbytes(metadata, index))
@@ -119,13 +121,13 @@ async def _check_file(
                     problems.append(Problem(fqn=item.fqn, file=file, problem=problem))
                 advance(item.info.length)
 
-            with one_error():
+            with single_error():
                 async with anyio.create_task_group() as group:
                     for item in items:
                         group.start_soon(check, item)
     except FileNotFoundError:
         return [Problem(fqn=each.fqn, file=file, problem=MISSING) for each in items]
-    except PermissionError:  # no damage, for all that is known
+    except PermissionError:  # not known to be damage
         raise
     except OSError as error:
         return [Problem(fqn="", file=file, problem=f"cannot be read: {error}")]
@@ -137,7 +139,7 @@ def _by_file(problems: Sequence[Problem]) -> list[Problem]:
     """Report once of a file what would be reported of every value in it."""
     values = Counter(problem.file for problem in problems if problem.problem == MISSING)
     missing = [
-        Problem(fqn="", file=file, problem=f"{MISSING}, and with it {plural(count, 'value')}")
+        Problem(fqn="", file=file, problem=f"{MISSING} ({plural(count, 'value')} lost)")
         for file, count in values.items()
     ]
     return [*missing, *(problem for problem in problems if problem.problem != MISSING)]
@@ -150,12 +152,12 @@ def _uncovered(metadata: Metadata) -> Iterator[Problem]:
         if isinstance(entry, TensorStorageMetadata):
             offsets = [chunk.offsets for chunk in entry.chunks]
             if not is_whole(entry):
-                problem = f"its {len(offsets)} chunks do not make up its shape {tuple(entry.size)}"
+                problem = f"its {len(offsets)} chunks do not cover its shape exactly: {tuple(entry.size)}"
                 yield Problem(fqn=fqn, file="", problem=problem)
         for offset in offsets:
             if (fqn, offset) not in stored:
                 where = "it" if offset is None else f"its chunk at {tuple(offset)}"
-                yield Problem(fqn=fqn, file="", problem=f"the metadata does not say where {where} is stored")
+                yield Problem(fqn=fqn, file="", problem=f"the metadata has no storage location for {where}")
 
 
 def _payload_nbytes(metadata: Metadata, index: MetadataIndex) -> int | None:
@@ -186,9 +188,9 @@ async def _check_item(reader: Reader, item: _Item, crc: int | None) -> str:
     """Return what is wrong with an item; empty if nothing is."""
     info = item.info
     if getattr(info, "transform_descriptors", None):
-        return f"is stored through the extensions {info.transform_descriptors}, which this reader has not"
+        return f"is stored with the extensions {info.transform_descriptors}, which aiodcp does not support"
     if info.offset + info.length > reader.nbytes:
-        return f"the file has {reader.nbytes} bytes, the value ends at {info.offset + info.length}"
+        return f"truncated: {reader.nbytes} bytes, the value ends at {info.offset + info.length}"
     try:
         if info.length <= WHOLE_NBYTES:
             data = bytearray(info.length)
@@ -213,15 +215,15 @@ def _damage(file: IO[bytes], item: _Item, crc: int | None) -> str:
     except Exception as error:  # a damaged archive can raise almost anything
         return f"is not an archive of torch.save: {error!r}"
     if damaged is not None:
-        return f"the CRC32 of {damaged} is not the one it was saved with"
-    if crc is not None and not is_the_item(crc, lambda: _crc_of(file), records):
-        return "is intact, but is not what was saved there"
+        return f"CRC32 mismatch in record {damaged}"
+    if crc is not None and not matches_table(crc, lambda: _crc_of(file), records):
+        return "is intact, but is not the item that was saved here"
     sizes = {each.filename.partition("/")[2]: each.file_size for each in records}
     if "data.pkl" not in sizes:
-        return "is an archive without data.pkl, which torch.save writes"
+        return "the archive has no data.pkl"
     held = sum(nbytes for name, nbytes in sizes.items() if name.startswith("data/"))
     if item.payload_nbytes is not None and held < item.payload_nbytes:
-        return f"holds {held} bytes, its shape and dtype ask for {item.payload_nbytes}"
+        return f"holds {held} bytes, but its shape and dtype require {item.payload_nbytes}"
     return ""
 
 

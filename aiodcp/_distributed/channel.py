@@ -39,7 +39,7 @@ ROLL_CALL_S = 3.0  # for which the others may be silent before they count as mis
 
 ROLL_CALL_LIMIT_S = 20.0  # in all
 
-STORE_S = 10.0  # after which the store counts as out of reach
+STORE_TIMEOUT_S = 10.0  # after which the store counts as out of reach
 
 _POLL_S = 0.02
 
@@ -48,7 +48,7 @@ DESCRIPTORS_A_PEER = 2  # of gloo's connections
 DESCRIPTORS_BESIDES = 64  # for the store, data files, and what else is opened meanwhile
 
 
-def _have_descriptors(count: int) -> None:
+def _ensure_descriptors(count: int) -> None:
     """Raise this process's soft limit of open files if `count` more would not fit: 1,024 is usual, 4,096 ranks many.
 
     Raises:
@@ -60,7 +60,7 @@ def _have_descriptors(count: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ClosedError(
-            f"Too many open files: {needed} are needed to connect with all ranks, and RLIMIT_NOFILE allows {hard} "
+            f"Too many open files: to connect to all ranks takes {needed} descriptors, and RLIMIT_NOFILE allows {hard} "
             "(ulimit -Hn)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
@@ -100,7 +100,6 @@ class Channel:
         self.nbytes: int = 0
         self._world: dist.ProcessGroup = group
         self._store: Any = None  # a PrefixStore, of which torch types the constructor only
-        self._opened = 0
         self._generation = 0
         self._group: Any = None  # a ProcessGroupGloo, likewise
 
@@ -119,17 +118,17 @@ class Channel:
         """
         if self._group is None:
             try:
-                self._group = await in_own_thread("ranks", self._make_group, self.timeout_s + STORE_S)
+                self._group = await in_own_thread("ranks", self._make_group, self.timeout_s + STORE_TIMEOUT_S)
             except ClosedError:
                 raise
             except RuntimeError as error:
                 if self._store is None:
-                    raise ChannelBrokenError(self._host()) from error
+                    raise ChannelBrokenError(self._missing_host()) from error
                 raise await self._break() from error
         return self._group
 
     def _make_group(self) -> ProcessGroupGloo:
-        _have_descriptors(DESCRIPTORS_A_PEER * self.size + DESCRIPTORS_BESIDES)
+        _ensure_descriptors(DESCRIPTORS_A_PEER * self.size + DESCRIPTORS_BESIDES)
         if self._store is None:
             # A connection of our own: a wait on the training's connection would block all other users of it.
             store = self._world.get_group_store().clone()  # type: ignore[attr-defined]
@@ -146,7 +145,7 @@ class Channel:
     async def give_up_opening(self) -> None:
         """Record that this channel was never opened, so that no rank waits under its number."""
         with suppress(RuntimeError):
-            await in_own_thread("ranks", lambda: self._store.set("failed", ""), STORE_S)
+            await in_own_thread("ranks", lambda: self._store.set("failed", ""), STORE_TIMEOUT_S)
 
     def close(self) -> None:
         """Drop the group: whoever waits for this rank sees its connection close."""
@@ -219,7 +218,7 @@ class Channel:
             while not alarmed:
                 with suppress(RuntimeError):  # the store may be out of reach: gloo's own limit holds in any case
                     alarmed = await in_own_thread(
-                        "ranks", lambda: self._store.check([f"{self._generation}/alarm"]), STORE_S
+                        "ranks", lambda: self._store.check([f"{self._generation}/alarm"]), STORE_TIMEOUT_S
                     )
                 await anyio.sleep(ALARM_PERIOD_S)
             group.cancel_scope.cancel()
@@ -235,11 +234,11 @@ class Channel:
         try:
             missing = await in_own_thread("ranks", self._call_roll, ROLL_CALL_LIMIT_S)
         except RuntimeError:
-            missing = self._host()
+            missing = self._missing_host()
         self._generation += 1
         return ChannelBrokenError(missing)
 
-    def _host(self) -> tuple[int, ...]:
+    def _missing_host(self) -> tuple[int, ...]:
         """Who is missing when the store is: the process that holds it, which is the first rank's."""
         return (0,) if self.members[0] == 0 and self.rank != 0 else ()
 

@@ -49,7 +49,7 @@ FIRST_HEARTBEAT_S = 0.01
 
 LAST_HEARTBEAT_S = 0.25  # heartbeats cost some 0.1 ms each on every rank: this often they are no load
 
-PART = "part"  # the phase in which ranks meet for one of several states, or for the end of them
+PART = "add participant"  # the phase in which ranks meet for one of several states, or for the end of them
 
 
 async def _nothing() -> None:
@@ -287,7 +287,7 @@ class Operation:
         if decision == Decision.BEHIND:
             if self._number == agreed[0]:
                 return Decision.GO_ON, agreed
-            behind = CheckpointError(f"this is call {self._number} of this rank, others are at call {agreed[0]}")
+            behind = CheckpointError(f"this rank is at call {self._number}, others are at call {agreed[0]}")
             raise RankError(self._doing, [describe_failure(channel, behind)])
         if is_final(decision, last):
             self.close()

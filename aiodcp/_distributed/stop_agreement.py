@@ -22,7 +22,7 @@ from .._log import SafeLogger
 
 log = SafeLogger(__name__)
 
-AGREE_S = 30.0  # after which a rank that is asked waits no longer for the others: some of them are gone
+AGREE_TIMEOUT_S = 30.0  # after which a rank that is asked waits no longer for the others: some of them are gone
 _POLL_S = 0.1
 
 
@@ -95,7 +95,7 @@ class StopAgreement:
                 return False
             if not self._decided.is_set() and step <= self._answered:
                 return False
-        if not self._decided.wait(AGREE_S):
-            log.error("stopping at step %d: the ranks have not agreed on one within %.0f s", step, AGREE_S)
+        if not self._decided.wait(AGREE_TIMEOUT_S):
+            log.error("stopping at step %d: the ranks have not agreed on one within %.0f s", step, AGREE_TIMEOUT_S)
             self._at = step
         return step >= self._at

@@ -18,11 +18,11 @@ class Activity:
         self._under_way: dict[object, tuple[str, float]] = {}
         self._moved_at = time.monotonic()
 
-    def moved(self) -> None:
+    def note_progress(self) -> None:
         """Note that something has been done."""
         self._moved_at = time.monotonic()
 
-    def still_for_s(self) -> float:
+    def idle_s(self) -> float:
         """Seconds since something has been done."""
         return time.monotonic() - self._moved_at
 
@@ -30,7 +30,7 @@ class Activity:
     def doing(self, what: str) -> Iterator[None]:
         """Note that `what` is under way while the block runs."""
         key = object()
-        self.moved()
+        self.note_progress()
         with self._lock:
             self._under_way[key] = what, self._moved_at
         try:
@@ -38,7 +38,7 @@ class Activity:
         finally:
             with self._lock:
                 del self._under_way[key]
-            self.moved()
+            self.note_progress()
 
     def __str__(self) -> str:
         now = time.monotonic()

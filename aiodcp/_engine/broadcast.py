@@ -14,7 +14,7 @@ from ..errors import ClosedError
 
 T = TypeVar("T")
 
-FORKED = "this process was forked from the one in which that is done: it will not hear of it"
+FORKED = "this process was forked from the one that does the work: it will not be notified"
 
 
 def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: Any) -> bool:

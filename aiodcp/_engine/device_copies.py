@@ -41,7 +41,7 @@ UNKNOWN_S = 10.0  # for which a device may refuse to say how far it has come: wh
 
 HOST = {"cpu", "meta"}
 
-_in_use: list[object] = []  # memory that a device may still read or write, for all that is known: never freed
+_in_use: list[object] = []  # memory that a device may still be reading or writing: never freed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +165,7 @@ class DeviceCopies:
                 while not event.query():
                     waited_s = time.monotonic() - began_s
                     if self._streams.given_up.wait(min(max(waited_s / 20, POLL_S), POLL_AT_MOST_S)):
-                        raise ClosedError(f"{self._named()}: copies not done after {waited_s:.0f} s are given up")
+                        raise ClosedError(f"gave up waiting for copies on {self._named()} after {waited_s:.0f} s")
 
     def wait_for_thread(self) -> None:
         """Block this thread until all that it has queued on streams of its own is done.
@@ -205,7 +205,7 @@ class DeviceCopies:
                 raise RuntimeError(f"{self._named()} does not report whether its copies are done")
         except BaseException:
             _in_use.extend(memory)
-            log.error("%s may still use memory of what has failed: it is never freed", self._named())
+            log.error("%s may still access memory of the failed operation: that memory is never freed", self._named())
             raise
 
     def end(self) -> None:
@@ -266,7 +266,7 @@ class CopyStreams:
     def _lane(self, device: torch.device, name_on: Callable[[torch.device], str]) -> CopyLane:
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is None or accelerator.type != device.type:
-            problem = f"{name_on(device)} is on {device}, which torch.accelerator does not know"
+            problem = f"{name_on(device)} is on {device}, which is not torch's current accelerator"
             raise ArgumentError("state_dict", problem)
         try:
             with torch.accelerator.device_index(device.index):
@@ -278,7 +278,7 @@ class CopyStreams:
                         self._streams[device] = torch.Stream(device)
                 mark = _recorded(device, torch.accelerator.current_stream(device))
         except (RuntimeError, ValueError) as error:  # as torch says that there are no streams, or a device is ill
-            problem = f"{name_on(device)} is on {device}, which gives no stream to copy on: {error}"
+            problem = f"{name_on(device)} is on {device}, on which no stream can be created: {error}"
             raise ArgumentError("state_dict", problem) from error
         return CopyLane(device=device, stream=self._streams[device], mark=mark)
 

@@ -33,11 +33,11 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; the constant is not in Python's mmap. S
 
 _ERRORS = {  # Source: cudaError_t in the CUDA runtime's reference
     1: "invalid value",
-    2: "out of memory: of what the driver may pin, to which `ulimit -l` does not matter",
+    2: "out of memory: the driver's own limit, which `ulimit -l` does not change",
     801: "not supported on this system",
 }
 
-_pinned_for_ever: list[mmap.mmap] = []
+_pinned_until_exit: list[mmap.mmap] = []
 
 _warned = False  # of memory that cannot be pinned: once
 
@@ -106,7 +106,7 @@ class Arena:
             _warned = True
             log.warning(
                 "only %d of %d bytes of host memory could be pinned (cudaHostRegister: error %d, %s): copies from and "
-                "to CUDA devices take longer",
+                "to CUDA devices will be slower",
                 pinned,
                 self.nbytes,
                 code,
@@ -155,8 +155,8 @@ def _unpin(mapping: mmap.mmap, address: int, device: torch.device, pid: int) -> 
         if code == 0:
             return
         problem = f"cudaHostUnregister: error {code}"
-    _pinned_for_ever.append(mapping)
-    log.warning("pinned host memory cannot be given back: %s", problem)
+    _pinned_until_exit.append(mapping)
+    log.warning("cannot unpin host memory, which stays allocated until the process exits: %s", problem)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

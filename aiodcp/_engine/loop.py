@@ -24,13 +24,14 @@ from anyio.from_thread import BlockingPortal
 
 from ..errors import ClosedError
 from .activity import Activity
+from .broadcast import call_soon
 from .threads import NAME, Threads
 from .worker_threads import WorkerThreads
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-END_S = 10.0  # for idle threads to end: milliseconds, unless the machine is very busy
+JOIN_TIMEOUT_S = 10.0  # for idle threads to end: milliseconds, unless the machine is very busy
 
 _left_behind: list[object] = []  # of the parent's, in a forked child: an open loop would warn that it was not closed
 
@@ -80,10 +81,7 @@ class _LoopThread:
         """Have it end. Returns at once, whatever thread this is called in."""
         self._is_stopped = True
         if self._loop is not None and self._stopped is not None:
-            try:
-                self._loop.call_soon_threadsafe(self._stopped.set)
-            except RuntimeError:  # it has ended
-                return
+            call_soon(self._loop, self._stopped.set)  # unless it has ended
 
     def join(self, timeout_s: float) -> None:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
@@ -163,7 +161,7 @@ class Engine:
             return
         running[0].stop_soon()
         if wait:
-            running[0].join(END_S)
+            running[0].join(JOIN_TIMEOUT_S)
         self.threads.close(wait=wait)
 
 

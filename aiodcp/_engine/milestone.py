@@ -1,7 +1,7 @@
-"""What a user can await of a save, and watch: milestones and progress.
+"""What a user can await of a save.
 
-Both are set by the engine's thread and read from anywhere: from the caller's event loop, from another one, from no
-loop at all. A waiter that is cancelled stops waiting, and changes nothing for the others.
+A milestone is set by the engine's thread and read from anywhere: from the caller's event loop, from another one, from
+no loop at all. A waiter that is cancelled stops waiting, and changes nothing for the others.
 
 Users hold the read side, a `Milestone`; the library keeps the other one, its `MilestoneSource`.
 """
@@ -65,7 +65,7 @@ class MilestoneSource:
             try:
                 function(error)
             except Exception:
-                log.exception("%s: what is to be called first failed", self.name)
+                log.exception("%s: a completion callback failed", self.name)
         with self._changed:
             self._state = "settled"
         self._wake_all()
@@ -123,7 +123,7 @@ class MilestoneSource:
     async def wait_on_loop(self) -> Exception | None:
         """Wait on the running event loop; return the failure, which counts as retrieved."""
         if self._state != "settled":
-            self._refuse_for_ever(blocking=False)
+            self._refuse_endless_wait(blocking=False)
             await self._until_woken()
         return self.retrieve()
 
@@ -140,7 +140,7 @@ class MilestoneSource:
             TimeoutError: it was not reached in `timeout` seconds.
         """
         if self._state != "settled":
-            self._refuse_for_ever(blocking=True)
+            self._refuse_endless_wait(blocking=True)
             if not self._block(timeout):
                 raise TimeoutError(f"{self.name} was not reached within {timeout} s")
         return self.retrieve()
@@ -150,7 +150,7 @@ class MilestoneSource:
         if self._state != "settled" and not self._is_forked():
             await self._until_woken()
 
-    async def settled_whatever_cancels(self) -> None:
+    async def settled_uncancellable(self) -> None:
         """Wait as `settled` does, also in a task that is cancelled meanwhile, however often."""
         while self._state != "settled" and self._abandoned is None:
             with suppress(asyncio.CancelledError), anyio.CancelScope(shield=True):  # which anyio does again and again
@@ -169,7 +169,7 @@ class MilestoneSource:
         if self._state != "settled" and self._is_forked():
             raise ClosedError(FORKED)
 
-    def _refuse_for_ever(self, *, blocking: bool) -> None:
+    def _refuse_endless_wait(self, *, blocking: bool) -> None:
         self.refuse_forked()
         self._check(blocking)
 
@@ -291,7 +291,7 @@ class Handle(Coroutine[Any, Any, None]):
     def _drive(self, step: Callable[[Generator[Any, None, None]], Any]) -> Any:
         task = current_task()
         if task is None:
-            raise RuntimeError("await it, or hand it to a task: it is driven by no other means")
+            raise RuntimeError("await this object, or pass it to a task: it cannot be driven in any other way")
         if task not in self._driven:
             self._driven[task] = self.__await__()
         try:

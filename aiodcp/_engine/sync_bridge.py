@@ -99,17 +99,19 @@ def sync_method(method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> 
     def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         _refuse_inside_a_loop(f"await {name}()")
         if self._runner is None:
-            raise ClosedError(f"{name}_sync() is for a `with` block; in an `async with` one `await {name}()`")
+            raise ClosedError(
+                f"{name}_sync() works only inside a `with` block: inside `async with`, use `await {name}()`"
+            )
         if self._pid != os.getpid():
             raise ClosedError("this process was forked from the one that entered the `with` block: enter one here")
         if self._thread != threading.get_ident():
-            raise ClosedError(f"{name}_sync() is for the thread that entered the `with` block")
+            raise ClosedError(f"{name}_sync() must be called from the thread that entered the `with` block")
         return self._runner.run(method(self, *args, **kwargs))
 
     update_wrapper(call, method)
     call.__name__ = f"{name}_sync"
     call.__qualname__ = f"{method.__qualname__}_sync"
-    call.__doc__ = f"As `await {name}()`, which see, for callers without an event loop: blocks until it is done."
+    call.__doc__ = f"Like `await {name}()`, for callers without an event loop: blocks until it is done."
     return call
 
 
@@ -118,4 +120,4 @@ def _refuse_inside_a_loop(instead: str) -> None:
         asyncio.get_running_loop()
     except RuntimeError:
         return
-    raise ClosedError(f"an event loop is running in this thread, and would stand still: use `{instead}`")
+    raise ClosedError(f"an event loop is running in this thread, and would be blocked: use `{instead}`")

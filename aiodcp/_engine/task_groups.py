@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def one_error() -> Iterator[None]:
+def single_error() -> Iterator[None]:
     """Raise, of what a task group in the block raises, the first error that is not itself a group."""
     try:
         yield

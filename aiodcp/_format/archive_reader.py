@@ -27,6 +27,10 @@ _ENTRY = struct.Struct("<4s6H3I5H2I")
 
 _ZIP64 = 0xFFFFFFFF
 
+# Of the header before each record: its length, and where in it the record's length, and those of its name and of what
+# follows the name, are.
+_LOCAL_NBYTES, _LOCAL_LENGTH, _LOCAL_LENGTHS = 30, 18, 26
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
@@ -55,6 +59,12 @@ class _Record:
     start: int
     nbytes: int
     crc: int
+
+
+def framed_pickle(data: bytes) -> bytes:
+    """Return the pickle in what `frame_value` has made; of anything else, any bytes."""
+    start = _LOCAL_NBYTES + len("archive/data.pkl")
+    return data[start : start + int.from_bytes(data[_LOCAL_LENGTH : _LOCAL_LENGTH + 4], "little")]
 
 
 def find_tensor(archive: memoryview, crc32: Callable[[memoryview, int], int] | None) -> StoredTensor | None:
@@ -124,7 +134,7 @@ def _read_directory(archive: memoryview) -> dict[str, _Record]:
         position += names + extras + comments
         if _ZIP64 in (nbytes, header):
             nbytes, header = _read_zip64(extra, nbytes, header)
-        start = header + 30 + sum(struct.unpack_from("<2H", archive, header + 26))
+        start = header + _LOCAL_NBYTES + sum(struct.unpack_from("<2H", archive, header + _LOCAL_LENGTHS))
         if start + nbytes > archive.nbytes:
             raise ValueError("has a record beyond its end")
         if name in records:

@@ -53,11 +53,11 @@ class ItemTables:
             ValueError: the table is not the one that was saved.
         """
         if zlib.crc32(table) != self._crcs[file]:
-            raise ValueError("the table at its end is not what was saved: its CRC32 is another one")
+            raise ValueError("CRC32 mismatch in the checksum table at the end of the file")
         crcs = [each for (each,) in struct.iter_unpack("<I", table)]
         return dict(zip(sorted(self._offsets[file]), crcs, strict=True))
 
 
-def is_the_item(crc: int, whole: Callable[[], int], records: Sequence[zipfile.ZipInfo]) -> bool:
+def matches_table(crc: int, whole: Callable[[], int], records: Sequence[zipfile.ZipInfo]) -> bool:
     """Whether an archive is the item of a table: that has the CRC32 of a tensor's elements, or else of all of it."""
     return any(crc == each.CRC for each in records if each.filename.endswith("/data/0")) or whole() == crc

@@ -284,7 +284,9 @@ def _find(module: Any, name: Any, path: str) -> Any:
     try:
         return _GLOBALS[module, name]
     except KeyError:
-        raise UnsafeError(path, "", f"names {shown(f'{module}.{name}')}, which no checkpoint needs") from None
+        raise UnsafeError(
+            path, "", f"names {shown(f'{module}.{name}')}, which is not part of DCP's metadata format"
+        ) from None
 
 
 def _list(value: Any) -> list[Any]:

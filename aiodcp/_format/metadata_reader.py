@@ -3,7 +3,7 @@
 `pickle.Unpickler` bounds neither memory nor time: ten bytes make it allocate gigabytes (a memo index), sixty nested
 tuples as a key take centuries to hash, and a million of them overflow the C stack. Here memory grows with the file,
 keys are hashed when they are known to be flat, and everything is checked before anyone else sees it. Files that
-`_pickle_screen` knows to be harmless, as those of this library, are left to the C unpickler, with an allow-list.
+`pickle_screen` knows to be harmless, as those of this library, are left to the C unpickler, with an allow-list.
 
 Read is every form that torch 2.6 to 2.15 writes on Python 3.11 to 3.15.
 """
@@ -75,9 +75,9 @@ def _check(metadata: Any, path: str) -> None:
         raise DamagedError(f"a {type(metadata).__name__}")
     fields = metadata.__dict__
     if type(fields.get("state_dict_metadata")) is not dict:
-        raise DamagedError("it names no values")
+        raise DamagedError("state_dict_metadata is missing")
     if type(fields.get("storage_data")) is not dict:
-        raise CorruptError(path, "", "does not say where any value is stored")
+        raise CorruptError(path, "", "storage_data is missing")
     sound: set[tuple[int, ...]] = set()  # ids of what has been checked: equal tensors share their shapes
     for fqn, entry in metadata.state_dict_metadata.items():
         if type(fqn) is not str:
@@ -89,8 +89,8 @@ def _check(metadata: Any, path: str) -> None:
         except (AttributeError, KeyError, TypeError):
             is_sound = False
         if not is_sound:
-            raise CorruptError(path, shown(fqn), "the metadata does not say what it is")
-    _check_places(metadata, path)
+            raise CorruptError(path, shown(fqn), "its entry in the metadata is malformed")
+    _check_storage_data(metadata, path)
     _check_rest(fields, path)
 
 
@@ -121,18 +121,18 @@ def _is_sound(entry: object, sound: set[tuple[int, ...]]) -> bool:
     return type(size) is torch.Size
 
 
-def _check_places(metadata: Metadata, path: str) -> None:
+def _check_storage_data(metadata: Metadata, path: str) -> None:
     files: set[str] = set()
     for index, info in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(info, StorageInfo):
-            raise DamagedError(f"a place that is a {type(info).__name__} of a {type(index).__name__}")
+            raise DamagedError(f"a malformed storage entry, {type(index).__name__}: {type(info).__name__}")
         fields = info.__dict__
         try:
             file, offset, length = fields["relative_path"], fields["offset"], fields["length"]
         except KeyError as error:
-            raise CorruptError(path, shown(index.fqn), f"the metadata does not say where it is: no {error}") from None
+            raise CorruptError(path, shown(index.fqn), f"its storage entry has no {error}") from None
         if type(offset) is not int or type(length) is not int or not 0 <= offset < 1 << 63 > length >= 0:
-            raise CorruptError(path, shown(index.fqn), "is stored where no file has bytes")
+            raise CorruptError(path, shown(index.fqn), "its storage entry has an invalid offset or length")
         if file in files if type(file) is str else False:
             continue
         if type(file) is not str or not file or "\0" in file or file.startswith("/") or ".." in file.split("/"):
@@ -146,19 +146,19 @@ def _check_places(metadata: Metadata, path: str) -> None:
 def _check_rest(fields: dict[str, Any], path: str) -> None:
     paths = fields.get("planner_data")
     if paths is not None and (type(paths) not in (dict, OrderedDict) or not all(map(_is_path, paths.values()))):
-        raise CorruptError(path, "", "the metadata does not say which keys lead to the values")
+        raise CorruptError(path, "", "planner_data is malformed")
     mark = fields.get("aiodcp", {})
     if type(mark) is not dict or not all(
         type(mark.get(key, ())) in (list, tuple) for key in ("opaque", "empty", "int_keys")
     ):
-        raise CorruptError(path, "", "this library's fields in the metadata are damaged")
+        raise CorruptError(path, "", "the fields of aiodcp are malformed")
     if not all(type(name) is str for name in mark.get("opaque", ())):
-        raise CorruptError(path, "", "this library's fields in the metadata are damaged")
+        raise CorruptError(path, "", "the fields of aiodcp are malformed")
     if not all(_is_path(each) for key in ("empty", "int_keys") for each in mark.get(key, ())):
-        raise CorruptError(path, "", "this library's fields in the metadata are damaged")
+        raise CorruptError(path, "", "the fields of aiodcp are malformed")
     meta = fields.get("storage_meta")
     if meta is not None and not isinstance(meta, StorageMeta):
-        raise CorruptError(path, "", "the metadata does not say by whom it was saved")
+        raise CorruptError(path, "", "storage_meta is malformed")
 
 
 def _is_path(value: Any) -> bool:

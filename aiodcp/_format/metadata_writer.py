@@ -1,7 +1,7 @@
 """What a checkpoint holds and where: DCP's `.metadata`, written portably.
 
 The file is a pickle of `torch.distributed.checkpoint.metadata.Metadata`, written so that torch 2.6 to 2.15 can read it
-on Python 3.11 to 3.15. `_metadata_reader` reads it.
+on Python 3.11 to 3.15. `metadata_reader` reads it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint and the directories of steps are called. No torch here."""
+"""What the files of a checkpoint are called. No torch here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which pickles the C unpickler can be trusted with: those whose tuples hold no tuples that hold tuples.
 
 `pickle.Unpickler` is ten times as quick as anything in Python, and bounds neither memory nor time (see
-`_metadata_reader`). What harms it are memo indices out of proportion, and tuples within tuples, again and again, which
+`metadata_reader`). What harms it are memo indices out of proportion, and tuples within tuples, again and again, which
 are hashed as keys. A regular expression sees both, if no tuple is in the memo: then each is made of what stands
 directly before it, and nothing else refers to it. This library writes its metadata so; what others write is left to
 the interpreter. Measured, 10,000 tensors: 13 ms, where interpreting them takes 140 ms.

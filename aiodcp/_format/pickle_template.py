@@ -15,7 +15,7 @@ from .pickle_screen import without_memoized_tuples
 
 
 class Placeholder:
-    """A value that differs from save to save, standing in a `Template`: an int, or a str where `text` is set."""
+    """A value that differs from save to save, standing in a `PickleTemplate`: an int, or a str where `text` is set."""
 
     def __init__(self, number: int, *, text: bool = False) -> None:
         self.stand_in: int | str = f"\0aiodcp field {number}\0" if text else _FIRST_FIELD + number

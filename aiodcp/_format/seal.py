@@ -97,7 +97,7 @@ def read_seal(tail: bytes) -> Seal:
     between = tail[len(tail) - nbytes : len(tail) - FOOT_NBYTES]
     crc, length, files, own = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
     if zlib.crc32(_NUMBERS.pack(crc, length, files, 0), zlib.crc32(between)) != own:
-        raise SealError("the custom metadata is not what was saved: its CRC32 is another one")
+        raise SealError("CRC32 mismatch in the custom metadata")
     tables = tuple(each for (each,) in _CRC.iter_unpack(between[length:]))
     return Seal(nbytes=nbytes, custom_metadata=between[:length], crc=crc, tables=tables)
 
@@ -111,5 +111,5 @@ def open_seal(data: bytes) -> tuple[memoryview, Seal]:
     found = read_seal(data)
     pickled = memoryview(data)[: len(data) - found.nbytes]
     if found.crc is not None and zlib.crc32(pickled) != found.crc:
-        raise SealError("it is not what was saved: its CRC32 is another one")
+        raise SealError("CRC32 mismatch")
     return pickled, found

@@ -33,9 +33,9 @@ class ChunkIndex:
         """Return where a value, or the chunk of a tensor at `offsets`, lies."""
         info = self._stored_at.get(fqn, {}).get(offsets)
         if info is None:
-            raise CorruptError(self.checkpoint_id, fqn, "the metadata does not say where it is stored")
+            raise CorruptError(self.checkpoint_id, fqn, "the metadata has no storage location for it")
         if getattr(info, "transform_descriptors", None):
-            problem = f"is stored through the extensions {info.transform_descriptors}, which this reader has not"
+            problem = f"is stored with the extensions {info.transform_descriptors}, which aiodcp does not support"
             raise CorruptError(self.checkpoint_id, fqn, problem)
         return info
 
@@ -66,7 +66,11 @@ class ChunkIndex:
             first, last = extent(frame, part)
             if last - first < BARE_BELOW * nbytes:
                 if frame.item_nbytes != nbytes:
-                    raise CorruptError(self.checkpoint_id, fqn, f"{nbytes} bytes are not {dtype} of {tuple(sizes)}")
+                    raise CorruptError(
+                        self.checkpoint_id,
+                        fqn,
+                        f"is stored as {nbytes} bytes, not the size of {dtype} {tuple(sizes)}",
+                    )
                 start, nbytes, bare = start + len(frame.header) + first, last - first, True
         return TensorRead(fqn, info.relative_path, start, nbytes, dtype, sizes, frame, part, into, bare)
 

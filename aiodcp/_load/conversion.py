@@ -1,11 +1,11 @@
-"""What a conversion from one dtype to another loses. Pure."""
+"""Conversions between dtypes, and which of them are lossy. Pure."""
 
 from __future__ import annotations
 
 import torch
 
 
-def loses(stored: torch.dtype, wanted: torch.dtype) -> bool:
+def is_lossy(stored: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether some value of `stored` is no value of `wanted`."""
     if stored is wanted:
         return False
@@ -19,7 +19,7 @@ def loses(stored: torch.dtype, wanted: torch.dtype) -> bool:
 
 
 def as_number(value: object, kind: type, *, cast: bool) -> int | float | bool | None:
-    """Return a number as one of another kind; None if that loses, unless `cast`."""
+    """Return a number as one of another kind; None if that is lossy, unless `cast`."""
     if not isinstance(value, int | float):
         return None
     try:

@@ -14,15 +14,15 @@ import torch
 
 from .._engine.host_memory import Arena
 from .._format.alignment import ALIGNMENT
-from .._format.archive_reader import find_tensor
+from .._format.archive_reader import find_tensor, framed_pickle
 from .._format.archive_writer import frame_value
 from .._format.checksum import Checksum
-from .._format.item_tables import is_the_item
+from .._format.item_tables import matches_table
 from .._format.plain_data import NotPlainError, load_archive, load_plain, quietly
 from ..errors import CorruptError, FormatError, LoadError, UnsafeError
 from .plan import TensorRead
 
-SAID = 300  # characters of an error's text
+MAX_ERROR_CHARS = 300  # characters of an error's text
 
 SAFETENSORS_HEADER_NBYTES = 100_000_000  # at most, as safetensors has it
 
@@ -54,12 +54,12 @@ class ItemDecoder:
         if crc != stored:
             raise self._damaged(read.fqn, read.file)
         if read.crc not in (None, crc):
-            raise self._another(read.fqn, read.file)
+            raise self._wrong_item(read.fqn, read.file)
 
     def whole(self, read: TensorRead, item: memoryview) -> None:
         """Compare an item with its CRC32 in its file's table."""
         if self.crc32 is not None and read.crc not in (None, self.crc32(item, 0)):
-            raise self._another(read.fqn, read.file)
+            raise self._wrong_item(read.fqn, read.file)
 
     def archive(self, fqn: str, file: str, data: bytes, crc: int | None = None) -> Any:
         """Load an archive of `torch.save`, whose CRC32 in its file's table is `crc`."""
@@ -72,15 +72,17 @@ class ItemDecoder:
                 if (
                     self.crc32 is not None
                     and crc is not None
-                    and not is_the_item(crc, lambda: zlib.crc32(data), archive.infolist())
+                    and not matches_table(crc, lambda: zlib.crc32(data), archive.infolist())
                 ):
-                    raise self._another(fqn, file)
+                    raise self._wrong_item(fqn, file)
         except CorruptError:
             raise
         except Exception as error:  # a damaged archive can raise almost anything
             if problem := _other_format(data):
                 raise FormatError(self.describe(file), problem) from error
-            raise CorruptError(self.describe(file), fqn, f"not an archive of torch.save: {_said(error)}") from error
+            raise CorruptError(
+                self.describe(file), fqn, f"not an archive of torch.save: {_error_text(error)}"
+            ) from error
         try:
             if self.weights_only:
                 return load_archive(data)
@@ -91,16 +93,15 @@ class ItemDecoder:
             raise self._undefined(fqn, file, error) from error
         except Exception as error:
             if checked:  # the bytes are those that were saved
-                raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
-            raise CorruptError(self.describe(file), fqn, f"cannot be loaded: {_said(error)}") from error
+                raise LoadError(f"{fqn}: the saved value cannot be reconstructed: {error!r}") from error
+            raise CorruptError(self.describe(file), fqn, f"cannot be loaded: {_error_text(error)}") from error
 
     def value(self, fqn: str, file: str, data: bytes, crc: int | None = None) -> Any:
         """Load a value that is not a tensor; without torch's slow unpickler when nothing but builtins is in it."""
-        start, nbytes = 46, int.from_bytes(data[18:22], "little")
-        pickled = data[start : start + nbytes]
+        pickled = framed_pickle(data)
         if frame_value(pickled) == data:  # our own framing, byte for byte, checksums included
             if self.crc32 is not None and crc not in (None, zlib.crc32(data)):
-                raise self._another(fqn, file)
+                raise self._wrong_item(fqn, file)
             try:
                 return _BuiltinsUnpickler(io.BytesIO(pickled)).load()
             except _NotBuiltinError:
@@ -113,7 +114,7 @@ class ItemDecoder:
                 except NotPlainError as error:
                     raise self._unsafe(fqn, file, error.names) from error
                 except Exception as error:
-                    raise LoadError(f"{fqn}: what was saved cannot be built: {error!r}") from error
+                    raise LoadError(f"{fqn}: the saved value cannot be reconstructed: {error!r}") from error
         return self.archive(fqn, file, data, crc)
 
     def _has_checksums(self, archive: zipfile.ZipFile) -> bool:
@@ -126,19 +127,19 @@ class ItemDecoder:
     def _unsafe(self, fqn: str, file: str, names: Sequence[str]) -> UnsafeError:
         problem = (
             f"needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not plain data; "
-            "torch.serialization.add_safe_globals allows them one by one, weights_only=False allows any code"
+            "allow them with torch.serialization.add_safe_globals, or any code with weights_only=False"
         )
         return UnsafeError(self.describe(file), fqn, problem, names)
 
     def _undefined(self, fqn: str, file: str, error: Exception) -> UnsafeError:
         return UnsafeError(self.describe(file), fqn, f"needs a class that this program has not imported: {error}")
 
-    def _another(self, fqn: str, file: str) -> CorruptError:
-        problem = "is intact, but is not what was saved there; check_crc=False loads it nevertheless"
+    def _wrong_item(self, fqn: str, file: str) -> CorruptError:
+        problem = "is intact, but is not the item that was saved here; check_crc=False loads it anyway"
         return CorruptError(self.describe(file), fqn, problem)
 
     def _damaged(self, fqn: str, file: str) -> CorruptError:
-        problem = "its CRC32 is not the one it was saved with; check_crc=False loads it nevertheless"
+        problem = "CRC32 mismatch; check_crc=False loads it anyway"
         return CorruptError(self.describe(file), fqn, problem)
 
 
@@ -159,9 +160,9 @@ def check_records(records: Sequence[zipfile.ZipInfo], nbytes: int) -> None:
         raise ValueError("it has a record that ends outside")
 
 
-def _said(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     """Return what an error says, in bounds: a file may put anything into it."""
-    return f"{type(error).__name__}: {error}"[:SAID]
+    return f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS]
 
 
 def _other_format(data: bytes) -> str:
@@ -170,7 +171,7 @@ def _other_format(data: bytes) -> str:
     if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") < SAFETENSORS_HEADER_NBYTES:
         return (
             "is written in torch.distributed.checkpoint's safetensors format (SerializationFormat.SAFETENSORS), which "
-            "is not read yet: load it with dcp.load(storage_reader=HuggingFaceStorageReader(...)) or with safetensors"
+            "aiodcp cannot read yet: load it with safetensors or dcp.load(storage_reader=HuggingFaceStorageReader(...))"
         )
     return ""
 
@@ -203,5 +204,5 @@ def unpack(read: TensorRead, arena: Arena, start: int, decoder: ItemDecoder) -> 
         )
     if isinstance(tensor, torch.Tensor) and tensor.shape == read.sizes and tensor.dtype == read.dtype:
         return tensor
-    problem = f"a {type(tensor).__name__}, where {read.dtype} of {tuple(read.sizes)} was announced"
+    problem = f"contains a {type(tensor).__name__}, but the metadata says {read.dtype} of shape {tuple(read.sizes)}"
     raise CorruptError(decoder.describe(read.file), read.fqn, problem)

@@ -18,7 +18,7 @@ import torch
 from .._engine.device_copies import DeviceCopies
 from .._engine.gc_pause import gc_paused
 from .._engine.host_memory import memory_of
-from .._engine.task_groups import one_error
+from .._engine.task_groups import single_error
 from .._engine.threads import Threads, in_thread
 from .._format.archive_reader import StoredTensor, find_tensor
 from .._format.item_tables import ItemTables
@@ -82,10 +82,10 @@ class FileReads:
                     raise
                 await self._read_table(file, path)
             if read.offset + read.nbytes > readers[file].nbytes:
-                problem = f"the file has {readers[file].nbytes} bytes, the value ends at {read.offset + read.nbytes}"
+                problem = f"truncated: {readers[file].nbytes} bytes, the value ends at {read.offset + read.nbytes}"
                 raise CorruptError(self._storage.describe(self._checkpoint_id, file), read.fqn, problem)
             if isinstance(read, TensorRead) and read.frame and not read.bare and read.frame.item_nbytes != read.nbytes:
-                problem = f"{read.nbytes} bytes are not {read.dtype} of {tuple(read.sizes)}"
+                problem = f"is stored as {read.nbytes} bytes, not the size of {read.dtype} {tuple(read.sizes)}"
                 raise CorruptError(self._storage.describe(self._checkpoint_id, file), read.fqn, problem)
             if isinstance(read, ValueRead) or not read.bare:
                 read.crc = self._crcs[file].get(read.offset)
@@ -97,7 +97,7 @@ class FileReads:
         if not nbytes:
             return
         if nbytes > reader.nbytes:
-            raise CorruptError(path, "", f"the file has {reader.nbytes} bytes, the table at its end {nbytes}")
+            raise CorruptError(path, "", f"truncated: {reader.nbytes} bytes, less than its checksum table ({nbytes})")
         table = bytearray(nbytes)
         with read_errors(path):
             await reader.read_into(reader.nbytes - nbytes, [memoryview(table)])
@@ -170,7 +170,7 @@ class FileReads:
             CorruptError: what is stored is not what was saved.
             OSError: storage failed.
         """
-        ways = _Ways.choose(reads, stored)
+        ways = _Routes.choose(reads, stored)
         bar.total(ways.nbytes)
         readers, decoder = self._readers, self._decoder
         scratch = Scratch(self._threads, pin_for=device_copies.first_device)
@@ -198,7 +198,7 @@ class FileReads:
                 window.checked.set()
                 bar.advance(window.nbytes)
 
-        with one_error():
+        with single_error():
             async with anyio.create_task_group() as group:
                 for read in ways.direct:
                     group.start_soon(read_direct, read)
@@ -223,7 +223,7 @@ class FileReads:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Ways:
+class _Routes:
     """In which way each part of a tensor is read.
 
     Attributes:
@@ -237,7 +237,7 @@ class _Ways:
     large: list[LargeRead]
 
     @classmethod
-    def choose(cls, reads: Sequence[TensorRead], stored: dict[int, StoredTensor]) -> _Ways:
+    def choose(cls, reads: Sequence[TensorRead], stored: dict[int, StoredTensor]) -> _Routes:
         with gc_paused():
             large_or_direct = [read for read in reads if read.nbytes > SPAN_NBYTES or reads_direct(read)]
             tied = overlapping(reads) if large_or_direct else set()

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
@@ -16,7 +15,7 @@ from .._state.flatten import Leaves, flatten
 from .._state.freeze import refuse_nested
 from .._state.optimizers import find_optimizer, is_optimizer_state, keys_of, parameters_of
 from .._state.per_rank import PerRank
-from .._state.sharding import held_parts
+from .._state.sharding import ShardedTensor, held_parts
 from .._state.stateful import call_stateful, is_stateful
 from .._state.structure import find
 from ..errors import ArgumentError, CaptureError, LoadError
@@ -36,9 +35,9 @@ def find_targets(
         LoadError: a `state_dict()` raised.
     """
     if planner is not None and not isinstance(planner, LoadPlanner):
-        raise ArgumentError("planner", f"a {type(planner).__name__} is not a LoadPlanner")
+        raise ArgumentError("planner", f"must be a LoadPlanner, got {type(planner).__name__}")
     if not isinstance(state_dict, MutableMapping):
-        raise ArgumentError("state_dict", f"a {type(state_dict).__name__} cannot take new values: pass a dict")
+        raise ArgumentError("state_dict", f"must be a mutable mapping such as a dict, got {type(state_dict).__name__}")
     try:
         states = call_stateful(state_dict)
         leaves = flatten(states, rank)
@@ -57,7 +56,7 @@ def find_targets(
     parameters: list[torch.Tensor] = [
         each for owner in owners.values() if isinstance(owner, torch.optim.Optimizer) for each in _params(owner)
     ]
-    home = NewTensorDevice()
+    new_tensors = NewTensorDevice()
     return LoadTargets(
         states=states,
         kinds=kinds,
@@ -66,26 +65,26 @@ def find_targets(
         fqns=leaves.fqns,
         paths=leaves.paths,
         values=leaves.values,
-        device_copies=_begin_copies(leaves, parameters, streams, home),
-        home=home,
+        device_copies=_begin_copies(leaves, parameters, streams, new_tensors),
+        new_tensors=new_tensors,
         planner=planner,
     )
 
 
 def _begin_copies(
-    leaves: Leaves, parameters: Sequence[torch.Tensor], streams: CopyStreams, home: NewTensorDevice
+    leaves: Leaves, parameters: Sequence[torch.Tensor], streams: CopyStreams, new_tensors: NewTensorDevice
 ) -> DeviceCopies:
     """Begin the copies to all that is filled, as this rank holds it."""
     tensors = [value for value in (*leaves.values, *parameters) if isinstance(value, torch.Tensor)]
     if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these have no `device`
         tensors = [value for value in tensors if not isinstance(value, ShardedTensor)]
         tensors += [part for value in sharded for part in held_parts(value)]
-    devices = {home.place_of(tensor) for tensor in tensors if not tensor.is_cpu}
+    devices = {new_tensors.device_of(tensor) for tensor in tensors if not tensor.is_cpu}
 
     def name_on(device: torch.device) -> str:
         for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
             parts = held_parts(value) if isinstance(value, ShardedTensor) else [value]
-            if any(isinstance(part, torch.Tensor) and home.place_of(part) == device for part in parts):
+            if any(isinstance(part, torch.Tensor) and new_tensors.device_of(part) == device for part in parts):
                 return fqn
         return "a parameter of an optimizer"
 

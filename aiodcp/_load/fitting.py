@@ -9,7 +9,7 @@ from .._format.dcp import TensorStorageMetadata
 from .._log import SafeLogger
 from .._state.plain_tensors import PLAIN_TENSORS
 from .._state.sharding import is_sharded, parts_of, shape_and_dtype
-from .conversion import as_number, holds_number, loses
+from .conversion import as_number, holds_number, is_lossy
 from .plan import ReadPlan
 from .targets import LoadTargets
 
@@ -26,7 +26,7 @@ def settle_values(plan: ReadPlan, targets: LoadTargets, *, cast: bool) -> list[s
         if number is None:
             problems.append(
                 f"{targets.fqns[index]} is the tensor {stored!r} in the checkpoint, {wanted.__name__} in the state "
-                "dict, which loses: cast=True allows it"
+                "dict: a lossy conversion, which cast=True allows"
             )
         loaded[index] = number
         targets.report.converted.append(targets.fqns[index])
@@ -35,11 +35,11 @@ def settle_values(plan: ReadPlan, targets: LoadTargets, *, cast: bool) -> list[s
         if value is None and targets.kinds.get(str(targets.paths[index][0])) == "plain":
             continue  # there was none
         if not isinstance(value, int | float) or tensor.dim() or is_sharded(tensor):
-            problems.append(f"{fqn} is a tensor in the state dict, another kind of value in the checkpoint")
+            problems.append(f"{fqn} is a tensor in the state dict, but another kind of value in the checkpoint")
         elif not holds_number(tensor.dtype, value, cast=cast):
             problems.append(
-                f"{fqn} is the number {value!r} in the checkpoint, {tensor.dtype} in the state dict, which loses: "
-                "cast=True allows it"
+                f"{fqn} is the number {value!r} in the checkpoint, {tensor.dtype} in the state dict: a lossy "
+                "conversion, which cast=True allows"
             )
         targets.report.converted.append(fqn)
     for index in plan.opaque:
@@ -82,8 +82,8 @@ def differs(value: torch.Tensor, entry: TensorStorageMetadata, *, cast: bool) ->
     if shape != entry.size:
         return f"has shape {tuple(entry.size)} in the checkpoint, {tuple(shape)} in the state dict"
     dtype = entry.properties.dtype
-    if not cast and loses(dtype, wanted):
-        return f"is {dtype} in the checkpoint, {wanted} in the state dict, which loses: cast=True allows it"
+    if not cast and is_lossy(dtype, wanted):
+        return f"is {dtype} in the checkpoint, {wanted} in the state dict: a lossy conversion, which cast=True allows"
     if isinstance(value, DTensor) and any(isinstance(placement, Partial) for placement in value.placements):
         return f"has Partial placements {value.placements} (a pending reduction), which cannot be loaded into"
     layout = entry.properties.layout

@@ -51,7 +51,7 @@ from .planner_reads import commit_loaded, plan_local_load, plan_reads
 from .planning import plan_load
 from .refuse import note_left_out, refuse
 from .resolve import Resolution, Resolver, groups_needed, names_wanted
-from .start_agreement import PlanProposal, StartProposal, agree_on_plan, agree_on_start
+from .start_agreement import LoadPlanProposal, LoadProposal, agree_on_load, agree_on_load_plan
 from .stored_names import StoredNames
 from .targets import LoadTargets
 
@@ -72,7 +72,7 @@ class Loader:
     async def load(
         self,
         operation: Operation,
-        path: int,
+        id_digest: int,
         take: Callable[[], Awaitable[LoadTargets]],
         checkpoint_id: str,
         options: LoadOptions,
@@ -82,7 +82,7 @@ class Loader:
 
         Args:
             operation: the ranks that load.
-            path: a digest of where from, the same on all ranks.
+            id_digest: of the checkpoint's id, the same on all ranks.
             take: returns what this rank wants. May raise.
             checkpoint_id: the checkpoint.
             options: what the caller asked for.
@@ -105,24 +105,24 @@ class Loader:
         async def get() -> tuple[LoadTargets, bytes | None]:
             return await take(), await look()
 
-        (targets, data), agreed = await operation.run_phase(
+        (targets, data), (is_absent, *_) = await operation.run_phase(
             "read metadata",
             get,
-            propose=lambda got: StartProposal(
-                is_absent=got[1] is None, path=path, has_planner=got[0].planner is not None
+            propose=lambda got: LoadProposal(
+                is_absent=got[1] is None, id_digest=id_digest, has_planner=got[0].planner is not None
             ).to_row(),
-            agree=agree_on_start,
+            agree=agree_on_load,
         )
         flow = _LoadFlow(self._storage, self._threads, self._checksum, operation, checkpoint_id, options, bar)
         while True:
-            if agreed[0]:
+            if is_absent:
                 raise NotACheckpointError(checkpoint_id)  # on every rank: who finds none may begin anew
             metadata = await operation.broadcast(data or b"")
             async with AsyncExitStack() as stack:
                 loaded = await flow.run(stack, targets.fresh(), metadata)
             if loaded is not None:
                 return loaded
-            data, agreed = await operation.run_phase(  # a save has replaced the checkpoint
+            data, (is_absent, *_) = await operation.run_phase(  # a save has replaced the checkpoint
                 "read metadata", look, propose=lambda got: [got is None], agree=any_rank
             )
 
@@ -189,8 +189,10 @@ class _LoadFlow:
         async def open_files() -> bool:
             return await self._unless_replaced(data, partial(self._reads.open, stack, plan))
 
-        _, agreed = await operation.run_phase("open", open_files, propose=lambda opened: [not opened], agree=any_rank)
-        if agreed[0]:
+        _, (replaced, *_) = await operation.run_phase(
+            "open", open_files, propose=lambda opened: [not opened], agree=any_rank
+        )
+        if replaced:
             return None
 
         async def read_values() -> None:
@@ -234,7 +236,7 @@ class _LoadFlow:
     def _log_report(self, targets: LoadTargets) -> None:
         where = self._storage.describe(self._checkpoint_id)
         if self._unchecked:
-            log.warning("%s: has values that were saved without checksums: damage of them is not seen", where)
+            log.warning("%s: some values were saved without checksums: damage to them cannot be detected", where)
         report = targets.report
         for what, names in (
             ("not in the checkpoint", report.missing),
@@ -257,10 +259,10 @@ class _LoadFlow:
 
         def propose(is_current: bool) -> Row:
             has_unexpected = bool(planned and planned[0].found.unexpected)
-            return PlanProposal(is_replaced=not is_current, has_unexpected=has_unexpected).to_row()
+            return LoadPlanProposal(is_replaced=not is_current, has_unexpected=has_unexpected).to_row()
 
-        _, row = await operation.run_phase("plan", plan, propose=propose, agree=agree_on_plan)
-        agreed = PlanProposal.from_row(row)
+        _, row = await operation.run_phase("plan", plan, propose=propose, agree=agree_on_load_plan)
+        agreed = LoadPlanProposal.from_row(row)
         if agreed.is_replaced:
             return None
         [mine] = planned
@@ -303,7 +305,7 @@ class _LoadFlow:
         try:
             tables = ItemTables(metadata, seal.tables if self._options.check_crc else ())
         except ValueError as error:
-            raise CorruptError(path, "", "it names more or fewer files than were written") from error
+            raise CorruptError(path, "", "the number of data files is not the number of checksum tables") from error
         self._reads = FileReads(self._storage, self._threads, self._checkpoint_id, tables, self._decoder)
         return metadata
 

@@ -41,12 +41,12 @@ def _other_format(names: Sequence[str]) -> str:
     """Say of what other format these files are, if it is one that is known; else nothing."""
     if any(_RANK_METADATA.fullmatch(name) for name in names):
         return (
-            "was saved with use_collectives=False: each rank has a metadata file of its own (__0.metadata), and there "
-            "is no .metadata of all; this is not read yet: load it with dcp.load, and save it again"
+            "was saved with use_collectives=False, with a metadata file for each rank (__0.metadata) and no .metadata; "
+            "aiodcp cannot read this yet: load it with dcp.load, and save it again"
         )
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return (
-            "holds safetensors files, as Hugging Face's save_pretrained writes them, and no .metadata; these are not "
-            "read yet: load them with safetensors.torch.load_file or from_pretrained"
+            "holds safetensors files, as Hugging Face's save_pretrained writes them, and no .metadata; aiodcp "
+            "cannot read these yet: load them with safetensors.torch.load_file or from_pretrained"
         )
     return ""

@@ -32,8 +32,8 @@ def explain(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         for one, other in ((missing, unexpected), (unexpected, missing)):
             if any(prefix in each for each in one) and {each.replace(prefix, "") for each in one} & set(other):
                 side = "the state dict" if one is missing else "the checkpoint"
-                return f'the names differ by the prefix "{prefix}", which {side} has: rename= maps one to the other'
+                return f'the names in {side} have the prefix "{prefix}", the others do not: use rename= to map them'
     tails = [{each.partition(".")[2] for each in names} for names in (missing, unexpected)]
     if tails[0] == tails[1] and "" not in tails[0]:
-        return "the names differ by their first part only: rename= maps one to the other"
+        return "the names differ only in their first component: use rename= to map them"
     return ""

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from .._format.dcp import BytesStorageMetadata, KeyPath, TensorStorageMetadata
 from .._state.optimizers import keys_of, parameters_of
 from .._state.stateful import COMPILED
-from .conversion import loses
+from .conversion import is_lossy
 
 Entry = TensorStorageMetadata | BytesStorageMetadata
 
@@ -149,16 +149,14 @@ def _match_by_name(
             for what, names in (("lacks", lacking), ("also has", unknown))
             if names
         ]
-        plan.problems.append(f"{name} is of other parameters: the checkpoint's {' and '.join(parts)}")
+        plan.problems.append(f"{name} has other parameters: the checkpoint {' and '.join(parts)}")
         return []
     by_names = {frozenset(names): number for number, names in enumerate(theirs)}
     matched = []
     for number, names in enumerate(mine):
         found = by_names.get(frozenset(names))
         if found is None:
-            plan.problems.append(
-                f"{name}.param_groups.{number} groups other parameters than the checkpoint's groups do"
-            )
+            plan.problems.append(f"{name}.param_groups.{number} does not match a parameter group of the checkpoint")
             continue
         saved = dict(zip(theirs[found], groups[found]["params"], strict=True))
         keys = {saved[each]: now for each, now in zip(names, own[number]["params"], strict=True)}
@@ -272,11 +270,11 @@ def _other_parameter(
         yield f"{name} has shape {tuple(entry.size)} in the checkpoint, its parameter {tuple(parameter.shape)}"
     for path, entry in moments.items():
         dtype = entry.properties.dtype
-        if not cast and dtype.is_floating_point and parameter.is_floating_point() and loses(dtype, parameter.dtype):
+        if not cast and dtype.is_floating_point and parameter.is_floating_point() and is_lossy(dtype, parameter.dtype):
             name = ".".join(map(str, (*start, key, *path[len(start) + 1 :])))
             yield (
                 f"{name} is {dtype} in the checkpoint, its parameter {parameter.dtype}, to which the optimizer "
-                "converts it: that loses, and cast=True allows it"
+                "converts it: a lossy conversion, which cast=True allows"
             )
 
 

@@ -9,6 +9,9 @@ import torch.distributed.checkpoint.planner as dcp
 
 from .._format.archive_writer import Frame
 
+# The records of a load are not frozen, which would cost 1 us for each of 10,000, and hold no objects of their own:
+# what stays alive while a load runs, the cycle collector goes through.
+
 
 @dataclass(slots=True)
 class ValueRead:

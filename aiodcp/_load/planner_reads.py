@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.planner import LoadPlan as DcpLoadPlan
 from .._format.dcp import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from ..errors import CorruptError, LoadError, MismatchError
 from .chunk_index import ChunkIndex
-from .conversion import loses
+from .conversion import is_lossy
 from .plan import ReadPlan, ValueRead
 
 
@@ -37,7 +37,7 @@ def plan_reads(
     """Find the pieces that the items of `plan` ask for.
 
     Raises:
-        MismatchError: a target has not the shape of its item, or a dtype that loses.
+        MismatchError: a target has not the shape of its item, or a dtype with a lossy conversion.
         CorruptError: the metadata does not say where a piece is.
     """
     pieces = ChunkIndex(metadata, checkpoint_id)
@@ -55,15 +55,17 @@ def plan_reads(
                 raise CorruptError(checkpoint_id, fqn, f"has no chunk at {item.storage_index.offset}")
             into = planner.resolve_tensor(item).detach()
             if into.shape != item.lengths:
-                problems.append(f"{fqn} is to be loaded as {tuple(item.lengths)} into {tuple(into.shape)}")
-            elif not cast and loses(entry.properties.dtype, into.dtype):
+                problems.append(
+                    f"{fqn} has shape {tuple(item.lengths)} in the load plan, {tuple(into.shape)} in its target"
+                )
+            elif not cast and is_lossy(entry.properties.dtype, into.dtype):
                 problems.append(f"{fqn} is {entry.properties.dtype} in the checkpoint, {into.dtype} in the state dict")
             else:
                 part = None if item.lengths == chunk.sizes else (item.storage_offsets, item.lengths)
                 made.tensors.append(pieces.read(fqn, fqn, entry, chunk, part, into))
                 made.resolved.append((item, into))
         else:
-            problems.append(f"{fqn} is wanted as {item.type.name}, and is not that in the checkpoint")
+            problems.append(f"{fqn} is requested as {item.type.name}, but stored as something else")
     if problems:
         raise MismatchError(checkpoint_id, problems=problems)
     made.items.extend(plan.items)

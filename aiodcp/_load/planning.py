@@ -141,7 +141,7 @@ class _Planner:
     def _plan_opaque(self, index: int, fqn: str, source: str, entry: TensorStorageMetadata) -> None:
         if len(entry.chunks) != 1:
             self._problems.append(
-                f"{fqn} is stored in {len(entry.chunks)} pieces, from which such a tensor cannot be made"
+                f"{fqn} is stored in {len(entry.chunks)} chunks, but a tensor of its kind can only be loaded from one"
             )
             return
         self._plan.opaque.append(index)
@@ -154,13 +154,13 @@ class _Planner:
         if torch.nn.parameter.is_lazy(value):
             return self._make(index, torch.empty(entry.size, dtype=entry.properties.dtype))
         if value.is_meta and not differs(value, entry, cast=self._cast):
-            return self._make(index, _with_memory(value, self._targets.home.place_of(value)))
+            return self._make(index, _with_memory(value, self._targets.new_tensors.device_of(value)))
         if index not in self._targets.as_stored:
             self._problems.append(f"{fqn} {problem}")
             return None
         if isinstance(value, DTensor) and value.shape == entry.size:
             return self._make(index, torch.empty_like(value, dtype=entry.properties.dtype))
-        device = self._targets.home.place_of(value)
+        device = self._targets.new_tensors.device_of(value)
         return self._make(index, torch.empty(entry.size, dtype=entry.properties.dtype, device=device))
 
     def _make(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,7 @@ class _Planner:
                 continue
             _, container, key = finder.find(targets.states, path)
             if not isinstance(container, MutableMapping | list | PerRank):
-                problem = f"{targets.fqns[index]} is in a {type(container).__name__}, which takes no new value"
+                problem = f"{targets.fqns[index]} is in a {type(container).__name__}, which cannot be updated in place"
                 raise ArgumentError("state_dict", problem)
             assignments[index] = container, key
         return assignments
@@ -202,7 +202,7 @@ def _read_tensor(
     if type(tensor) in PLAIN_TENSORS and len(entry.chunks) == 1 and is_whole(entry):
         return [pieces.read(fqn, source, entry, entry.chunks[0], None, tensor)]
     if not is_whole(entry):
-        problem = f"its {len(entry.chunks)} chunks do not make up its shape {tuple(entry.size)}"
+        problem = f"its {len(entry.chunks)} chunks do not cover its shape exactly: {tuple(entry.size)}"
         raise CorruptError(pieces.checkpoint_id, fqn, problem)
     reads = []
     for held, wanted in placed_parts(tensor):

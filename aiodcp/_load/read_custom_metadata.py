@@ -34,7 +34,7 @@ async def read_dated_custom_metadata(storage: Storage, checkpoint_id: str) -> tu
     path = storage.describe(checkpoint_id, METADATA_NAME)
     try:
         async with storage.open(checkpoint_id, METADATA_NAME) as reader:
-            modified_at: float | None = getattr(reader, "modified_at", None)
+            modified_at: float | None = reader.modified_at
             tail = memoryview(bytearray(min(TAIL_NBYTES, reader.nbytes)))
             await reader.read_into(reader.nbytes - len(tail), [tail])
             wanted = min(seal_nbytes(bytes(tail[-FOOT_NBYTES:])), reader.nbytes)

@@ -4,7 +4,7 @@ Names are compared below the names of the top level that are asked for. Tensors 
 right name, shape and dtype is there. Beyond that the structure is the checkpoint's, as far as its owner allows:
 
     module       names of parameters and buffers must agree, both ways; its `_extra_state` is as stored
-    optimizer    see `_optimizer_state`
+    optimizer    see `optimizer_plan`
     `Stateful`   all as stored: its `load_state_dict()` is the judge
     plain        names must agree; but lists have the length that was saved, and None and empty containers anything
 """

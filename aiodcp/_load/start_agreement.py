@@ -9,36 +9,36 @@ from ..errors import ArgumentError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StartProposal(Proposal):
+class LoadProposal(Proposal):
     """What a rank begins a load with.
 
     Attributes:
         is_absent: whether it has looked for the metadata and found none.
-        path: a digest of where from.
+        id_digest: of the checkpoint's id.
         has_planner: whether the caller gave a planner.
     """
 
     is_absent: bool
-    path: int
+    id_digest: int
     has_planner: bool
 
 
-def agree_on_start(table: list[Row]) -> Row:
+def agree_on_load(table: list[Row]) -> Row:
     """Agree on whether there is a checkpoint.
 
     Raises:
         ArgumentError: the ranks' callers want different things.
     """
-    proposals = [StartProposal.from_row(row) for row in table]
-    if len({each.path for each in proposals}) > 1:
-        raise ArgumentError("checkpoint_id", "the ranks load from different places")
+    proposals = [LoadProposal.from_row(row) for row in table]
+    if len({each.id_digest for each in proposals}) > 1:
+        raise ArgumentError("checkpoint_id", "the ranks load different checkpoints")
     if len({each.has_planner for each in proposals}) > 1:
-        raise ArgumentError("planner", "some ranks have one, others have not")
+        raise ArgumentError("planner", "passed on some ranks, not on others")
     return [any(each.is_absent for each in proposals)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanProposal(Proposal):
+class LoadPlanProposal(Proposal):
     """How a rank has planned, or any.
 
     Attributes:
@@ -50,10 +50,10 @@ class PlanProposal(Proposal):
     has_unexpected: bool
 
 
-def agree_on_plan(table: list[Row]) -> Row:
-    """Agree on a `PlanProposal`: of any rank."""
-    proposals = [PlanProposal.from_row(row) for row in table]
-    return PlanProposal(
+def agree_on_load_plan(table: list[Row]) -> Row:
+    """Agree on a `LoadPlanProposal`: of any rank."""
+    proposals = [LoadPlanProposal.from_row(row) for row in table]
+    return LoadPlanProposal(
         is_replaced=any(each.is_replaced for each in proposals),
         has_unexpected=any(each.has_unexpected for each in proposals),
     ).to_row()

@@ -47,9 +47,9 @@ class StoredNames:
             except Exception as error:
                 raise ArgumentError("rename", f"raised {error!r} for {stored!r}") from error
             if type(wanted) is not str or not wanted:
-                raise ArgumentError("rename", f"makes {wanted!r} of {stored!r}")
+                raise ArgumentError("rename", f"maps {stored!r} to {wanted!r}, which is not a name")
             if wanted in sources:
-                raise ArgumentError("rename", f"makes {wanted!r} of both {sources[wanted]!r} and {stored!r}")
+                raise ArgumentError("rename", f"maps both {sources[wanted]!r} and {stored!r} to {wanted!r}")
             sources[wanted] = stored
             path = self.paths.get(stored)
             if path is not None:

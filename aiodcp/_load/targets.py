@@ -29,7 +29,7 @@ class NewTensorDevice:
         self._default = torch.get_default_device()
         self._index: int | None = None
 
-    def place_of(self, value: torch.Tensor) -> torch.device:
+    def device_of(self, value: torch.Tensor) -> torch.device:
         """Return where a tensor is, or is to be made if it is on the meta device: on its mesh, or as new ones are."""
         if not value.is_meta:
             return value.device
@@ -71,7 +71,7 @@ class LoadTargets:
         values: what is there now: tensors to fill, and anything else.
         sources: by which name they are stored; None for a value that stays.
         device_copies: brings tensors to devices.
-        home: where the caller's thread makes new tensors, and which of the accelerators it uses.
+        new_tensors: where the caller's thread makes new tensors, and which of the accelerators it uses.
         as_stored: indices whose stored value need not fit what is there.
         assignments: of indices whose value is put into a container when all is read, that container, and the key there.
         rebuilt: paths of containers that are made anew.
@@ -91,7 +91,7 @@ class LoadTargets:
     paths: list[KeyPath]
     values: list[Any]
     device_copies: DeviceCopies
-    home: NewTensorDevice
+    new_tensors: NewTensorDevice
     sources: list[str | None] = field(default_factory=list)
     as_stored: set[int] = field(default_factory=set)
     assignments: dict[int, tuple[Any, Any]] = field(default_factory=dict)
@@ -115,7 +115,7 @@ class LoadTargets:
             paths=list(self.paths),
             values=list(self.values),
             device_copies=self.device_copies,
-            home=self.home,
+            new_tensors=self.new_tensors,
             planner=self.planner,
         )
 

@@ -66,7 +66,7 @@ async def commit(storage: Storage, checkpoint_id: str, content: bytes, files: se
         try:
             missing = await _find_missing(storage, checkpoint_id, files)
         except OSError as error:  # it is committed and durable
-            log.warning("%s: cannot be listed after the commit: %s", storage.describe(checkpoint_id), error)
+            log.warning("%s: committed, and could not be listed afterwards: %s", storage.describe(checkpoint_id), error)
             return
         if missing:
             await _revert(storage, checkpoint_id, content)
@@ -87,7 +87,7 @@ async def _find_missing(storage: Storage, checkpoint_id: str, files: set[str]) -
 
 def _describe_missing(gone: Sequence[str]) -> str:
     more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-    return f"{gone[0]}{more} is gone: does another process save there too?"
+    return f"{gone[0]}{more} disappeared: is another process saving to this checkpoint?"
 
 
 async def _revert(storage: Storage, checkpoint_id: str, content: bytes) -> None:
@@ -114,7 +114,7 @@ async def may_be_committed(storage: Storage, checkpoint_id: str, save_id: str) -
         except FileNotFoundError:
             committed = False
         except OSError:
-            committed = True  # for all that is known: the next save to this place removes what is left over
+            committed = True  # unknown, so assume it: the next save to this path removes what is left over
     return committed
 
 

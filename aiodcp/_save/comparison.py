@@ -25,7 +25,7 @@ from .._format.checksum import default_checksum
 from .._format.dtypes import NOT_COPIED, copyable
 from .._state.capture import Capture
 from ..errors import CaptureError
-from .sharing import _MODULUS
+from .sharing import MODULUS
 
 SAMPLED = 128
 """Elements compared of a larger item, evenly spread, at each save others: what is as large are weights, and those
@@ -35,8 +35,8 @@ crc32 = default_checksum()
 
 
 def _signed(number: int) -> int:
-    number %= _MODULUS
-    return number - _MODULUS if number >= _MODULUS // 2 else number
+    number %= MODULUS
+    return number - MODULUS if number >= MODULUS // 2 else number
 
 
 @dataclass(frozen=True, slots=True)

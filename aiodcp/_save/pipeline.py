@@ -18,7 +18,7 @@ import torch
 from anyio import Event
 
 from .._engine.broadcast import Signal
-from .._engine.task_groups import one_error
+from .._engine.task_groups import single_error
 from .._engine.threads import Threads, in_thread
 from .._format.checksum import Checksum
 from ..errors import CaptureError, CheckpointError, StageError, WriteError
@@ -122,7 +122,7 @@ class WritePipeline:
         table_crc = 0
         comparing = _Comparing(job, plan.comparison, seed)
         try:
-            with one_error():
+            with single_error():
                 async with anyio.create_task_group() as group:
                     group.start_soon(comparing.run, self._threads)
                     if not tail.items:  # all that this rank holds is written by others
@@ -152,7 +152,7 @@ class WritePipeline:
             nonlocal table_crc
             before = job.log.latest.bytes_written
             try:
-                with one_error(), self._write_errors(job, file):
+                with single_error(), self._write_errors(job, file):
                     async with self._storage.create(job.checkpoint_id, file) as writer:
                         async with anyio.create_task_group() as writing:
                             for number, event in enumerate(ready):

@@ -87,7 +87,7 @@ class WritePlan:
         share: the items, and the file that they make.
         staged: of each staged item, which of the captured values it writes.
         frozen: of each frozen item, the index of its leaf.
-        frozen_places: of all leaves that were frozen, this rank's to write or not.
+        frozen_indices: of all leaves that were frozen, this rank's to write or not.
         items: of the caller's own planner's local plan.
         containers: what dotted names do not say of them.
         comparison: of what other ranks hold too.
@@ -99,7 +99,7 @@ class WritePlan:
     share: Share
     staged: list[int]
     frozen: list[int]
-    frozen_places: set[int]
+    frozen_indices: set[int]
     items: list[WriteItem] | None
     containers: Containers
     comparison: Comparison
@@ -120,7 +120,7 @@ class WritePlan:
             return False
         if any(self.kinds[index] != sharded_kind(captured, index) for index in captured.sharded):
             return False
-        return captured.frozen.keys() == self.frozen_places
+        return captured.frozen.keys() == self.frozen_indices
 
 
 def sharded_kind(captured: Capture, index: int) -> LeafKind:

@@ -90,10 +90,10 @@ class PlanCache:
             return await in_thread(self._threads.compute, plan_for_all, locals_, planner, not name)
 
         self._made += 1
-        planned, agreed = await operation.run_phase(
+        planned, (number, *_) = await operation.run_phase(
             "plan", plan_globally, propose=lambda _: [self._made], agree=lambda table: [max(row[0] for row in table)]
         )
-        self._made = agreed[0]
+        self._made = number
         share, manifest, joined, sharing = None, None, None, None
         if planned is not None:
             plan, manifest, parts = planned
@@ -109,7 +109,7 @@ class PlanCache:
             finished = await in_thread(self._threads.compute, finish_plan, captured, local, kept, shared, share)
             finished.comparison.exclude(self._disagreed)
             return CachedPlan(
-                number=agreed[0], plan=finished, manifest=manifest, planned=joined, sharing=sharing, frozen_ranges={}
+                number=number, plan=finished, manifest=manifest, planned=joined, sharing=sharing, frozen_ranges={}
             )
 
         cached, _ = await operation.run_phase("plan", finish)
@@ -211,7 +211,7 @@ def _finish_planner(planner: SavePlanner, plan: dcp.SavePlan) -> None:
     with _planning_errors():
         finished = planner.finish_plan(plan)
         if [item.index for item in finished.items] != [item.index for item in plan.items]:
-            raise SaveError(f"finish_plan of {type(planner).__name__} returned other items than the global plan's")
+            raise SaveError(f"{type(planner).__name__}.finish_plan() changed the items of the global plan")
 
 
 @contextmanager

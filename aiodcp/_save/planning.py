@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint.planner as dcp
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
@@ -24,7 +23,7 @@ from .._format.extension import Containers
 from .._format.layout import lay_out
 from .._state.capture import Capture, nothing_to_save
 from .._state.plain_tensors import PLAIN_TENSORS
-from .._state.sharding import holds_shards, local_tensor
+from .._state.sharding import ShardedTensor, holds_shards, local_tensor
 from ..errors import CaptureError
 from .comparison import Comparison
 from .plan import FROZEN_NBYTES, GlobalPlan, LocalPlan, Share, WritePlan, sharded_kind, tensor_kind
@@ -71,7 +70,7 @@ def plan_local(captured: Capture) -> LocalPlan:
         if item.tensor_data is not None:
             held, sizes = captured.values[source], item.tensor_data.chunk.sizes
             if held.shape != sizes:
-                problem = f"this rank holds {tuple(held.shape)} of it, its placements say {tuple(sizes)}"
+                problem = f"this rank's shard has shape {tuple(held.shape)}, but its placements imply {tuple(sizes)}"
                 raise CaptureError(item.index.fqn, problem)
             item.tensor_data.properties.dtype = held.dtype
         sources.append(source)
@@ -118,7 +117,7 @@ def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner | None = 
     for fqn, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata) and not is_whole(entry):
             chunks = ", ".join(f"{tuple(each.sizes)} at {tuple(each.offsets)}" for each in entry.chunks[:8])
-            raise CaptureError(fqn, f"the ranks' parts do not make up its shape {tuple(entry.size)}: {chunks}")
+            raise CaptureError(fqn, f"the ranks' shards do not cover its shape exactly: {tuple(entry.size)}: {chunks}")
     paths: dict[str, KeyPath] = {}
     shares: list[Share] = []
     for local, numbers, plan in zip(locals_, kept, finished, strict=True):
@@ -175,7 +174,9 @@ def _plan_global_with(planner: dcp.SavePlanner, locals_: Sequence[LocalPlan]) ->
         numbers = {(item.index.fqn, item.index.offset): number for number, item in enumerate(local.items)}
         for item in plan.items:
             if (item.index.fqn, item.index.offset) not in numbers:
-                raise CaptureError(item.index.fqn, f"the planner gives rank {rank} an item that it did not plan itself")
+                raise CaptureError(
+                    item.index.fqn, f"the global plan gives rank {rank} an item that is not in its local plan"
+                )
         kept.append([numbers[item.index.fqn, item.index.offset] for item in plan.items])
     shares = [
         _make_share(local, numbers, plan.items) for local, numbers, plan in zip(locals_, kept, plans, strict=True)
@@ -258,7 +259,7 @@ def finish_plan(
         share=share,
         staged=[local.sources[number] for number in kept if number not in local.frozen],
         frozen=[local.sources[number] for number in kept if number in local.frozen],
-        frozen_places=set(captured.frozen),
+        frozen_indices=set(captured.frozen),
         items=None if captured.planned is None else captured.planned.items,
         containers=captured.containers,
         comparison=Comparison(

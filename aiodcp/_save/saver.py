@@ -10,14 +10,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, nullcontext
-from dataclasses import dataclass
 
 import anyio.lowlevel
 
 from .._distributed.operation import PART, Operation
-from .._distributed.votes import Proposal, Row
+from .._distributed.votes import Row
 from .._engine.device_copies import HOST
-from .._engine.task_groups import one_error
+from .._engine.task_groups import single_error
 from .._engine.threads import Threads
 from .._format.naming import METADATA_NAME, data_file
 from .._format.seal import seal
@@ -29,42 +28,20 @@ from .manifest import ByteRange, ManifestTemplate
 from .pipeline import WritePipeline
 from .plan_cache import CachedPlan, PlanCache
 from .request import PartRequest, SaveJob, WrittenPart
-from .sharing import OnDisagreement, agree
+from .sharing import OnDisagreement
 from .start_agreement import (
     PartProposal,
     PlanProposal,
-    Start,
-    StartProposal,
+    SaveProposal,
+    SaveStart,
     agree_on_part,
     agree_on_plan,
-    agree_on_start,
+    agree_on_save,
 )
 from .tail import lay_tail
+from .write_agreement import WriteAgreed, WriteProposal, agree_on_write
 
 PLAIN = ""  # the name of a state that is saved by itself
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _WriteProposal(Proposal):
-    """What a rank has written.
-
-    Attributes:
-        is_moved: whether its frozen values lie elsewhere than in the last save.
-        digest: of what it shares with other ranks.
-        table_crc: CRC32 of its file's table.
-    """
-
-    is_moved: bool
-    digest: int
-    table_crc: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _WriteAgreed(Proposal):
-    """What all ranks do after writing: gather where frozen values lie, find out which shared values differ."""
-
-    is_moved: bool
-    differs: bool
 
 
 class Saver:
@@ -90,7 +67,6 @@ class Saver:
         """
         self._on_disagreement = on_disagreement
         self._storage = storage
-        self._threads = threads
         self._make_pipeline = make_pipeline
         self._share_pipeline = share_pipeline
         self._pipelines = {PLAIN: make_pipeline()}  # by the name of the state
@@ -104,10 +80,10 @@ class Saver:
             captured = await take()
             return captured, self._plans.find(PLAIN, captured)
 
-        (captured, kept), agreed = await operation.run_phase(
+        (captured, kept), (number, *_) = await operation.run_phase(
             "capture", begin, propose=lambda begun: PlanProposal(plans=[*begun[1]]).to_row(), agree=agree_on_plan
         )
-        cached = kept.get(agreed[0]) or await self._plans.make(operation, PLAIN, captured)
+        cached = kept.get(number) or await self._plans.make(operation, PLAIN, captured)
 
         async def take_memory() -> None:
             tail, _ = lay_tail(cached, captured)
@@ -116,12 +92,12 @@ class Saver:
 
         await operation.run_phase("stage", take_memory)
 
-    async def save(self, operation: Operation, path: int, take: Callable[[], Awaitable[SaveJob]]) -> list[str]:
+    async def save(self, operation: Operation, id_digest: int, take: Callable[[], Awaitable[SaveJob]]) -> list[str]:
         """Save what `take` captures, and return the files that are to be removed now.
 
         Args:
             operation: the ranks that save.
-            path: a digest of where to, the same on all ranks.
+            id_digest: of the checkpoint's id, the same on all ranks.
             take: waits for the caller.
 
         Raises:
@@ -138,20 +114,20 @@ class Saver:
         (job, kept), agreed = await operation.run_phase(
             "capture",
             begin,
-            propose=lambda begun: self._propose(path, begun[1], has_planner=begun[0].planner is not None),
-            agree=agree_on_start,
+            propose=lambda begun: self._propose(id_digest, begun[1], has_planner=begun[0].planner is not None),
+            agree=agree_on_save,
         )
-        start = Start.from_row(agreed)
+        start = SaveStart.from_row(agreed)
         async with self._all_or_nothing(operation, job.checkpoint_id, start.save_id) as files:
             file = data_file(operation.rank, start.save_id)
             written = await self._write(operation, files, PLAIN, job, kept.get(start.plan), file)
             manifest = await self._commit(operation, files, [written], job.custom_metadata)
         return await self._finish([job], manifest, start.save_id)
 
-    def _propose(self, path: int, kept: dict[int, CachedPlan], *, has_planner: bool) -> Row:
-        return StartProposal(
+    def _propose(self, id_digest: int, kept: dict[int, CachedPlan], *, has_planner: bool) -> Row:
+        return SaveProposal(
             plans=[*kept],
-            path=path,
+            id_digest=id_digest,
             save_id=uuid.uuid4().hex,
             has_planner=has_planner,
             on_disagreement=self._on_disagreement,
@@ -160,7 +136,7 @@ class Saver:
     async def save_several(
         self,
         operation: Operation,
-        path: int,
+        id_digest: int,
         checkpoint_id: str,
         custom_metadata: Callable[[], bytes],
         next_part: Callable[[], Awaitable[PartRequest]],
@@ -172,7 +148,7 @@ class Saver:
 
         Args:
             operation: the ranks that save.
-            path: a digest of where to, the same on all ranks.
+            id_digest: of the checkpoint's id, the same on all ranks.
             checkpoint_id: where to.
             custom_metadata: returns it encoded, when all states are there; called by the coordinator.
             next_part: waits for the next request; the last has no name.
@@ -184,12 +160,12 @@ class Saver:
         """
 
         _, agreed = await operation.run_phase(
-            "begin",
+            "begin joint save",
             anyio.lowlevel.checkpoint,
-            propose=lambda _: self._propose(path, {}, has_planner=False),
-            agree=agree_on_start,
+            propose=lambda _: self._propose(id_digest, {}, has_planner=False),
+            agree=agree_on_save,
         )
-        save_id = Start.from_row(agreed).save_id
+        save_id = SaveStart.from_row(agreed).save_id
         names: list[str] = []
         written: dict[int, WrittenPart] = {}
 
@@ -199,7 +175,7 @@ class Saver:
 
         try:
             async with self._all_or_nothing(operation, checkpoint_id, save_id) as files:
-                with one_error():
+                with single_error():
                     async with anyio.create_task_group() as group:
                         while (request := await operation.wait_for(next_part)).name is not None:
                             names.append(request.name)
@@ -227,14 +203,14 @@ class Saver:
             job = await take()
             return job, self._plans.find(name, job.captured)
 
-        (job, kept), agreed = await operation.run_phase(
+        (job, kept), (number, *_) = await operation.run_phase(
             PART,
             begin,
             propose=lambda begun: PartProposal(plans=[*begun[1]], name=name).to_row(),
             agree=agree_on_part,
         )
         async with self._sharing if self._share_pipeline else nullcontext():
-            return await self._write(operation, files, name, job, kept.get(agreed[0]), file)
+            return await self._write(operation, files, name, job, kept.get(number), file)
 
     async def _agree_on_end(self, operation: Operation) -> None:
         """Agree with the other ranks that no more states are added."""
@@ -300,18 +276,14 @@ class Saver:
 
         def propose(written: tuple[list[ByteRange], int, int]) -> Row:
             is_moved = cached.frozen_ranges.get(operation.rank) != written[0]
-            return _WriteProposal(is_moved=is_moved, digest=written[1], table_crc=written[2]).to_row()
+            return WriteProposal(is_moved=is_moved, digest=written[1], table_crc=written[2]).to_row()
 
         def settle(table: list[Row]) -> Row:
-            proposals = [_WriteProposal.from_row(row) for row in table]
-            tables[:] = [each.table_crc for each in proposals]
-            return _WriteAgreed(
-                is_moved=any(each.is_moved for each in proposals),
-                differs=not agree([each.digest for each in proposals]),
-            ).to_row()
+            agreed, tables[:] = agree_on_write(table)
+            return agreed.to_row()
 
         (ranges, _, _), row = await operation.run_phase("write", lambda: write(cached), propose=propose, agree=settle)
-        agreed = _WriteAgreed.from_row(row)
+        agreed = WriteAgreed.from_row(row)
         if agreed.is_moved:
             await self._plans.share_frozen_ranges(operation, cached, ranges)
         if compares and agreed.differs:

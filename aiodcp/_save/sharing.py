@@ -20,7 +20,7 @@ Small values (RNG states, counters, positions) may differ in one bit.
 
 MOST_NBYTES = 16 << 20
 
-_MODULUS = 1 << 64
+MODULUS = 1 << 64
 
 Key = tuple[str, torch.Size | None]  # fqn and offset: what names an item
 
@@ -82,7 +82,7 @@ def plan_sharing(
         if group not in groups:
             others = [_scramble(rank, len(groups)) for rank in group[1:]]
             for rank, weight in zip(group, [-sum(others), *others], strict=True):  # together they make zero
-                parts[rank].weights.append(weight % _MODULUS)
+                parts[rank].weights.append(weight % MODULUS)
             groups[group] = [len(parts[rank].weights) - 1 for rank in group]
         for (rank, number), known in zip(held, groups[group], strict=True):
             part = parts[rank]
@@ -107,15 +107,15 @@ def _whole_nbytes(shared: Mapping[Key, Sequence[tuple[int, int]]], sizes: Mappin
 
 def _scramble(number: int, salt: int) -> int:
     """Return an odd number that looks random. Source: https://prng.di.unimi.it/splitmix64.c."""
-    mixed = (number * 0x9E3779B97F4A7C15 + salt * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) % _MODULUS
-    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % _MODULUS
-    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % _MODULUS
+    mixed = (number * 0x9E3779B97F4A7C15 + salt * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) % MODULUS
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % MODULUS
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % MODULUS
     return (mixed ^ (mixed >> 31)) | 1
 
 
 def agree(digests: Sequence[int]) -> bool:
     """Whether all ranks hold the same, given the digest of each."""
-    return sum(digests) % _MODULUS == 0
+    return sum(digests) % MODULUS == 0
 
 
 def find_disagreements(plan: SharingPlan, checksums: Sequence[bytes]) -> dict[str, int]:

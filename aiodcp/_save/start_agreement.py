@@ -33,19 +33,19 @@ def agree_on_plan(table: Iterable[Row]) -> Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StartProposal:
+class SaveProposal:
     """What a rank begins a save with.
 
     Attributes:
         plans: numbers of the kept plans that it could use.
-        path: a digest of where to.
+        id_digest: of the checkpoint's id.
         save_id: that the save would have if this rank were the coordinator: 32 hexadecimal digits.
         has_planner: whether the caller gave a planner.
         on_disagreement: the caller's choice.
     """
 
     plans: Sequence[int]
-    path: int
+    id_digest: int
     save_id: str
     has_planner: bool
     on_disagreement: OnDisagreement
@@ -54,18 +54,18 @@ class StartProposal:
         """Return it as integers."""
         return [
             *PlanProposal(plans=self.plans).to_row(),
-            self.path,
+            self.id_digest,
             *_SAVE_ID.unpack(bytes.fromhex(self.save_id)),
             int(self.has_planner) | POLICIES.index(self.on_disagreement) << 1,
         ]
 
     @classmethod
-    def from_row(cls, row: Row) -> StartProposal:
+    def from_row(cls, row: Row) -> SaveProposal:
         """Return what `to_row` was given."""
-        path, high, low, flags = row[KEPT_PLANS : KEPT_PLANS + 4]
+        id_digest, high, low, flags = row[KEPT_PLANS : KEPT_PLANS + 4]
         return cls(
             plans=row[:KEPT_PLANS],
-            path=path,
+            id_digest=id_digest,
             save_id=_SAVE_ID.pack(high, low).hex(),
             has_planner=bool(flags & 1),
             on_disagreement=POLICIES[flags >> 1],
@@ -73,7 +73,7 @@ class StartProposal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class SaveStart:
     """What all ranks begin a save with.
 
     Attributes:
@@ -89,27 +89,27 @@ class Start:
         return [self.plan, *_SAVE_ID.unpack(bytes.fromhex(self.save_id))]
 
     @classmethod
-    def from_row(cls, row: Row) -> Start:
+    def from_row(cls, row: Row) -> SaveStart:
         """Return what `to_row` was given."""
         return cls(plan=row[0], save_id=_SAVE_ID.pack(*row[1:3]).hex())
 
 
-def agree_on_start(table: list[Row]) -> Row:
+def agree_on_save(table: list[Row]) -> Row:
     """Agree on a plan, and on the coordinator's id for the save.
 
     Raises:
         ArgumentError: the ranks' callers want different things.
     """
-    proposals = [StartProposal.from_row(row) for row in table]
-    if len({each.path for each in proposals}) > 1:
-        raise ArgumentError("checkpoint_id", "the ranks save to different places")
+    proposals = [SaveProposal.from_row(row) for row in table]
+    if len({each.id_digest for each in proposals}) > 1:
+        raise ArgumentError("checkpoint_id", "the ranks save to different checkpoints")
     if len({each.has_planner for each in proposals}) > 1:
-        raise ArgumentError("planner", "some ranks have one, others have not")
+        raise ArgumentError("planner", "passed on some ranks, not on others")
     if len(policies := {each.on_disagreement for each in proposals}) > 1:
         named = " and ".join(repr(each) for each in POLICIES if each in policies)
-        raise ArgumentError("on_disagreement", f"the ranks have {named}: it must be the same on all")
+        raise ArgumentError("on_disagreement", f"must be the same on all ranks, got {named}")
     [plan] = agree_on_plan(table)
-    return Start(plan=plan, save_id=proposals[0].save_id).to_row()
+    return SaveStart(plan=plan, save_id=proposals[0].save_id).to_row()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,5 +136,5 @@ def agree_on_part(table: list[Row]) -> Row:
         ArgumentError: the ranks add different states.
     """
     if len({row[KEPT_PLANS] for row in table}) > 1:
-        raise ArgumentError("participant", "the ranks do not add the same, in the same order")
+        raise ArgumentError("participant", "all ranks must add the same participants in the same order")
     return agree_on_plan(table)

@@ -8,7 +8,6 @@ from itertools import compress
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 
@@ -18,7 +17,7 @@ from ..errors import CaptureError
 from .flatten import KnownNames, flatten
 from .freeze import Frozen, freeze
 from .plain_tensors import PLAIN_TENSORS, QUANTIZED, is_plain
-from .sharding import holds_shards, is_sharded, local_parts
+from .sharding import ShardedTensor, holds_shards, is_sharded, local_parts
 from .stateful import call_stateful
 
 
@@ -166,4 +165,4 @@ def _look_at(values: Sequence[Any]) -> _Seen:
 
 def nothing_to_save() -> CaptureError:
     """Return the error for what is most likely a mistake, and would replace a checkpoint by nothing."""
-    return CaptureError("", "the state dict holds no value to save")
+    return CaptureError("", "the state dict contains nothing to save")

@@ -55,7 +55,7 @@ class _FreezingPickler(pickle.Pickler):
     def reducer_override(self, obj: object) -> Any:  # called for nothing that pickle itself writes: fast
         self.holds_objects = True
         if isinstance(obj, PerRank) or is_sharded(obj):
-            raise TypeError(f"a {type(obj).__name__} inside is not looked for: hold it in a dict or list")
+            raise TypeError(f"a {type(obj).__name__} inside another object cannot be saved: hold it in a dict or list")
         if isinstance(obj, (torch.Tensor, torch.UntypedStorage, torch.TypedStorage)):
             self.holds_tensors = True  # only `torch.save` knows how to write it; here look on for the rest
             return int, ()
@@ -94,7 +94,7 @@ def freeze(fqn: str, value: object) -> Frozen:
 
 def refuse_nested(fqn: str, value: object, found: object) -> CaptureError:
     """Return the error for an object with a `state_dict()` that is not at the top level."""
-    problem = f"is a {type(found).__name__}, whose state_dict() is called only at the top level: save what it returns"
+    problem = f"is a {type(found).__name__}: state_dict() is called only at the top level, so pass what it returns"
     return CaptureError(_name_of(fqn, value, found), problem)
 
 

@@ -26,7 +26,7 @@ class PerRank:
 
     def __init__(self, value: Any, *, new_rank: NewRank = "keep") -> None:
         if new_rank not in ("keep", "raise") and not callable(new_rank):
-            raise ArgumentError("new_rank", f'{new_rank!r} is neither "keep" nor "raise", and cannot be called')
+            raise ArgumentError("new_rank", f'must be "keep", "raise" or a callable, got {new_rank!r}')
         self.value = value
         self.new_rank = new_rank
 

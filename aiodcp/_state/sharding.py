@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor as ShardedTensor
 from torch.distributed.tensor import DTensor, Partial
 
 from .._format.dcp import ChunkStorageMetadata
@@ -27,7 +27,9 @@ def local_parts(fqn: str, value: DTensor | ShardedTensor) -> list[torch.Tensor]:
         if part.is_meta and part.numel():
             raise CaptureError(fqn, "a tensor on the meta device has no data to save")
         if not part.is_meta and not is_plain(part) and not whole:
-            raise CaptureError(fqn, f"a {type(value).__name__} of {type(part).__name__}, {part.layout}, {part.dtype}")
+            raise CaptureError(
+                fqn, f"cannot be saved: a {type(value).__name__} of {type(part).__name__}, {part.layout}, {part.dtype}"
+            )
     return parts
 
 

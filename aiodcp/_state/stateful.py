@@ -27,7 +27,7 @@ def call_stateful(state_dict: Mapping[str, Any]) -> StateDict:
     They are asked in the order of their names, so that ranks whose dicts have another order meet in collectives.
     """
     if not isinstance(state_dict, Mapping):
-        problem = f'is a mapping, such as {{"model": model}}, not {type(state_dict).__name__}'
+        problem = f'must be a mapping such as {{"model": model}}, got {type(state_dict).__name__}'
         raise ArgumentError("state_dict", problem)
     called: StateDict = dict(state_dict)
     if _NEVER_STATEFUL.issuperset(map(type, called.values())):

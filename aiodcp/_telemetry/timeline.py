@@ -11,7 +11,7 @@ from typing import Literal
 Name = Literal["capture", "fence", "plan", "stage", "checksum", "write", "vote", "commit"]
 
 # Rows of a trace from top to bottom. Those of the caller's thread first; "stage" and what follows overlap.
-_ROWS = ("step", "capture", "fence", "plan", "stage", "checksum", "write", "vote", "commit")
+ROWS = ("step", "capture", "fence", "plan", "stage", "checksum", "write", "vote", "commit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Timeline:
         self._spans: list[Span] = []
 
     def __repr__(self) -> str:
-        rows = [f"{name} {1000 * self.seconds(name):.1f} ms" for name in _ROWS if self.between(name)]
+        rows = [f"{name} {1000 * self.seconds(name):.1f} ms" for name in ROWS if self.between(name)]
         return f"<Timeline {', '.join(rows) or 'empty'}>"
 
     @property

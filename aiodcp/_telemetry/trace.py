@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .timeline import _ROWS, Span, Timeline
+from .timeline import ROWS, Span, Timeline
 
 KEPT_SAVES = 1000
 
@@ -48,7 +48,7 @@ class Trace:
                 rows[span.name].append((span, span.name, {"checkpoint_id": checkpoint_id}))
         events: list[dict[str, Any]] = [_named("process_name", f"rank {rank}", pid=rank)]
         lane = 0
-        for row in _ROWS:
+        for row in ROWS:
             for number, spans in enumerate(_lanes(rows[row])):
                 events.append(_named("thread_name", row if number == 0 else f"{row} {number + 1}", pid=rank, tid=lane))
                 events.append(

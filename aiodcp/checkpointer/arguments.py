@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,12 +20,12 @@ from ..storage.retry import Retry
 
 CheckpointId = str | os.PathLike[str]
 
-ON_BUSY = ("wait", "skip", "raise")
+OnBusy = Literal["wait", "skip", "raise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The arguments of a `Checkpointer`, which see; checked."""
+    """The checked arguments of a `Checkpointer`."""
 
     storage: Storage
     process_group: torch.distributed.ProcessGroup | None
@@ -48,27 +48,27 @@ class Options:
             ArgumentError: one of them cannot be used.
         """
         if self.on_disagreement not in POLICIES:
-            problem = f'{self.on_disagreement!r} is none of "warn", "raise", "ignore"'
+            problem = f'must be "warn", "raise" or "ignore", got {self.on_disagreement!r}'
             raise ArgumentError("on_disagreement", problem)
         for name in ("copy_threads", "io_threads"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ArgumentError(name, f"{value!r} is not a number of threads")
+                raise ArgumentError(name, f"must be a positive integer, got {value!r}")
         most = self.max_host_bytes
         if most is not None and (type(most) is not int or most < MIN_NBYTES):
-            raise ArgumentError("max_host_bytes", f"{most!r} is not a number of bytes from {MIN_NBYTES} on")
+            raise ArgumentError("max_host_bytes", f"must be an integer of at least {MIN_NBYTES}, got {most!r}")
         if isinstance(self.storage, type) or not isinstance(self.storage, Storage):
-            raise ArgumentError("storage", f"{self.storage!r} does not implement aiodcp.Storage")
+            raise ArgumentError("storage", f"must implement aiodcp.Storage, got {self.storage!r}")
         if not callable(self.checksum):
-            raise ArgumentError("checksum", f"{self.checksum!r} cannot be called")
+            raise ArgumentError("checksum", f"must be callable, got {self.checksum!r}")
         if type(self.timeout) not in (int, float) or not 0 < self.timeout < float("inf"):
-            raise ArgumentError("timeout", f"{self.timeout!r} is not a number of seconds")
+            raise ArgumentError("timeout", f"must be a positive, finite number of seconds, got {self.timeout!r}")
         if self.no_dist and self.process_group is not None:
-            raise ArgumentError("no_dist", "means no other ranks: leave out the process_group")
+            raise ArgumentError("no_dist", "cannot be combined with process_group")
         if type(self.coordinator) is not int or self.coordinator < 0:
-            raise ArgumentError("coordinator", f"{self.coordinator!r} is not a rank")
+            raise ArgumentError("coordinator", f"must be a rank, got {self.coordinator!r}")
         if not isinstance(self.retry, Retry):
-            raise ArgumentError("retry", f"{self.retry!r} is not an aiodcp.Retry")
+            raise ArgumentError("retry", f"must be an aiodcp.Retry, got {self.retry!r}")
 
     def find_group(self) -> torch.distributed.ProcessGroup | None:
         """Return the ranks to save with, if there are others.
@@ -82,9 +82,11 @@ class Options:
             return None
         group = self.process_group or torch.distributed.group.WORLD
         if not isinstance(group, torch.distributed.ProcessGroup):
-            raise ArgumentError("process_group", f"{group!r} is not a process group that this rank belongs to")
+            raise ArgumentError("process_group", f"must be a process group that this rank belongs to, got {group!r}")
         if self.coordinator >= group.size():
-            raise ArgumentError("coordinator", f"{self.coordinator} is not a rank of {group.size()}")
+            raise ArgumentError(
+                "coordinator", f"rank {self.coordinator} does not exist in a process group of {group.size()} ranks"
+            )
         return group if group.size() > 1 else None
 
 
@@ -98,13 +100,19 @@ def default_copy_threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0)) // ranks_here))
 
 
+def check_on_busy(on_busy: object) -> None:
+    """Raise `ArgumentError` for what is none of its values."""
+    if on_busy not in get_args(OnBusy):
+        raise ArgumentError("on_busy", f'must be "wait", "skip" or "raise", got {on_busy!r}')
+
+
 def check_id(checkpoint_id: object, argument: str = "checkpoint_id") -> str:
     """Return a path as text, or raise `ArgumentError` if it is none."""
     if not isinstance(checkpoint_id, str | os.PathLike):
-        raise ArgumentError(argument, f"a {type(checkpoint_id).__name__} is not a path")
+        raise ArgumentError(argument, f"must be a str or os.PathLike, got {type(checkpoint_id).__name__}")
     path = os.fsdecode(checkpoint_id)
     if not path or "\0" in path:
-        raise ArgumentError(argument, f"{path!r} is not a path")
+        raise ArgumentError(argument, f"must be a path, got {path!r}")
     return path
 
 

@@ -12,7 +12,7 @@ from ..errors import SaveError
 
 T = TypeVar("T")
 
-LOOK_S = 1.0  # how often it is checked whether the caller's event loop is still there
+CHECK_INTERVAL_S = 1.0  # how often it is checked whether the caller's event loop is still there
 LOOP_GONE_S = 5.0  # for which an event loop may stand between two calls of `run_until_complete`
 
 
@@ -50,7 +50,7 @@ class HandOver(Generic[T]):
         watch = LoopWatch(self._loop)
         try:
             while not waiting.done():
-                await asyncio.wait({waiting}, timeout=LOOK_S)
+                await asyncio.wait({waiting}, timeout=CHECK_INTERVAL_S)
                 if not waiting.done():
                     watch.check()
             return waiting.result()
@@ -74,4 +74,4 @@ class LoopWatch:
             self._still_since = time.monotonic()
         if self._loop.is_closed() or time.monotonic() - self._still_since > LOOP_GONE_S:
             state = "closed" if self._loop.is_closed() else "stopped"
-            raise SaveError(f"the event loop that asked for this save is {state}: there is no state to save")
+            raise SaveError(f"the event loop that requested this save is {state}: the state can no longer be captured")

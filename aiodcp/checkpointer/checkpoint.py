@@ -52,7 +52,7 @@ class SaveState:
         self.staged: MilestoneSource = MilestoneSource("staged")
         self.uploaded: MilestoneSource = MilestoneSource("uploaded")
         self.timeline: Timeline = Timeline()
-        self.log: ProgressLog = ProgressLog(engine.activity.moved)
+        self.log: ProgressLog = ProgressLog(engine.activity.note_progress)
         self.operation: Operation | None = None
         self.tears: TearDetector | None = None
         self.device_copies: DeviceCopies = DeviceCopies()
@@ -68,7 +68,9 @@ class SaveState:
         if self.staged.done() or self.engine.is_forked:
             return
         if name := self.blocked_by():
-            raise SaveError(f"staging waits for the participant {name!r}, which is not ready: add it after this one")
+            raise SaveError(
+                f"staging waits for participant {name!r}, whose state may need this thread: add it after this one"
+            )
         tears = self.tears
         with self.timeline.record("fence"):
             if not self.device_copies:

@@ -24,7 +24,7 @@ from ..storage.base import Storage
 from ..storage.error_mapping import write_errors
 from ..storage.local import LocalStorage
 from ..storage.retry import Retry
-from .arguments import CheckpointId, Options, check_custom_metadata, default_copy_threads
+from .arguments import CheckpointId, OnBusy, Options, check_custom_metadata, default_copy_threads
 from .checkpoint import Checkpoint
 from .optimizer_guard import Guard
 from .session import Session
@@ -68,8 +68,8 @@ class Checkpointer(SyncContext):
             installed, else zlib's.
         on_disagreement: what to do where ranks hold different values of what is saved once, such as a random state
             that is not in a `PerRank`: "warn" once a name, and say whose is saved; "raise" `DisagreementError`, and
-            commit nothing; or "ignore", and do not compare. Looked for at every save: in all bytes of values and of
-            tensors up to 64 KiB, and in a sample of larger ones.
+            commit nothing; or "ignore", and do not compare. Checked at every save: all bytes of values and of
+            tensors up to 64 KiB, and a sample of larger ones.
     """
 
     def __init__(
@@ -122,10 +122,10 @@ class Checkpointer(SyncContext):
             return
         if error is None:
             raise failure
-        log.error("the save in flight failed while the block was left by %s: %s", repr(error), repr(failure))
+        log.error("the save in flight failed while the block was exiting with %s: %s", repr(error), repr(failure))
         if isinstance(error, asyncio.CancelledError):  # of an aborted task group, which collects failures
             raise failure from error
-        error.add_note(f"aiodcp: besides, the save in flight failed: {failure!r}")
+        error.add_note(f"aiodcp: the save in flight also failed: {failure!r}")
 
     # --- saving
 
@@ -148,7 +148,7 @@ class Checkpointer(SyncContext):
         *,
         planner: SavePlanner | None = ...,
         custom_metadata: Mapping[str, Any] | None = ...,
-        on_busy: Literal["wait", "skip", "raise"],
+        on_busy: OnBusy,
     ) -> Checkpoint | None: ...
 
     async def save(
@@ -158,7 +158,7 @@ class Checkpointer(SyncContext):
         *,
         planner: SavePlanner | None = None,
         custom_metadata: Mapping[str, Any] | None = None,
-        on_busy: Literal["wait", "skip", "raise"] = "wait",
+        on_busy: OnBusy = "wait",
     ) -> Checkpoint | None:
         """Begin to save `state_dict`, and return as soon as it is captured.
 
@@ -173,10 +173,10 @@ class Checkpointer(SyncContext):
 
         Args:
             state_dict: nested dicts and lists of tensors and any picklable values.
-            checkpoint_id: where to; for the local file system a directory, which is made. The same on all ranks.
+            checkpoint_id: where to save; locally a directory, created if it is missing. The same on all ranks.
             planner: your own, instead of DCP's. It is asked for a local plan, and for every item's data, here at each
-                save; for a global plan when the local ones have changed. It plans what is in the arena, so the data
-                of an item must have the dtype and shape that it planned.
+                save; for a global plan when the local ones have changed. The data of an item must have the dtype
+                and shape that it planned.
             custom_metadata: small facts as JSON that are committed with the checkpoint; `read_custom_metadata`
                 returns them. With several ranks the coordinator's.
             on_busy: what to do while another save is in flight: "wait" for its end, in turn; "skip" this one and
@@ -187,7 +187,7 @@ class Checkpointer(SyncContext):
             BusyError: see `on_busy`.
             SaveError: an earlier save failed and was not awaited.
 
-        Cancellation: while it waits its turn, gives the turn up.
+        Cancellation: while it waits for an earlier save, withdraws this one.
         """
 
         async def encode() -> Callable[[], bytes]:
@@ -270,10 +270,10 @@ class Checkpointer(SyncContext):
         Everything that can be known without the data is checked before the first byte of the caller's tensors changes,
         and all other values are read before the first tensor.
 
-        With several ranks all of them call it, and the checkpoint may come from any number of them: each reads what
-        it holds. It begins on all ranks or on none, and a failure on one fails it on all, but for one of a
-        `load_state_dict()`, which comes last; those are called in the order of their names. It waits for a save in
-        flight, but for the joint checkpoint inside whose block it is called.
+        With several ranks all of them call it, and the checkpoint may come from any number of them: each reads its
+        own part. The load starts on all ranks or on none, and a failure on one rank fails it on all, except in a
+        `load_state_dict()`: those are called last, in the order of their names. It waits for saves in flight, except
+        for the joint checkpoint from whose block it is called.
 
         Args:
             state_dict: what is wanted, with tensors of the right shapes on the devices where they are wanted.
@@ -282,11 +282,11 @@ class Checkpointer(SyncContext):
                 decoded; it is called in threads of the engine. What it adds at the top level is handed over.
             strict: names must agree. False loads those that both have, and reports the others; a whole part that is
                 stored under another name at the top level is an error all the same.
-            cast: allow conversions that lose, such as float32 to bfloat16; others are always allowed.
-            rename: makes of stored names the names that are wanted: a mapping of prefixes, the longest first, or a
+            cast: allow lossy conversions, such as float32 to bfloat16; others are always allowed.
+            rename: maps stored names to names of the state dict: a mapping of prefixes, the longest match first, or a
                 function. Names begin with the name at the top level.
             weights_only: build plain data and what `torch.serialization.add_safe_globals` allows, nothing else. False
-                runs whatever code the checkpoint brings: only for files that you trust as you trust your own programs.
+                runs any code in the checkpoint: only for files that you trust like your own programs.
             check_crc: compare each item with its CRC32. An item of which only a part is read cannot be
                 compared.
 

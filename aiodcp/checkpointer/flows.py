@@ -23,12 +23,12 @@ from .._engine.loop import Engine
 from .._engine.milestone import MilestoneSource
 from .._log import SafeLogger
 from ..errors import CheckpointError, ClosedError, DeadlockError, LoadError, RankError, SaveCancelled, SaveError
-from .drain import END_GIVEN_UP_S, LOOK_S, Drain
+from .drain import CANCEL_TIMEOUT_S, CHECK_INTERVAL_S, Drain
 from .handshake import Handshake
 
 log: SafeLogger = SafeLogger(__name__)
 
-EXIT_STILL_S = 60.0  # after which what does not move holds up the end of the interpreter no longer
+EXIT_IDLE_S = 60.0  # after which what does not move holds up the end of the interpreter no longer
 
 # The joint checkpoints in whose blocks the caller is: what it asks for there cannot wait for their end.
 around: ContextVar[tuple[Operation, ...]] = ContextVar("around", default=())
@@ -125,7 +125,7 @@ class Flows:
         Raises:
             ClosedError: something did not end even so; says what.
 
-        Cancellation: gives it all up, and waits for that, up to `END_GIVEN_UP_S`.
+        Cancellation: gives it all up, and waits for that, up to `CANCEL_TIMEOUT_S`.
         """
         self.is_open = False
         if self.engine.is_forked:  # all that was asked is the parent's
@@ -156,12 +156,14 @@ class Flows:
 
     async def _drain(self) -> None:
         cancelled: asyncio.CancelledError | None = None
-        drain = Drain(self.engine.activity, self, still_s=self.timeout_s)
+        drain = Drain(self.engine.activity, self, max_idle_s=self.timeout_s)
         while flows := self._under_way():
             done = MilestoneSource("drained")
             flows[0].add_done_callback(lambda _, done=done: done.reach())  # type: ignore[misc]
             try:
-                with anyio.move_on_after(LOOK_S, shield=cancelled is not None):  # anyio cancels again and again
+                with anyio.move_on_after(
+                    CHECK_INTERVAL_S, shield=cancelled is not None
+                ):  # anyio cancels again and again
                     await done.settled()
             except asyncio.CancelledError as error:
                 cancelled = cancelled or error
@@ -175,15 +177,15 @@ class Flows:
         if not self.is_open or self.engine.is_forked:
             return
         self.is_open = False
-        self._fail_handshakes(ClosedError("the interpreter ends before this save had its turn"))
+        self._fail_handshakes(ClosedError("the interpreter exited before this save was captured"))
         for operation in list(self._blocks):
             self.cancel(operation)
-        drain = Drain(self.engine.activity, self, still_s=min(EXIT_STILL_S, self.timeout_s))
+        drain = Drain(self.engine.activity, self, max_idle_s=min(EXIT_IDLE_S, self.timeout_s))
         try:
             while flows := self._under_way():
-                wait(flows[:1], timeout=LOOK_S)
+                wait(flows[:1], timeout=CHECK_INTERVAL_S)
                 drain.check()
-            wait([self.engine.call_soon(self._until_close.aclose)], timeout=END_GIVEN_UP_S)
+            wait([self.engine.call_soon(self._until_close.aclose)], timeout=CANCEL_TIMEOUT_S)
         except ClosedError as error:
             log.error("%s", error)
             self.engine.stop(wait=False)
@@ -196,7 +198,7 @@ class Flows:
 
     def give_up(self, reason: CheckpointError | None = None) -> None:
         """Cancel all that is under way; `reason` is why, if saves are to fail with that."""
-        self._fail_handshakes(ClosedError("the Checkpointer was closed before this save had its turn"))
+        self._fail_handshakes(ClosedError("the Checkpointer was closed before this save was captured"))
         for operation in list(self._operations):
             self.cancel(operation, reason)
         for work in [*self._background.values(), *(self._work.values() if self.channel is None else ())]:
@@ -341,7 +343,9 @@ class Flows:
             DeadlockError: the caller is in the block of a joint checkpoint.
         """
         if self.is_inside():
-            raise DeadlockError(f"{what} would wait for the joint checkpoint whose block it is in: leave that first")
+            raise DeadlockError(
+                f"cannot {what} inside a joint checkpoint's block, which it would wait for: leave the block first"
+            )
 
     @contextmanager
     def waiting(self, handshake: Handshake[Any]) -> Iterator[None]:
@@ -401,14 +405,14 @@ class Flows:
                 self.cancel(operation)
             else:
                 future.cancel()
-            await ended.settled_whatever_cancels()
+            await ended.settled_uncancellable()
             raise
         finally:
             self._ended.discard(ended)
         if (abandoned := ended.error()) is not None:
             raise abandoned
         if future.cancelled():
-            raise ClosedError("the Checkpointer was closed meanwhile")
+            raise ClosedError("the Checkpointer was closed during this call")
         return future.result()
 
     async def ask(

@@ -28,7 +28,7 @@ from ..errors import (
     SaveCancelled,
 )
 from .arguments import CheckpointId, check_custom_metadata, check_id
-from .caller_loop import LOOK_S, HandOver, LoopWatch
+from .caller_loop import CHECK_INTERVAL_S, HandOver, LoopWatch
 from .checkpoint import Checkpoint, EarlierFailureError, SaveState
 from .checkpointer import Checkpointer, session_of
 from .save_calls import EncodeMetadata
@@ -78,11 +78,11 @@ class JointCheckpoint:
             CaptureError: a value cannot be saved; names it.
         """
         if self._save.is_closed:
-            raise ClosedError("the joint checkpoint's block is left: participants can no longer be added")
+            raise ClosedError("the joint checkpoint's block has ended: participants can no longer be added")
         if type(name) is not str or not name:
-            raise ArgumentError("name", f"{name!r} is not the name of a participant")
+            raise ArgumentError("name", f"must be a str that is not empty, got {name!r}")
         if name in self.participants:
-            raise ArgumentError("name", f"{name!r} is there already")
+            raise ArgumentError("name", f"a participant named {name!r} already exists")
         part = self._save.new_part(name)
         self.participants[name] = checkpoint = Checkpoint(part.state)
         if isawaitable(state):
@@ -227,12 +227,14 @@ class JointSave:
         if not self._session.flows.is_inside(self._operation):
             return
         if other := self._never_ready(name, blocking=blocking and _current_loop() is self._loop):
-            when = "when the body of the block is done" if other in self._later else "by the event loop of this thread"
-            raise DeadlockError(f"`staged` of {name!r} would wait for the state of {other!r}, which is taken {when}")
+            when = "when the block's body ends" if other in self._later else "by this thread's event loop"
+            raise DeadlockError(
+                f"waiting for `staged` of {name!r} here would deadlock: the state of {other!r} is captured {when}"
+            )
 
     def _refuse_uploaded(self, blocking: bool) -> None:
         if self._session.flows.is_inside(self._operation):
-            raise DeadlockError("`uploaded` is reached when the block of the joint checkpoint is left: await it there")
+            raise DeadlockError("`uploaded` is reached only after the joint checkpoint's block: await it there")
 
     # --- from the beginning to the end
 
@@ -265,7 +267,7 @@ class JointSave:
             await asyncio.gather(*self._working)
             watching.cancel()
             if not self.parts:  # most likely a mistake: it would replace a checkpoint by nothing
-                raise CaptureError("", "the checkpoint has no participant")
+                raise CaptureError("", "no participant was added to the checkpoint")
         self._request(PartRequest(name=None))
         await self.ended.settled()
 
@@ -291,7 +293,7 @@ class JointSave:
             self.give_up(SaveCancelled(self.checkpoint_id))
         if not self.turn.done():
             return
-        await self.ended.settled_whatever_cancels()
+        await self.ended.settled_uncancellable()
         if (failure := self.ended.error()) is not None:
             self._fail_parts(failure)  # also those that were added since
 
@@ -310,7 +312,7 @@ class JointSave:
         """Wait for the caller's next request, for as long as the caller's event loop is there."""
         watch = LoopWatch(self._loop)
         while True:
-            with move_on_after(LOOK_S):
+            with move_on_after(CHECK_INTERVAL_S):
                 return await self._requests.get()
             watch.check()
 
@@ -370,7 +372,7 @@ async def joint_save(
         on_end: called when it is known how the checkpoint has ended, in whatever thread knows it.
     """
     session.flows.check_open()
-    session.flows.refuse_inside("a joint checkpoint")
+    session.flows.refuse_inside("begin a joint checkpoint")
     problem: ArgumentError | None = None
     try:
         path = session.storage.resolve(check_id(checkpoint_id))
@@ -387,7 +389,7 @@ async def joint_save(
     except BaseExceptionGroup as errors:
         first = errors.exceptions[0]  # which may be a group of the body's own
         for other in errors.exceptions[1:]:
-            log.error("%s: besides, a participant failed: %s", path, repr(other))
+            log.error("%s: another participant also failed: %s", path, repr(other))
         await save.end(first)
         raise first from first.__cause__
     except BaseException as error:

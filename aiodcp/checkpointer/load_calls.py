@@ -51,7 +51,7 @@ class LoadCalls:
         options: LoadOptions,
         bar: Bar,
     ) -> LoadReport:
-        """Load as `Checkpointer.load` does, which see; the bar shows how far it has come."""
+        """Implement `Checkpointer.load`; the bar shows how far it has come."""
         flows = self._flows
         flows.check_open()
         path = ""
@@ -78,7 +78,7 @@ class LoadCalls:
     ) -> Loaded:
         flows = self._flows
         if flows.channel is not None:  # ranks wait for each other's turns
-            flows.refuse_inside("a load of several ranks")
+            flows.refuse_inside("load on several ranks")
         operation = flows.operation(OperationKind.LOAD, LoadError("the load was cancelled"))
 
         async def load() -> Loaded:
@@ -92,7 +92,7 @@ class LoadCalls:
         return await flows.run(load_in_turn if flows.channel else load, operation=operation)
 
     async def read_custom_metadata(self, checkpoint_id: CheckpointId) -> dict[str, Any]:
-        """Read as `Checkpointer.read_custom_metadata` does, which see."""
+        """Implement `Checkpointer.read_custom_metadata`."""
         self._flows.check_open()
         path = self._storage.resolve(check_id(checkpoint_id))
         return await self._flows.run(read_custom_metadata, self._storage, path)

@@ -81,7 +81,9 @@ class Guards:
     def add(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> Guard:
         for optimizer in optimizers:
             if not isinstance(optimizer, torch.optim.Optimizer):
-                raise ArgumentError("optimizers", f"a {type(optimizer).__name__} is not a torch.optim.Optimizer")
+                raise ArgumentError(
+                    "optimizers", f"must be torch.optim.Optimizer objects, got {type(optimizer).__name__}"
+                )
         self.arm(asked=True)
         return Guard(optimizers or None, self._guards)
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner
@@ -27,14 +27,12 @@ from .._state.tear_detector import TearDetector
 from .._telemetry.trace import Trace
 from ..errors import ArgumentError, BusyError, CheckpointError, ClosedError, SaveCancelled, SaveError, StageError
 from ..storage.retry import RetryingStorage
-from .arguments import ON_BUSY, CheckpointId, Options, check_id, digest_of
+from .arguments import CheckpointId, OnBusy, Options, check_id, check_on_busy, digest_of
 from .capture_call import captured_here
 from .checkpoint import EarlierFailureError, SaveState
 from .flows import Flows
 from .handshake import Handshake
 from .optimizer_guard import Guard, Guards
-
-OnBusy = Literal["wait", "skip", "raise"]
 
 EncodeMetadata = Callable[[], Awaitable[Callable[[], bytes]]]
 """Awaited before a save begins; it fails the save on all ranks, or returns what makes the custom metadata."""
@@ -98,11 +96,11 @@ class SaveCalls:
         planner: SavePlanner | None,
         on_busy: OnBusy,
     ) -> SaveState | None:
-        """Save as `Checkpointer.save` does, which see; return None if it is skipped."""
+        """Implement `Checkpointer.save`; return None if the save is skipped."""
         flows = self._flows
         flows.check_open()
         if on_busy == "wait":
-            flows.refuse_inside("a save")
+            flows.refuse_inside("save")
         number = flows.count_call()
         is_skipped = on_busy in ("skip", "raise") and await flows.skips.ask()
         handshake: Handshake[SaveJob] = Handshake()
@@ -260,7 +258,7 @@ class SaveCalls:
             if frozen.needs and fqn not in self._unsafe:
                 self._unsafe.add(fqn)
                 warnings.warn(
-                    f"{fqn} is saved, but is more than plain data: to load it needs weights_only=False, or "
+                    f"{fqn} is not plain data: loading it will require weights_only=False, or "
                     f"torch.serialization.add_safe_globals for {', '.join(frozen.needs)}",
                     UserWarning,
                     stacklevel=2,
@@ -269,10 +267,10 @@ class SaveCalls:
     # --- ahead of a save, and while it is staged
 
     async def prepare(self, state_dict: Mapping[str, Any]) -> None:
-        """Plan and take memory as `Checkpointer.prepare` does, which see."""
+        """Implement `Checkpointer.prepare`."""
         flows = self._flows
         flows.check_open()
-        flows.refuse_inside("a preparation")
+        flows.refuse_inside("prepare")
         take = captured_here(lambda: self._capture_plain(state_dict), is_alone=flows.channel is None)
         operation = flows.operation(OperationKind.PREPARE, ClosedError("the preparation was cancelled"))
 
@@ -284,7 +282,7 @@ class SaveCalls:
         await flows.run(prepare_in_turn, operation=operation)
 
     def guard(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> Guard:
-        """Have optimizers wait as `Checkpointer.guard` does, which see."""
+        """Implement `Checkpointer.guard`."""
         self._flows.check_open()
         return self._guards.add(optimizers)
 
@@ -320,10 +318,9 @@ class SaveCalls:
 
 
 def _check_choices(on_busy: str, planner: object) -> None:
-    if on_busy not in ON_BUSY:
-        raise ArgumentError("on_busy", f'{on_busy!r} is none of "wait", "skip", "raise"')
+    check_on_busy(on_busy)
     if planner is not None and not isinstance(planner, SavePlanner):
-        raise ArgumentError("planner", f"a {type(planner).__name__} is not a SavePlanner")
+        raise ArgumentError("planner", f"must be a SavePlanner, got {type(planner).__name__}")
 
 
 @contextmanager
@@ -331,4 +328,4 @@ def _capture_errors() -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise StageError(0, "no host memory is left to capture the values in") from error
+        raise StageError(0, "out of host memory while the values were captured") from error

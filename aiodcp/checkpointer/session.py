@@ -84,16 +84,17 @@ class Session:
 
         Cancellation: gives up what is under way.
         """
-        self.flows.refuse_inside("to leave the Checkpointer")
+        self.flows.refuse_inside("leave the Checkpointer")
         stuck: ClosedError | None = None
         try:
             await self.flows.close()
         except ClosedError as error:
             stuck = error
         finally:
-            _open.discard(self)
-            self.saves.close()  # and with it the host memory
-            self.loads.close()
+            if self in _open:  # else another task has closed it meanwhile
+                _open.discard(self)
+                self.saves.close()  # and with it the host memory
+                self.loads.close()
         failure = self.saves.take_unretrieved() or stuck
         self.saves.last = None
         return failure

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
-from ..checkpointer.arguments import ON_BUSY, check_custom_metadata
+from ..checkpointer.arguments import OnBusy, check_custom_metadata, check_on_busy
 from ..checkpointer.checkpointer import Checkpointer, session_of
-from ..checkpointer.save_calls import OnBusy
 from ..errors import ArgumentError
 from .events import Event
 from .retention import Retention
@@ -27,7 +26,7 @@ RESERVED = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The arguments of a `CheckpointManager`, which see; checked."""
+    """The checked arguments of a `CheckpointManager`."""
 
     root: str
     checkpointer: Checkpointer
@@ -48,24 +47,23 @@ class Options:
             ArgumentError: one of them cannot be used.
         """
         if not isinstance(self.checkpointer, Checkpointer):
-            raise ArgumentError("checkpointer", f"a {type(self.checkpointer).__name__} is not a Checkpointer")
+            raise ArgumentError("checkpointer", f"must be a Checkpointer, got {type(self.checkpointer).__name__}")
         if self.save_interval is not None and (type(self.save_interval) is not int or self.save_interval < 1):
-            raise ArgumentError("save_interval", f"{self.save_interval!r} is not a number of steps")
-        if self.on_busy not in ON_BUSY:
-            raise ArgumentError("on_busy", f'{self.on_busy!r} is none of "wait", "skip", "raise"')
+            raise ArgumentError("save_interval", f"must be a positive integer, got {self.save_interval!r}")
+        check_on_busy(self.on_busy)
         if self.on_error not in ("raise", "warn"):
-            raise ArgumentError("on_error", f'{self.on_error!r} is neither "raise" nor "warn"')
+            raise ArgumentError("on_error", f'must be "raise" or "warn", got {self.on_error!r}')
         for each in self.signals:
             if not isinstance(each, signal.Signals):
-                raise ArgumentError("signals", f"{each!r} is not a signal.Signals")
+                raise ArgumentError("signals", f"must be signal.Signals, got {each!r}")
         if type(self.grace_s) not in (int, float) or not 0 < self.grace_s < float("inf"):
-            raise ArgumentError("grace_s", f"{self.grace_s!r} is not a number of seconds")
+            raise ArgumentError("grace_s", f"must be a positive, finite number of seconds, got {self.grace_s!r}")
         if self.deadline is not None and type(self.deadline) not in (int, float):
-            raise ArgumentError("deadline", f"{self.deadline!r} is not a number of seconds, as time.time()'s")
+            raise ArgumentError("deadline", f"must be in seconds of time.time(), got {self.deadline!r}")
         if self.deadline is not None and not isfinite(self.deadline):
-            raise ArgumentError("deadline", f"{self.deadline!r} is not a time; None means that there is none")
+            raise ArgumentError("deadline", f"must be finite, got {self.deadline!r}: use None for no deadline")
         if self.on_event is not None and not callable(self.on_event):
-            raise ArgumentError("on_event", f"{self.on_event!r} cannot be called")
+            raise ArgumentError("on_event", f"must be callable, got {self.on_event!r}")
         try:
             session_of(self.checkpointer).storage.resolve(self.root)
         except ArgumentError as error:
@@ -75,7 +73,7 @@ class Options:
 def check_step(step: object) -> int:
     """Return the number of a step, or raise `ArgumentError` if it is none."""
     if type(step) is not int or step < 0:
-        raise ArgumentError("step", f"{step!r} is not a step: a number from 0 on")
+        raise ArgumentError("step", f"must be an integer of at least 0, got {step!r}")
     return step
 
 
@@ -85,7 +83,7 @@ def check_own_custom_metadata(custom_metadata: Mapping[str, Any] | None) -> Mapp
         return {}
     check_custom_metadata(custom_metadata)
     if reserved := sorted(RESERVED & custom_metadata.keys()):
-        raise ArgumentError("custom_metadata", f"{', '.join(reserved)} is the manager's own: choose another name")
+        raise ArgumentError("custom_metadata", f"reserved by the manager: {', '.join(reserved)}")
     return custom_metadata
 
 
@@ -96,4 +94,4 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     try:
         return {str(name): float(value) for name, value in metrics.items()}
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError("metrics", f"{metrics!r} are not numbers by name: {error}") from error
+        raise ArgumentError("metrics", f"must map names to numbers, got {metrics!r}: {error}") from error

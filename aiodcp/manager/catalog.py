@@ -55,7 +55,7 @@ class StepCatalog:
             ClosedError: the storage has not been listed yet.
         """
         if not self.has_looked:
-            raise ClosedError("the CheckpointManager does not know its steps yet: use it inside `async with` or `with`")
+            raise ClosedError("the CheckpointManager has not been entered: use it inside `async with` or `with`")
         return self._known
 
     @property
@@ -63,17 +63,17 @@ class StepCatalog:
         """The complete steps, from the one that was committed last."""
         return in_order(self.known)[::-1]
 
-    def mark(self) -> int:
-        """Return a mark of now, which `update` is given with what `look` has found since."""
+    def change_count(self) -> int:
+        """Return how many changes there were, which `update` is given with what `list_complete` has found since."""
         return len(self._changes)
 
-    def update(self, data: bytes, mark: int) -> None:
-        """Take what `look` has found, on whatever rank, for what there is, but for what has changed since `mark`."""
+    def update(self, data: bytes, since: int) -> None:
+        """Take over what `list_complete` has found, on any rank, but for what has changed since change `since`."""
         with self._lock:
             seen = json.loads(data)
             for step, why in seen["unreadable"]:
                 if step not in self.unreadable:
-                    log.warning("%s cannot be read, and counts as no step: %s", step_path(self.root, step), why)
+                    log.warning("%s is unreadable, and is not listed as a step: %s", step_path(self.root, step), why)
             self.unreadable = dict(seen["unreadable"])
             found = {
                 step: Step(
@@ -86,7 +86,7 @@ class StepCatalog:
                 )
                 for step, number, after, uncounted, at, metrics in seen["steps"]
             }
-            for change in self._changes[mark:]:
+            for change in self._changes[since:]:
                 if isinstance(change, Step):
                     found[change.step] = change
                 else:
@@ -182,9 +182,9 @@ class StepCatalog:
 
     # --- on the engine's loop
 
-    async def look(self) -> bytes:
+    async def list_complete(self) -> bytes:
         """Look which steps are complete, and return that for `update`."""
-        found = await list_steps(self.storage, self.root, but=set(self._removing))
+        found = await list_steps(self.storage, self.root, exclude=set(self._removing))
         steps = [
             [
                 each.step,
@@ -198,13 +198,13 @@ class StepCatalog:
         ]
         return json.dumps({"steps": steps, "unreadable": list(found.unreadable.items())}).encode()
 
-    async def look_for_others(self) -> None:
+    async def note_other_steps(self) -> None:
         """Look what others have committed since: the next commit is later than that, too."""
         known = [each.step for each in self.newest]
         try:
-            found = await list_steps(self.storage, self.root, but={*known[RECHECKED:], *self._removing})
+            found = await list_steps(self.storage, self.root, exclude={*known[RECHECKED:], *self._removing})
         except ReadError as error:
-            log.warning("whether others save to the same place is not known: %s", error)
+            log.warning("cannot check for steps saved by other processes: %s", error)
             return
         with self._lock:
             now = {each.step: each for each in found.steps}
@@ -213,7 +213,7 @@ class StepCatalog:
             self._set([now.get(each.step, each) for each in self._known])
             self._last_number = max((self._last_number, *(each.commit_number for each in found.steps)))
 
-    async def look_again(self, step: int) -> bool:
+    async def find_if_committed(self, step: int) -> bool:
         """After a save that failed, return whether it was committed all the same; then the step is known."""
         number = self._numbers.pop(step, None)
         if number is None:  # it had not come to that
@@ -268,7 +268,7 @@ class StepCatalog:
         except NotACheckpointError:
             self._half_removed[step] = seen
         except LoadError as error:
-            log.warning("%s: whether it is there is not known: %s", step_path(self.root, step), error)
+            log.warning("%s: cannot tell whether the step still exists: %s", step_path(self.root, step), error)
         else:
             with self._lock:
                 self._add(found)

@@ -15,7 +15,7 @@ from .events import Event
 log: SafeLogger = SafeLogger(__name__)
 
 
-FLUSH_S = 10.0
+FLUSH_TIMEOUT_S = 10.0
 
 
 class EventFeed:
@@ -35,15 +35,15 @@ class EventFeed:
         self._events.publish(event)
 
     async def flush(self) -> None:
-        """Wait until the callback has been called for all events so far, up to `FLUSH_S`."""
+        """Wait until the callback has been called for all events so far, up to `FLUSH_TIMEOUT_S`."""
         if self._callback is None:
             return
         flushed = MilestoneSource("flushed")
         self._callbacks.call(flushed.reach)
-        with move_on_after(FLUSH_S):
+        with move_on_after(FLUSH_TIMEOUT_S):
             await flushed.settled()
         if not flushed.done():
-            log.error("on_event has not returned for %.0f s: it is not waited for any longer", FLUSH_S)
+            log.error("on_event did not finish within %.0f s: no longer waiting for it", FLUSH_TIMEOUT_S)
 
     def begin(self) -> None:
         """Let those who follow from now on wait for events."""

@@ -46,7 +46,7 @@ class SaveBegan(Event):
     held_s: float
 
     def __str__(self) -> str:
-        return f"captured in {self.held_s:.3f} s, after waiting {self.waited_s:.3f} s for the save before"
+        return f"captured in {self.held_s:.3f} s, after waiting {self.waited_s:.3f} s for the previous save"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ class SaveFailed(Event):
     error: Exception
 
     def __str__(self) -> str:
-        return f"not saved: {type(self.error).__name__}: {self.error}"
+        return f"save failed: {type(self.error).__name__}: {self.error}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ class SaveSkipped(Event):
     level: ClassVar[int] = logging.WARNING
 
     def __str__(self) -> str:
-        return "skipped: the save before is still in flight"
+        return "skipped: the previous save is still in flight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ class Preempted(Event):
     left_s: float
 
     def __str__(self) -> str:
-        return f"to stop here, with {self.left_s:.1f} s left: {self.reason}"
+        return f"stopping at this step, {self.left_s:.1f} s left: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ class StepRemoved(Event):
     """A checkpoint that is not to be kept is removed."""
 
     def __str__(self) -> str:
-        return "removed, as it is not among those to keep"
+        return "removed by the retention policy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +196,7 @@ class FellBack(Event):
     error: Exception
 
     def __str__(self) -> str:
-        return f"cannot be restored, going back to the one before: {type(self.error).__name__}: {self.error}"
+        return f"cannot be restored, falling back to the next candidate: {type(self.error).__name__}: {self.error}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,10 @@ from .._distributed.stop_agreement import StopAgreement
 from .._engine.milestone import Milestone, MilestoneSource
 from .._engine.sync_bridge import SyncContext, sync_method
 from .._load.options import LoadOptions, Rename
-from ..checkpointer.arguments import check_id
+from ..checkpointer.arguments import OnBusy, check_id
 from ..checkpointer.checkpoint import Checkpoint
 from ..checkpointer.checkpointer import Checkpointer, session_of
 from ..checkpointer.joint import JointCheckpoint
-from ..checkpointer.save_calls import OnBusy
 from ..errors import ArgumentError, NotACheckpointError, SaveCancelled
 from .arguments import Options
 from .catalog import StepCatalog
@@ -70,11 +69,11 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
             item says how many.
         save_interval: steps between those for which `should_save` is true.
         on_busy: what a save does while another is in flight: see `Checkpointer.save`.
-        on_error: "raise" the failure of a save, which was not awaited, from the next one or on leaving; or "warn",
-            in the log and by an event, and go on: a store that is down now and then does not end the run.
-        signals: that ask the run to stop, such as `signal.SIGTERM`: see `preempted`. Heard from entering to leaving,
-            in the main thread. A second one does what it would have done.
-        grace_s: seconds from when that is heard until the process will be ended. Leaving the manager then gives up a
+        on_error: "raise" the failure of a save that was not awaited, from the next save or on leaving; or "warn", in
+            the log and by an event, and go on: an occasional outage of the storage does not end the run.
+        signals: that ask the run to stop, such as `signal.SIGTERM`: see `preempted`. Handled while the manager is open,
+            in the main thread. A second one has its original effect.
+        grace_s: seconds from a signal until the process will be ended. Leaving the manager then gives up a
             save that would not be done in time.
         deadline: when the process will be ended in any case, in seconds of `time.time()`: heard `grace_s` before.
         progress: show a bar on the coordinator's standard error, if that is a terminal and the extra `cli` (rich) is
@@ -184,10 +183,10 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
                 if self._asked_early:
                     self._preemption.ask(self._asked_early)
             except (ValueError, OSError) as error:  # the other ranks are to hear of it
-                problem = ArgumentError("signals", f"cannot be heard here: {error}")
+                problem = ArgumentError("signals", f"cannot install signal handlers here: {error}")
                 problem.__cause__ = error
-            mark = self._catalog.mark()
-            self._catalog.update(await flows.ask("list steps", self._catalog.look, problem=problem), mark)
+            since = self._catalog.change_count()
+            self._catalog.update(await flows.ask("list steps", self._catalog.list_complete, problem=problem), since)
         except BaseException:
             if self._preemption is not None:
                 self._preemption.close()
@@ -234,7 +233,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
     async def _leave(self, limit_s: float | None, error: BaseException | None) -> None:
         if not self._is_open:
             return
-        self._session.flows.refuse_inside("to leave the manager")
+        self._session.flows.refuse_inside("leave the manager")
         self._is_open = False
         gave_up = False
         try:
@@ -255,7 +254,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
             given_up = SaveCancelled(last.checkpoint_id)
             if error is None:
                 raise given_up
-            error.add_note(f"aiodcp: besides, {given_up}: there was no time left for it")
+            error.add_note(f"aiodcp: in addition, {given_up}: not enough time was left to finish it")
 
     # --- when to stop
 
@@ -269,7 +268,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         """
         return Milestone(self._preempted)
 
-    def preempt(self, reason: str = "asked for") -> None:
+    def preempt(self, reason: str = "preempt() was called") -> None:
         """Ask the run to stop, on all ranks: as a signal does. From any thread."""
         if self._preemption is None:
             self._asked_early = reason
@@ -288,7 +287,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
 
     @property
     def latest(self) -> int | None:
-        """The newest complete step: the one committed last, also when the run had gone back to an earlier one."""
+        """The most recently committed step, even after the run was rolled back."""
         return next((each.step for each in self._catalog.newest), None)
 
     @property
@@ -321,7 +320,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         return self._reporter.follow()
 
     async def refresh(self) -> list[int]:
-        """Look again which steps are complete, as others may save there, and return them. All ranks call it.
+        """List the complete steps again, since other processes may save there, and return them. All ranks call it.
 
         Raises:
             ReadError: storage failed.
@@ -413,7 +412,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
             BusyError: see `on_busy`.
             SaveError: an earlier save failed and was not awaited; not with `on_error="warn"`.
 
-        Cancellation: while it waits its turn, gives the turn up.
+        Cancellation: while it waits for an earlier save, withdraws this one.
         """
         state = await self._saves.save(
             step,

@@ -81,7 +81,7 @@ class Preemption:
     def close(self) -> None:
         """Listen no longer, and hand the signals back. Once is enough."""
         self._is_closed = True
-        self._milestone.abandon(ClosedError("the manager was left, and the run was not preempted"))
+        self._milestone.abandon(ClosedError("the manager was closed before the run was preempted"))
         for each in self._before:
             if signal.getsignal(each) == self._on_signal:  # nobody has taken it over meanwhile
                 signal.signal(each, self._handler_before(each))
@@ -163,7 +163,7 @@ class Preemption:
         try:
             return self._agreement.reason_of_others()
         except RuntimeError as error:
-            log.warning("cannot hear of preemption from other ranks any more: %s", error)
+            log.warning("can no longer receive preemption requests from other ranks: %s", error)
             self._agreement = None
             return ""
 
@@ -175,5 +175,5 @@ class Preemption:
             left_s = min(left_s, max(0.0, self._deadline - time.time()))
         self._stop_by = time.monotonic() + left_s
         self.reason = reason
-        log.warning("to be stopped within %.1f s: %s", left_s, reason)
+        log.warning("preemption requested, %.1f s left: %s", left_s, reason)
         self._on_heard()

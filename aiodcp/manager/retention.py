@@ -26,7 +26,7 @@ class Retention:
         for name in ("keep_last", "keep_every"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise ArgumentError(name, f"{value!r} is not a number of steps")
+                raise ArgumentError(name, f"must be a positive integer, got {value!r}")
         if self.keep_best is not None:
             match self.keep_best:
                 case [str(), "min" | "max"]:
@@ -34,9 +34,11 @@ class Retention:
                 case [str(), "min" | "max", int(count)] if count > 0:
                     pass
                 case other:
-                    raise ArgumentError("keep_best", f'{other!r} is not like ("loss", "min") or ("loss", "min", 3)')
+                    raise ArgumentError(
+                        "keep_best", f'must look like ("loss", "min") or ("loss", "min", 3), got {other!r}'
+                    )
         if self.keep_last is None and self.keep_every is not None:
-            raise ArgumentError("keep_every", "says what is kept besides the last: give keep_last, too")
+            raise ArgumentError("keep_every", "requires keep_last, to whose steps it adds")
 
     def best(self, steps: Sequence[Step]) -> list[int]:
         """Return the steps that have the metric, from the best to the worst; of equal ones the newest first."""

@@ -48,8 +48,8 @@ class StepRestores:
 
     async def refresh(self) -> None:
         """Look again which steps are complete, and know the same on all ranks."""
-        mark = self._catalog.mark()
-        self._catalog.update(await self._session.flows.ask("list steps", self._catalog.look), mark)
+        since = self._catalog.change_count()
+        self._catalog.update(await self._session.flows.ask("list steps", self._catalog.list_complete), since)
 
     async def restore(
         self,
@@ -60,7 +60,7 @@ class StepRestores:
         planner: LoadPlanner | None,
         options: LoadOptions,
     ) -> RestoredStep | None:
-        """Restore as `CheckpointManager.restore` does, which see."""
+        """Implement `CheckpointManager.restore`."""
         if step not in ("latest", "best"):
             check_step(step)
         if step == "best" and self._catalog.retention.keep_best is None:
@@ -106,7 +106,7 @@ class StepRestores:
         if suspects and (last is None or not fall_back):
             step = max(suspects)
             path = step_path(self._catalog.root, step)
-            raise ReadError(path, f"it may be the latest step, and cannot be read: {unreadable[step]}")
+            raise ReadError(path, f"this may be the latest step: {unreadable[step]}")
 
 
 def _is_damage(error: LoadError) -> bool:

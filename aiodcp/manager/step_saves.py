@@ -13,10 +13,9 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from .._engine.milestone import MilestoneSource
 from .._log import SafeLogger
-from ..checkpointer.arguments import check_custom_metadata
+from ..checkpointer.arguments import OnBusy, check_custom_metadata
 from ..checkpointer.checkpoint import SaveState
 from ..checkpointer.joint import JointSave, joint_save
-from ..checkpointer.save_calls import OnBusy
 from ..checkpointer.session import Session
 from ..errors import BusyError, SaveCancelled
 from ..storage.error_mapping import write_errors
@@ -62,7 +61,7 @@ class StepSaves:
         planner: SavePlanner | None,
         on_busy: OnBusy,
     ) -> SaveState | None:
-        """Save as `CheckpointManager.save` does, which see; return None if it is skipped."""
+        """Implement `CheckpointManager.save`; return None if the save is skipped."""
         record = self._reporter.save(step)
         numbers: dict[str, float] = {}
         state: SaveState | None = None
@@ -100,7 +99,7 @@ class StepSaves:
     async def joint(
         self, step: int, *, metrics: Mapping[str, float] | None, custom_metadata: Mapping[str, Any] | None
     ) -> AsyncIterator[JointSave]:
-        """Save as `CheckpointManager.checkpoint` does, which see."""
+        """Implement `CheckpointManager.checkpoint`."""
         self._session.flows.check_open()
         record = self._reporter.save(step)
         numbers: dict[str, float] = {}
@@ -145,7 +144,7 @@ class StepSaves:
             self._is_locked = True
         await self._catalog.until_removed(step)
         if flows.is_coordinator:
-            await flows.run(self._catalog.look_for_others)
+            await flows.run(self._catalog.note_other_steps)
 
         def encode() -> bytes:  # at the commit: commits have their numbers in the order in which they are made
             return check_custom_metadata({**own, **self._catalog.count_commit(step), "saved_at": time.time()})
@@ -173,7 +172,7 @@ class StepSaves:
 
     async def _prune_after(self, step: int, ended: MilestoneSource) -> None:
         await ended.settled()
-        if ended.error() is not None and await self._catalog.look_again(step):
-            log.warning("step %d: its save failed when it was committed already: it is there", step)
+        if ended.error() is not None and await self._catalog.find_if_committed(step):
+            log.warning("step %d: the save reported a failure after its commit; the step is complete", step)
             self._catalog.mark_for_removal(removes=self._session.flows.is_coordinator)
         await self._catalog.prune(self._reporter.removed)

@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 from anyio import CancelScope
 
-from .._engine.task_groups import one_error
+from .._engine.task_groups import single_error
 from .._format.naming import METADATA_NAME, is_our_leftover, save_id_of
 from .._load.read_custom_metadata import read_dated_custom_metadata
 from .._log import SafeLogger
@@ -77,8 +77,8 @@ class Found:
     unreadable: dict[int, str]
 
 
-async def list_steps(storage: Storage, root: str, *, but: Collection[int] = ()) -> Found:
-    """Look which steps are complete, of all `but` some.
+async def list_steps(storage: Storage, root: str, *, exclude: Collection[int] = ()) -> Found:
+    """Look which steps are complete, of all but those to `exclude`.
 
     Raises:
         ReadError: storage does not list the root.
@@ -96,7 +96,7 @@ async def list_steps(storage: Storage, root: str, *, but: Collection[int] = ()) 
             except LoadError as error:  # one bad sector is not the end of a run
                 unreadable[step] = str(error)
 
-    await _for_each(look, [step for step in await _numbers(storage, root) if step not in but])
+    await _for_each(look, [step for step in await _numbers(storage, root) if step not in exclude])
     return Found(steps=sorted(found, key=lambda each: each.step), unreadable=dict(sorted(unreadable.items())))
 
 
@@ -246,7 +246,7 @@ async def _numbers(storage: Storage, root: str) -> list[int]:
 
 
 async def _for_each(look: Callable[[int], Coroutine[Any, Any, None]], steps: Sequence[int]) -> None:
-    with one_error():
+    with single_error():
         async with anyio.create_task_group() as group:
             for step in steps:
                 group.start_soon(look, step)

@@ -1,7 +1,7 @@
-"""What a storage must be able to do: twelve verbs, and what each promises about durability.
+"""The storage protocol, and what each of its methods promises about durability.
 
 A storage holds checkpoints; a checkpoint is a flat set of named files. The save flow calls `create`, writes,
-leaves the `async with`, and then `put`s the commit record: the promises below are what makes that order safe.
+leaves the `async with`, and then `put`s `.metadata`: the promises below are what makes that order safe.
 All coroutines run on one event loop, not on the caller's. Failures are `OSError`s.
 """
 
@@ -113,9 +113,9 @@ class Storage(Protocol):
     def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
         """Hold a lock on `root` while the block runs, against all other processes that have the same storage.
 
-        Shared locks go together; they wait for an exclusive one. An exclusive lock does not wait: the block's value is
-        False if it is not held, because another lock is held, or because the storage cannot know, as where
-        none has ever been held. A lock ends with its process.
+        Shared locks are compatible with each other, and wait for an exclusive one. An exclusive lock does not wait:
+        the block's value is False if it is not held, because another lock is held, or because the storage cannot
+        know, as where none has ever been held. A lock ends with its process.
 
         Args:
             root: below which checkpoints are saved and removed.

@@ -24,6 +24,6 @@ def read_errors(path: str) -> Iterator[None]:
     except LoadError:
         raise
     except EOFError as error:
-        raise CorruptError(path, "", f"ends too soon: {error}") from error
+        raise CorruptError(path, "", f"truncated: {error}") from error
     except OSError as error:
         raise ReadError(path, str(error)) from error

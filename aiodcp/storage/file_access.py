@@ -21,7 +21,7 @@ def open_regular(path: str, flags: int) -> int:
         os.close(fd)
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        raise OSError(errno.EINVAL, "is no regular file", path)
+        raise OSError(errno.EINVAL, "not a regular file", path)
     return fd
 
 
@@ -35,7 +35,7 @@ def check_inside(checkpoint_id: str, name: str) -> None:
     for above in (root, *root.parents):
         if above.parent.name == "snapshots" and real.is_relative_to(above.parent.parent / "blobs"):
             return
-    raise UnsafeError(path, "", f"is a symbolic link that leads out of the checkpoint, to {real}")
+    raise UnsafeError(path, "", f"resolves to {real}, which is outside the checkpoint")
 
 
 check_inside_async: Callable[[str, str], Awaitable[None]] = wrap(check_inside)

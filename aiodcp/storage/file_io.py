@@ -27,7 +27,7 @@ IOV_MAX = 1024  # buffers of one preadv: the limit of Linux
 _cannot_sync: set[int] = set()  # devices whose file systems cannot fsync a directory: logged once
 
 
-def is_blocks(offset: int, data: memoryview) -> bool:
+def is_block_aligned(offset: int, data: memoryview) -> bool:
     """Whether O_DIRECT takes this: offset, length and address in whole blocks. Source: open(2)."""
     if offset % WRITE_ALIGNMENT or data.nbytes % WRITE_ALIGNMENT or not data.nbytes or data.readonly:
         return False
@@ -53,7 +53,7 @@ def read_all(fd: int, buffers: list[memoryview], offset: int) -> None:
                 break
         count = os.preadv(fd, batch, offset)
         if not count:
-            raise EOFError(f"the file ends at {offset}, {sum(b.nbytes for b in pending)} more bytes wanted")
+            raise EOFError(f"the file ends at byte {offset}, {sum(b.nbytes for b in pending)} more bytes are expected")
         offset += count
         while count:
             buffer = pending.pop()
@@ -80,7 +80,9 @@ def _fsync_directory_now(path: str) -> None:
         device = os.fstat(fd).st_dev
         if device not in _cannot_sync:
             _cannot_sync.add(device)
-            log.warning("%s: this file system cannot fsync a directory: after a crash new names may be lost", path)
+            log.warning(
+                "%s: this file system does not support fsync on directories: new files may be lost in a crash", path
+            )
     finally:
         os.close(fd)
 

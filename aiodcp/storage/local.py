@@ -31,7 +31,7 @@ from .file_io import (
     file_sizes,
     fsync,
     fsync_directory,
-    is_blocks,
+    is_block_aligned,
     list_directories,
     make_durable_directory,
     read_all,
@@ -73,7 +73,7 @@ class LocalStorage:
             ArgumentError: it is a URL.
         """
         if _URL.match(checkpoint_id):
-            problem = f"{checkpoint_id!r} is a URL, and LocalStorage keeps directories: pass a storage= for it"
+            problem = f"{checkpoint_id!r} is a URL, and LocalStorage handles only directories: pass another storage="
             raise ArgumentError("checkpoint_id", problem)
         return os.path.abspath(os.path.expanduser(checkpoint_id))
 
@@ -252,7 +252,7 @@ class _LocalWriter:
     async def write(self, offset: int, data: memoryview) -> None:
         data = data.cast("B")
         with CancelScope(shield=True):
-            if self._direct is not None and is_blocks(offset, data):
+            if self._direct is not None and is_block_aligned(offset, data):
                 try:
                     await write_all(self._direct.fileno(), data, offset)
                     return

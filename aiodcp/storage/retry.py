@@ -69,11 +69,11 @@ class Retry:
 
     def __post_init__(self) -> None:
         if type(self.attempts) is not int or self.attempts < 1:
-            raise ArgumentError("attempts", f"{self.attempts!r} is not a number of attempts from 1 on")
+            raise ArgumentError("attempts", f"must be a positive integer, got {self.attempts!r}")
         for name in ("wait_s", "max_wait_s"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < float("inf"):
-                raise ArgumentError(name, f"{value!r} is not a number of seconds")
+                raise ArgumentError(name, f"must be a finite number of seconds of at least 0, got {value!r}")
 
     async def call(self, function: Callable[[], Awaitable[T]], report: Callable[[Attempt], None]) -> T:
         """Call `function` until it succeeds, fails for good, or has failed too often; `report` each wait.
@@ -87,12 +87,12 @@ class Retry:
         def before_sleep(state: RetryCallState) -> None:
             assert state.outcome is not None
             assert state.next_action is not None
-            error = _refusal(state.outcome.exception())
+            error = _os_error_of(state.outcome.exception())
             assert error is not None
             report(Attempt(number=state.attempt_number, error=error, wait_s=state.next_action.sleep))
 
         def is_worth_it(error: BaseException) -> bool:
-            refusal = _refusal(error)
+            refusal = _os_error_of(error)
             return refusal is not None and self.is_transient(refusal)
 
         retrying = AsyncRetrying(
@@ -111,7 +111,7 @@ class Retry:
                 return await function()
             except Exception as error:
                 first.append(error)
-                if isinstance(_refusal(error), FileExistsError):
+                if isinstance(_os_error_of(error), FileExistsError):
                     raise first[0] from first[0].__cause__
                 del first[1:]
                 raise
@@ -140,7 +140,7 @@ class Attempt:
         return f"attempt {self.number} failed, retrying in {self.wait_s:.1f} s: {self.error}"
 
 
-def _refusal(error: BaseException | None) -> OSError | None:
+def _os_error_of(error: BaseException | None) -> OSError | None:
     """Return what storage raised: the error itself, or the cause of one of ours."""
     for each in (error, error.__cause__ if error is not None else None):
         if isinstance(each, OSError):
@@ -231,7 +231,7 @@ class RetryingStorage:
 class _RetryingReader:
     def __init__(self, reader: Reader, retrying: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
         self.nbytes = reader.nbytes
-        self.modified_at: float | None = getattr(reader, "modified_at", None)
+        self.modified_at: float | None = reader.modified_at
         self._reader = reader
         self._retrying = retrying
 

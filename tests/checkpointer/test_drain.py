@@ -69,8 +69,8 @@ class Stuck(MemoryStorage):
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flows, "LOOK_S", 0.02)
-    monkeypatch.setattr(drain, "END_GIVEN_UP_S", 0.1)
+    monkeypatch.setattr(flows, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(drain, "CANCEL_TIMEOUT_S", 0.1)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -80,11 +80,11 @@ async def test_leaving_gives_up_a_storage_that_never_answers_and_says_what_it_wa
 ) -> None:
     storage = Stuck(call)
     checkpointer = Checkpointer(storage=storage, timeout=0.2)
-    with pytest.raises(SaveError, match=r"nothing has moved for 0 s: saving ckpt .*memory:ckpt"):
+    with pytest.raises(SaveError, match=r"no progress for 0 s: saving ckpt .*memory:ckpt"):
         async with checkpointer:
             ckpt = await checkpointer.save(STATE, "ckpt")
     assert ckpt.done()
-    assert "closing gives up" in caplog.text
+    assert "closing cancels" in caplog.text
     storage.answer.set()
     async with Checkpointer(storage=MemoryStorage()) as other:
         await (await other.save(STATE, "ckpt"))
@@ -100,7 +100,7 @@ async def test_leaving_gives_up_a_copy_that_never_ends(monkeypatch: pytest.Monke
         return []
 
     monkeypatch.setattr("aiodcp._save.staging.Staging.copy", hang)
-    with pytest.raises(SaveError, match=r"nothing has moved for 0 s: saving ckpt"):
+    with pytest.raises(SaveError, match=r"no progress for 0 s: saving ckpt"):
         async with Checkpointer(storage=MemoryStorage(), timeout=0.2) as checkpointer:
             ckpt = await checkpointer.save(STATE, "ckpt")
     assert ckpt.staged.done()
@@ -115,22 +115,22 @@ async def test_a_load_that_is_stuck_is_let_go_when_another_task_closes() -> None
         await (await checkpointer.save(STATE, "ckpt"))
         load = asyncio.create_task(checkpointer.load({"w": torch.zeros(10)}, "ckpt"))
         await asyncio.to_thread(storage.asked.wait, 30)
-        with pytest.raises(ClosedError, match=r"without waiting any longer for: .*memory:ckpt/\.metadata"):
+        with pytest.raises(ClosedError, match=r"with work still in flight: .*memory:ckpt/\.metadata"):
             await checkpointer.__aexit__(None, None, None)
-        with pytest.raises(ClosedError, match="without waiting"):
+        with pytest.raises(ClosedError, match="with work still in flight"):
             await load
         await checkpointer.__aenter__()
         storage.answer.set()
 
 
 async def test_progress_keeps_a_slow_save_from_being_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flows, "LOOK_S", 0.02)
+    monkeypatch.setattr(flows, "CHECK_INTERVAL_S", 0.02)
 
     class Slow(MemoryStorage):
         async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
             for _ in range(5):
                 await asyncio.sleep(0.1)
-                session_of(checkpointer).flows.engine.activity.moved()  # as each piece that is written does
+                session_of(checkpointer).flows.engine.activity.note_progress()  # as each piece that is written does
             await super().put(checkpoint_id, name, data)
 
     async with Checkpointer(storage=Slow(), timeout=0.3) as checkpointer:
@@ -141,7 +141,7 @@ async def test_progress_keeps_a_slow_save_from_being_given_up(monkeypatch: pytes
 async def test_a_save_whose_event_loop_is_gone_lets_the_next_one_have_its_turn(
     faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(flows, "LOOK_S", 0.02)
+    monkeypatch.setattr(flows, "CHECK_INTERVAL_S", 0.02)
     gate = Gate("put")
     faulty.gate = gate
     tasks: list[Any] = []
@@ -167,10 +167,10 @@ async def test_a_save_whose_event_loop_is_gone_lets_the_next_one_have_its_turn(
 async def test_a_joint_checkpoint_whose_event_loop_is_gone_lets_the_next_save_have_its_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flows, "LOOK_S", 0.02)
-    monkeypatch.setattr(caller_loop, "LOOK_S", 0.02)
+    monkeypatch.setattr(flows, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(caller_loop, "CHECK_INTERVAL_S", 0.02)
     monkeypatch.setattr(caller_loop, "LOOP_GONE_S", 0.05)
-    monkeypatch.setattr("aiodcp.checkpointer.joint.LOOK_S", 0.02)
+    monkeypatch.setattr("aiodcp.checkpointer.joint.CHECK_INTERVAL_S", 0.02)
     loop = asyncio.new_event_loop()
     kept: list[asyncio.Task[None]] = []
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:
@@ -213,9 +213,10 @@ async def test_a_failure_while_a_task_group_is_aborted_is_collected_and_logged(
     async def save() -> None:
         async with Checkpointer(storage=faulty) as checkpointer:
             await checkpointer.save(STATE, "a")
-            await gate.wait_reached()
-            asyncio.get_running_loop().call_later(0.05, gate.open)
-            await asyncio.sleep(3600)
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                gate.open()
 
     async def fail() -> None:
         await gate.wait_reached()
@@ -226,7 +227,7 @@ async def test_a_failure_while_a_task_group_is_aborted_is_collected_and_logged(
             group.create_task(save())
             group.create_task(fail())
     assert {type(error) for error in caught.value.exceptions} == {ValueError, WriteError}
-    assert "failed while the block was left by CancelledError" in caplog.text
+    assert "failed while the block was exiting with CancelledError" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["body", "child"])
@@ -292,7 +293,7 @@ async def test_blocking_on_what_this_loop_must_do_is_refused() -> None:
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:
         async with joint_checkpoint(checkpointer, "a") as joint:
             part = joint.add("later", state)
-            with pytest.raises(DeadlockError, match="by the event loop of this thread"):
+            with pytest.raises(DeadlockError, match="by this thread's event loop"):
                 part.staged.wait()
             await part.staged
             part.staged.wait()
@@ -304,7 +305,7 @@ def _refusals_of_ranks(rank: int, size: int, folder: Path) -> None:
             await (await manager.save(1, {"w": torch.ones(3)}))
             async with manager.checkpoint(2) as joint:
                 later, after = joint.add("later", lambda: STATE), joint.add("after", STATE)
-                with pytest.raises(DeadlockError, match="a load of several ranks"):
+                with pytest.raises(DeadlockError, match="cannot load on several ranks"):
                     await manager.checkpointer.load({"w": torch.zeros(3)}, manager.path(1))
                 with pytest.raises(DeadlockError, match="list steps"):
                     await manager.refresh()
@@ -324,7 +325,7 @@ async def test_a_task_that_awaits_preemption_is_let_go_when_the_manager_is_left(
     async with CheckpointManager(tmp_path, signals=[signal.SIGTERM]) as manager:
         waiting = asyncio.create_task(manager.preempted)
         await asyncio.sleep(0)
-    with pytest.raises(ClosedError, match="not preempted"):
+    with pytest.raises(ClosedError, match="before the run was preempted"):
         await waiting
     assert not manager.preempted.done()
 
@@ -377,3 +378,16 @@ async def test_a_failed_save_that_nobody_asks_about_is_logged_when_it_is_forgott
         assert time.monotonic() < until
         gc.collect()
         await asyncio.sleep(0.01)
+
+
+async def test_whoever_leaves_after_another_task_has_is_told_so() -> None:
+    checkpointer = await Checkpointer(storage=MemoryStorage()).__aenter__()
+    ckpt = await checkpointer.save(STATE, "a")
+    first, second = checkpointer.__aexit__(None, None, None), checkpointer.__aexit__(None, None, None)
+    assert [type(each) for each in await asyncio.gather(first, second, return_exceptions=True)] == [
+        type(None),
+        ClosedError,
+    ]
+    assert ckpt.uploaded.done()
+    with pytest.raises(ClosedError, match="is not open"):
+        await checkpointer.__aexit__(None, None, None)

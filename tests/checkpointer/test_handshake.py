@@ -59,7 +59,7 @@ async def test_a_failure_after_the_capture_is_too_late() -> None:
 def test_a_capture_is_not_waited_for_when_its_event_loop_is_gone(
     is_closed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caller_loop, "LOOK_S", 0.01)
+    monkeypatch.setattr(caller_loop, "CHECK_INTERVAL_S", 0.01)
     monkeypatch.setattr(caller_loop, "LOOP_GONE_S", 0.02)
 
     async def make() -> Handshake[str]:

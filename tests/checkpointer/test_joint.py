@@ -236,7 +236,7 @@ FAILURES: list[tuple[Any, type[Exception], str]] = [
     (_fail_cancelled, ParticipantError, "participant 'replay' was cancelled"),
     (_fail_capture, CaptureError, r"replay\.lock: .*cannot be pickled"),
     (_fail_capture_later, CaptureError, r"replay\.lock: .*cannot be pickled"),
-    (_fail_by_name, ArgumentError, "'trainer' is there already"),
+    (_fail_by_name, ArgumentError, "'trainer' already exists"),
     (_cancel_part, SaveCancelled, "cancelled"),
     (_cancel_all, SaveCancelled, "cancelled"),
     (_same_name, CaptureError, r"trainer\.model\.bias: two participants have a value of this name"),
@@ -484,8 +484,8 @@ def test_ranks_save_several_participants_and_fail_together(world: World, tmp_pat
     assert "no replay here" in zero[0]
     assert "RankError" in zero[0]
     assert "ParticipantError" in one[0]
-    assert "the ranks do not add the same" in zero[1]
-    assert "the ranks do not add the same" in one[1]
+    assert "all ranks must add the same" in zero[1]
+    assert "all ranks must add the same" in one[1]
     assert zero[2].startswith("RankError")
     assert one[2].startswith("KeyError")
 
@@ -525,7 +525,7 @@ async def test_with_bounded_memory_participants_go_through_it_as_they_are_ready(
 
 async def test_uploaded_cannot_be_awaited_inside_the_block(faulty: FaultyStorage) -> None:
     async with Checkpointer(storage=faulty) as checkpointer:
-        with pytest.raises(ClosedError, match="block of the joint checkpoint"):
+        with pytest.raises(ClosedError, match="the joint checkpoint's block"):
             async with joint_checkpoint(checkpointer, "a") as ckpt:
                 await ckpt.add("trainer", make_state()).uploaded
         assert not faulty.files.get("a")
@@ -648,7 +648,7 @@ def _ranks_guard_in_order(rank: int, size: int, folder: Path) -> str:
 
 def test_a_step_that_would_wait_for_ever_is_an_error(world: World, tmp_path: Path) -> None:
     for told in world.run(2, _ranks_guard_in_order, tmp_path):
-        assert "waits for the participant 'slow'" in told
+        assert "waits for participant 'slow'" in told
 
 
 async def test_participants_larger_than_the_budget_share_its_memory_one_after_the_other(

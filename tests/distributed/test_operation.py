@@ -88,7 +88,7 @@ def _unplannable(taken: Any, *, alone: bool) -> Any:
 FAULTS = {
     "state_dict": ("capture", "CaptureError", "state_dict() of Stateful raised"),
     "unpicklable": ("capture", "CaptureError", "holds a lock"),
-    "argument": ("capture", "ArgumentError", "is not a path"),
+    "argument": ("capture", "ArgumentError", "must be a str or os.PathLike, got int"),
     "plan": ("plan", "SaveError", "planning failed"),
     "stage": ("write", "StageError", "on fire"),
     "write": ("write", "WriteError", "No space left on device"),

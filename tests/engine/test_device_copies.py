@@ -470,7 +470,7 @@ def test_memory_that_cannot_be_released_is_never_mapped_again(
     devices: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept: list[Any] = []
-    monkeypatch.setattr(host_memory, "_pinned_for_ever", kept)
+    monkeypatch.setattr(host_memory, "_pinned_until_exit", kept)
     arena = Arena(1 << 20)
     arena.pin(torch.device("cuda", 1))
     address = arena.address
@@ -510,7 +510,7 @@ async def test_damage_far_into_a_large_tensor_is_found_on_the_way_to_a_device(de
         with file.open("r+b") as opened:
             opened.seek(20 << 20)
             opened.write(b"\1")
-        with pytest.raises(CorruptError, match=r"\(w\): its CRC32"):
+        with pytest.raises(CorruptError, match=r"\(w\): CRC32 mismatch"):
             await checkpointer.load({"w": devices.put(torch.zeros(6 << 20))}, tmp_path)
         await checkpointer.load({"w": devices.put(torch.zeros(6 << 20))}, tmp_path, check_crc=False)
 
@@ -681,8 +681,8 @@ async def test_copies_that_were_queued_before_one_that_failed_are_waited_for(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flows, "LOOK_S", 0.02)
-    monkeypatch.setattr(drain, "END_GIVEN_UP_S", 0.2)
+    monkeypatch.setattr(flows, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(drain, "CANCEL_TIMEOUT_S", 0.2)
     monkeypatch.setattr(device_copies, "UNKNOWN_S", 0.2)
 
 
@@ -700,7 +700,7 @@ async def test_closing_gives_up_a_device_that_hangs_and_never_frees_what_it_may_
 ) -> None:
     state = {"w": devices.put(torch.zeros(1 << 20))}
     devices.hold_copies()
-    with pytest.raises(SaveError, match=r"closed without waiting any longer for: .*copies on cuda:0"):
+    with pytest.raises(SaveError, match=r"closed with work still in flight: .*copies on cuda:0"):
         async with Checkpointer(storage=faulty, timeout=0.2) as checkpointer:
             ckpt = await checkpointer.save(state, "a")
             await _queued(ckpt)
@@ -771,8 +771,8 @@ def test_a_device_that_torch_has_no_streams_for_is_refused_by_name(monkeypatch: 
     streams = CopyStreams()
     devices = [torch.device(name) for name in ("cpu", "meta", "cuda:0")]
     assert not streams.begin(devices[:2], str)
-    with pytest.raises(ArgumentError, match=r"model\.w is on cuda:0, which torch.accelerator does not know"):
+    with pytest.raises(ArgumentError, match=r"model\.w is on cuda:0, which is not torch's current accelerator"):
         streams.begin(devices, lambda device: "model.w")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    with pytest.raises(ArgumentError, match=r"state_dict: model\.w is on cuda:0, which gives no stream to copy on"):
+    with pytest.raises(ArgumentError, match=r"state_dict: model\.w is on cuda:0, on which no stream can be created"):
         streams.begin(devices, lambda device: "model.w")

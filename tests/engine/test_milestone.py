@@ -172,7 +172,7 @@ async def test_a_task_that_runs_a_handle_is_cancelled_and_fails_as_any_other() -
     with pytest.raises(SaveError, match="why"):
         await failing
     milestone.close()  # of a task that does not run it
-    with pytest.raises(RuntimeError, match="hand it to a task"):
+    with pytest.raises(RuntimeError, match="pass it to a task"):
         await asyncio.to_thread(milestone.send, None)
 
 
@@ -248,7 +248,7 @@ async def test_waiting_whatever_cancels_neither_ends_early_nor_burns_the_loop() 
     async def wait() -> None:
         nonlocal turns
         turns += 1
-        await source.settled_whatever_cancels()
+        await source.settled_uncancellable()
 
     with anyio.CancelScope() as scope:
         async with anyio.create_task_group() as group:

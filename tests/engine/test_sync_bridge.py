@@ -139,7 +139,7 @@ def test_a_manager_that_cannot_be_entered_leaves_nothing_open(tmp_path: Path) ->
 
 
 def test_the_doc_says_where_to_look() -> None:
-    assert "As `await save()`" in (Checkpointer.save_sync.__doc__ or "")
+    assert "Like `await save()`" in (Checkpointer.save_sync.__doc__ or "")
     assert vars(CheckpointManager)["restore_sync"].__name__ == "restore_sync"
 
 

@@ -163,4 +163,4 @@ async def test_a_filter_that_raises_in_a_thread_of_ours_stops_nobody(capsys: pyt
         assert await manager.restore({"w": torch.zeros(3)}) == 1
     request.reset(token)
     assert told == ["SaveBegan", "SaveFinished", "Restored"]
-    assert "a handler of the log aiodcp failed" in capsys.readouterr().err
+    assert "a handler of the logger 'aiodcp' failed" in capsys.readouterr().err

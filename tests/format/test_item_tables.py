@@ -89,13 +89,13 @@ async def test_an_item_copied_over_another_is_found(kind: str, tmp_path: Path) -
             path, _, _ = _places(tmp_path)[one]
             before = _copy_over(tmp_path, one, other)
             for wanted in (blank(_state()), {one: blank(_state())[one]}, {one: None}):
-                with pytest.raises(CorruptError, match=f"({one}).*is not what was saved there"):
+                with pytest.raises(CorruptError, match=f"({one}).*is not the item that was saved here"):
                     await checkpointer.load(wanted, tmp_path)
             loaded = {one: blank(_state())[one]}
             await checkpointer.load(loaded, tmp_path, check_crc=False)
             assert_equal({one: _state()[other]}, loaded)
             [problem] = await _verify(tmp_path)
-            assert (problem.fqn, problem.problem) == (one, "is intact, but is not what was saved there")
+            assert (problem.fqn, problem.problem) == (one, "is intact, but is not the item that was saved here")
             path.write_bytes(before)
 
 
@@ -106,7 +106,7 @@ async def test_a_table_that_is_damaged_or_not_there_is_found(tmp_path: Path) -> 
     async with Checkpointer() as checkpointer:
         for data in (good[:-1] + bytes([good[-1] ^ 1]), good[:-4], good + bytes(8)):
             path.write_bytes(data)
-            with pytest.raises(CorruptError, match="the table at its end is not what was saved"):
+            with pytest.raises(CorruptError, match="CRC32 mismatch in the checksum table"):
                 await checkpointer.load({"a": torch.zeros(1000)}, tmp_path)
             assert await _verify(tmp_path)
         path.write_bytes(good)
@@ -132,7 +132,7 @@ def _ranks(rank: int, size: int, folder: Path) -> None:
                 source, begin, same = places[there]
                 data[start : start + nbytes] = source.read_bytes()[begin : begin + same]
                 path.write_bytes(data)
-            with pytest.raises(RankError, match="is not what was saved there"):
+            with pytest.raises(RankError, match="is not the item that was saved here"):
                 await checkpointer.load(blank(state), folder)
 
     asyncio.run(main())

@@ -87,9 +87,9 @@ def test_a_path_out_of_the_checkpoint_is_refused(path: Any) -> None:
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 5), (0, -5), ("0", 5), (None, 5)])
-def test_places_that_are_no_places_are_corrupt(offset: Any, length: Any) -> None:
+def test_a_malformed_storage_entry_is_damage(offset: Any, length: Any) -> None:
     data = pickle.dumps(Metadata({}, storage_data={MetadataIndex("w"): StorageInfo("f", offset, length)}))
-    with pytest.raises(CorruptError, match=r"stored|where it is"):
+    with pytest.raises(CorruptError, match=r"storage entry"):
         read_metadata(data, "ckpt/.metadata")
 
 

@@ -380,8 +380,8 @@ async def test_a_child_that_is_forked_leaves_the_pinned_memory_alone(tmp_path: P
 async def test_closing_gives_up_a_device_that_does_not_come_to_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flows, "LOOK_S", 0.05)
-    monkeypatch.setattr(drain, "END_GIVEN_UP_S", 0.2)
+    monkeypatch.setattr(flows, "CHECK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(drain, "CANCEL_TIMEOUT_S", 0.2)
     state = {"w": torch.zeros(1 << 20, device="cuda")}
     before = len(device_copies._in_use)
     with pytest.raises(SaveError, match=r"copies on cuda:0"):

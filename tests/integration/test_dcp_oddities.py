@@ -128,7 +128,7 @@ async def test_what_was_saved_without_checksums_loads_with_a_word(
         await load(target, tmp_path)
     assert_equal(state, target)
     assert [text for text in caplog.messages if "without checksums" in text] == [
-        f"{tmp_path}: has values that were saved without checksums: damage of them is not seen"
+        f"{tmp_path}: some values were saved without checksums: damage to them cannot be detected"
     ]
 
 
@@ -221,7 +221,7 @@ def _holding_nothing(rank: int, size: int, folder: Path) -> list[str]:
 
 def test_a_rank_may_hold_nothing_but_not_all_of_them(world: World, tmp_path: Path) -> None:
     for told in world.run(3, _holding_nothing, tmp_path):
-        assert "the state dict holds no value to save" in told[0]
+        assert "the state dict contains nothing to save" in told[0]
         assert told[1] == "saved"
     assert (tmp_path / "a" / ".metadata").exists()
 
@@ -289,7 +289,7 @@ def _pipeline(rank: int, size: int, folder: Path) -> list[str]:
 def test_wanted_names_are_united_over_the_ranks(world: World, tmp_path: Path) -> None:
     for told in world.run(3, _pipeline, tmp_path):
         assert "not in the state dict (1):\n  model.head" in told[0]
-        assert "missing in the checkpoint (1):\n  model.typo" in told[1]
+        assert "missing from the checkpoint (1):\n  model.typo" in told[1]
         assert told[2] == "['model.head']"
 
 

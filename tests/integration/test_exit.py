@@ -105,12 +105,12 @@ asyncio.run(main())
     ),
     "storage that never answers": Case(
         program="""
-flows.EXIT_STILL_S = drain.END_GIVEN_UP_S = flows.END_GIVEN_UP_S = 0.2
+flows.EXIT_IDLE_S = drain.CANCEL_TIMEOUT_S = flows.CANCEL_TIMEOUT_S = 0.2
 c = Checkpointer(storage=Stuck(), no_dist=True).__enter__()
 c.save_sync(state, root + "/a")
 assert begun.wait(30)
 """,
-        stderr="gives up what is under way",
+        stderr="cancels the work in flight",
     ),
     "forked": Case(
         program="""

@@ -353,15 +353,15 @@ def _mistakes(rank: int, size: int, folder: Path) -> None:
                 await (await checkpointer.save(state, path))
 
         async with Checkpointer() as checkpointer:
-            await refused(whole, folder / f"own-{rank}", "different places")
+            await refused(whole, folder / f"own-{rank}", "different checkpoints")
             await refused({"w": torch.ones(4 + rank)}, folder / "a", r"w: rank 0 has .*\(4,\).*rank 1 has .*\(5,\)")
             await refused({"w": torch.ones(4) if rank else 1}, folder / "a", "w: rank 0 has no tensor")
             await refused({"w": DTensor.from_local(torch.ones(4), mesh, [Partial()])}, folder / "a", "redistribute")
             hole = DTensor.from_local(torch.ones(2), mesh, [Shard(0)], shape=torch.Size([9]), stride=(1,))
-            await refused({"w": hole}, folder / "a", "its placements say")
+            await refused({"w": hole}, folder / "a", "its placements imply")
             assert not list(folder.iterdir())
             await (await checkpointer.save(whole, folder / "good"))
-            with pytest.raises(RankError, match="different places"):
+            with pytest.raises(RankError, match="different checkpoints"):
                 await checkpointer.load(whole, folder / ("good" if rank else "bad"))
             with pytest.raises(NotACheckpointError, match="bad"):
                 await checkpointer.load(whole, folder / "bad")

@@ -249,7 +249,7 @@ async def test_failures_are_raised_or_told_and_the_run_goes_on(
     assert manager.stats.failed == 2
     lines = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(lines) == 2
-    assert "step 1, rank 0: not saved: WriteError" in lines[0].getMessage()
+    assert "step 1, rank 0: save failed: WriteError" in lines[0].getMessage()
     assert lines[0].__dict__["step"] == 1
 
     with pytest.raises(WriteError):
@@ -568,10 +568,10 @@ async def test_a_step_that_is_being_restored_is_not_removed(faulty: FaultyStorag
 async def test_what_is_committed_while_a_look_is_under_way_is_not_forgotten(faulty: FaultyStorage) -> None:
     async with _on(faulty, keep_last=1) as manager:
         await _save(manager, 1)
-        mark = manager._catalog.mark()
-        seen = await manager._catalog.look()
+        since = manager._catalog.change_count()
+        seen = await manager._catalog.list_complete()
         await _save(manager, 2)
-        manager._catalog.update(seen, mark)
+        manager._catalog.update(seen, since)
         assert manager.steps() == [2]
 
 
@@ -722,7 +722,7 @@ async def test_a_misfit_or_a_policy_is_no_reason_to_fall_back(tmp_path: Path) ->
     async with CheckpointManager(tmp_path) as manager:
         for step in (1, 2):
             await (await manager.save(step, {"w": torch.ones(2), "v": np.float64(step)}))
-        with pytest.warns(UserWarning, match="more than plain data"):
+        with pytest.warns(UserWarning, match="is not plain data"):
             await (await manager.save(3, {"w": torch.ones(2), "v": _Custom()}))
         for target, error in (
             ({"w": torch.ones(3), "v": 0}, MismatchError),

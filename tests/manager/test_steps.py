@@ -51,7 +51,7 @@ async def test_there_is_no_note_where_none_was_made(tmp_path: Path) -> None:
             await checkpointer.read_custom_metadata(tmp_path / "nothing")
 
 
-async def test_a_note_that_json_cannot_say_is_refused_before_anything_happens(tmp_path: Path) -> None:
+async def test_custom_metadata_that_json_cannot_say_is_refused_before_anything_happens(tmp_path: Path) -> None:
     async with Checkpointer() as checkpointer:
         with pytest.raises(ArgumentError, match="custom_metadata"):
             await checkpointer.save(make_state(), tmp_path / "a", custom_metadata={"t": torch.ones(1)})

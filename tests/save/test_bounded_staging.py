@@ -262,7 +262,7 @@ async def test_memory_that_cannot_be_had_is_an_error_before_anything_is_written(
     monkeypatch.setattr("aiodcp._engine.host_memory.free_nbytes", lambda: 1000)
     async with Checkpointer() as checkpointer:
         ckpt = await checkpointer.save(_large_state(), tmp_path / "ckpt")
-        with pytest.raises(StageError, match=r"staging \d{7} bytes: only 1000 bytes of host memory are free"):
+        with pytest.raises(StageError, match=r"cannot stage \d{7} bytes: only 1000 bytes of host memory are free"):
             await ckpt.staged
         with pytest.raises(StageError):
             await ckpt.uploaded

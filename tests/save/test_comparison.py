@@ -189,7 +189,7 @@ def test_a_disagreement_can_be_an_error_or_ignored(world: World, tmp_path: Path)
         assert "DisagreementError: the ranks hold different values of a: wrap" in told[0]
         assert told[1] == "saved"
         assert "different values of a" in told[2]
-        assert "on_disagreement: the ranks have 'raise' and 'ignore'" in told[3]
+        assert "on_disagreement: must be the same on all ranks, got 'raise' and 'ignore'" in told[3]
         assert told[4] == "saved"
 
 

@@ -280,7 +280,9 @@ async def test_a_failure_that_was_awaited_is_not_raised_again(faulty: FaultyStor
             await checkpoint.uploaded
 
 
-async def test_leaving_by_an_error_drains_the_save_and_adds_its_failure_as_a_note(faulty: FaultyStorage) -> None:
+async def test_leaving_by_an_error_drains_the_save_and_adds_its_failure_as_custom_metadata(
+    faulty: FaultyStorage,
+) -> None:
     gate = Gate("put")
     faulty.gate = gate
     with pytest.raises(ZeroDivisionError):
@@ -516,7 +518,7 @@ async def test_a_save_whose_data_another_process_removed_is_not_called_saved(fau
 
         faulty.gate = remove
         checkpoint = await checkpointer.save(make_state(), "ckpt")
-        with pytest.raises(SaveError, match="is gone"):
+        with pytest.raises(SaveError, match="disappeared"):
             await checkpoint
 
 

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
 from aiodcp import ArgumentError
-from aiodcp._distributed.votes import PROPOSAL_LENGTH, Proposal, any_rank
+from aiodcp._distributed.votes import PROPOSAL_LENGTH
 from aiodcp._save.sharing import POLICIES
 from aiodcp._save.start_agreement import (
     KEPT_PLANS,
     PartProposal,
     PlanProposal,
-    Start,
-    StartProposal,
+    SaveProposal,
+    SaveStart,
     agree_on_part,
     agree_on_plan,
-    agree_on_start,
+    agree_on_save,
 )
 
 
-def proposal(rank: int = 0, **changes: object) -> StartProposal:
+def proposal(rank: int = 0, **changes: object) -> SaveProposal:
     facts: dict[str, object] = {
         "plans": [3, 1],
-        "path": -(1 << 63),
+        "id_digest": -(1 << 63),
         "save_id": f"{rank:032x}",
         "has_planner": False,
         "on_disagreement": "warn",
     }
-    return StartProposal(**(facts | changes))  # type: ignore[arg-type]
+    return SaveProposal(**(facts | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -39,14 +37,14 @@ def test_a_proposal_comes_back_from_its_row(policy: str, has_planner: bool) -> N
     row = mine.to_row()
     assert len(row) <= PROPOSAL_LENGTH
     assert all(-(1 << 63) <= number < 1 << 63 for number in row)
-    assert StartProposal.from_row(row) == mine
+    assert SaveProposal.from_row(row) == mine
 
 
 def test_the_start_is_the_newest_common_plan_and_the_coordinators_id() -> None:
     table = [proposal(rank, plans=plans).to_row() for rank, plans in enumerate([[3, 2, 1], [2, 1], [4, 2]])]
-    start = Start.from_row(agree_on_start(table))
-    assert start == Start(plan=2, save_id="0" * 32)
-    assert Start.from_row(start.to_row()) == start
+    start = SaveStart.from_row(agree_on_save(table))
+    assert start == SaveStart(plan=2, save_id="0" * 32)
+    assert SaveStart.from_row(start.to_row()) == start
 
 
 def test_ranks_without_a_common_plan_plan_anew() -> None:
@@ -57,11 +55,11 @@ def test_ranks_without_a_common_plan_plan_anew() -> None:
 
 @pytest.mark.parametrize(
     ("change", "argument"),
-    [({"path": 7}, "checkpoint_id"), ({"has_planner": True}, "planner"), ({"on_disagreement": "raise"}, "raise")],
+    [({"id_digest": 7}, "checkpoint_id"), ({"has_planner": True}, "planner"), ({"on_disagreement": "raise"}, "raise")],
 )
 def test_what_the_callers_want_differently_is_named(change: dict[str, object], argument: str) -> None:
     with pytest.raises(ArgumentError, match=argument):
-        agree_on_start([proposal().to_row(), proposal(1, **change).to_row()])
+        agree_on_save([proposal().to_row(), proposal(1, **change).to_row()])
 
 
 def test_ranks_that_add_different_states_or_none_are_refused() -> None:
@@ -69,16 +67,3 @@ def test_ranks_that_add_different_states_or_none_are_refused() -> None:
         with pytest.raises(ArgumentError, match="participant"):
             agree_on_part([PartProposal(plans=[1], name=name).to_row() for name in ("model", other)])
     assert agree_on_part([PartProposal(plans=[1], name="model").to_row()] * 2) == [1]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example(Proposal):
-    is_done: bool
-    count: int
-
-
-def test_a_proposal_of_ints_is_its_fields_in_their_order() -> None:
-    assert Example(is_done=True, count=-4).to_row() == [1, -4]
-    assert Example.from_row([1, -4, 0, 0]) == Example(is_done=True, count=-4)
-    assert any_rank([[0], [1], [0]]) == [1]
-    assert any_rank([[0], [0]]) == [0]

@@ -103,12 +103,12 @@ def test_a_state_dict_that_raises_is_named_with_its_cause() -> None:
 
 
 def test_what_is_no_mapping_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="state_dict: is a mapping"):
+    with pytest.raises(ArgumentError, match="state_dict: must be a mapping"):
         capture([T])  # type: ignore[arg-type]
 
 
 def test_a_state_without_a_value_is_refused_unless_another_rank_may_hold_it() -> None:
-    with pytest.raises(CaptureError, match="no value"):
+    with pytest.raises(CaptureError, match="nothing to save"):
         capture({})
     assert capture({}, may_be_empty=True).fqns == []
     assert capture({"scaler": {}}).containers.empty == [("scaler",)]

@@ -143,6 +143,6 @@ def format_result(result: Mapping[str, Any]) -> str:
         "memory / bytes": ours["extra_mib"] * (1 << 20) / result["shape"]["nbytes"],
     }
     covered = f"{ours['staged_under']:.0%} of staging and {ours['written_under']:.0%} of writing"
-    lines += ["", f"blocked: {covered} lay under the caller's steps"]
+    lines += ["", f"blocked: {covered} overlapped with the caller's steps"]
     lines += ["", *(f"{name:<20}{ratio:>9.2f}x" for name, ratio in ratios.items())]
     return "\n".join(lines)
