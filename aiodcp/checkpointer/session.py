@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from weakref import WeakSet
 
+from .._distributed.stop_agreement import StopAgreement
 from .._engine.device_copies import CopyStreams
 from .._engine.loop import at_exit
 from .._log import SafeLogger
@@ -98,6 +99,13 @@ class Session:
         failure = self.saves.take_unretrieved() or stuck
         self.saves.last = None
         return failure
+
+    def stop_agreement(self) -> StopAgreement | None:
+        """Return what the ranks agree with on the step at which they stop, if there are several; while it is open."""
+        channel = self.flows.channel
+        if channel is None:
+            return None
+        return StopAgreement(store=channel.store, rank=channel.rank, size=channel.size, root=channel.root)
 
     def finish_at_exit(self) -> None:
         """Finish what is under way, as the interpreter ends, and report a failure that was not retrieved."""

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
-from .._distributed.stop_agreement import StopAgreement
-from .._engine.milestone import Milestone, MilestoneSource
+from .._engine.milestone import Milestone
 from .._engine.sync_bridge import SyncContext, sync_method
 from .._load.options import LoadOptions, Rename
 from ..checkpointer.arguments import OnBusy, check_id
@@ -24,12 +23,12 @@ from .arguments import Options
 from .catalog import StepCatalog
 from .deadline import Deadline
 from .events import Event, Stats
-from .preemption import Preemption
 from .reporter import Reporter
 from .retention import Best, Retention
 from .step_restores import RestoredStep, StepRestores
 from .step_saves import StepSaves
 from .steps import step_path
+from .stopping import Stopping
 
 CLEAR_UP_S = 1.0  # of the time that preemption leaves: to remove what was written of a save that is given up
 
@@ -154,13 +153,10 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         self._session = session = session_of(self.checkpointer)
         self._catalog = StepCatalog(session.storage, self._options.root, self._options.retention)
         self._reporter = Reporter(on_event, self.path)
-        self._deadline = Deadline(lambda: None if self._preemption is None else self._preemption.left_s)
+        self._deadline = Deadline(lambda: self._stopping.left_s)
+        self._stopping = Stopping(self._options, on_heard=self._deadline.cut_short, report=self._reporter.preempted)
         self._saves = StepSaves(session, self._catalog, self._reporter, self._deadline, warns=on_error == "warn")
         self._restores = StepRestores(session, self._catalog, self._reporter)
-        self._preempted = MilestoneSource("preempted")
-        self._preemption: Preemption | None = None  # made on entering
-        self._asked_early = ""  # why the run is to stop, if `preempt` was called before that
-        self._has_reported_preemption = False
         self._is_open = False
 
     def __repr__(self) -> str:
@@ -171,45 +167,26 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         await self.checkpointer.__aenter__()
         flows = self._session.flows
         self.lend_runner(self.checkpointer)
-        if self._preemption is not None:  # entered again
-            self._preempted, self._preemption, self._has_reported_preemption = MilestoneSource("preempted"), None, False
         try:
             self._catalog.root = self._catalog.storage.resolve(self._catalog.root)
             self._reporter.begin(rank=flows.world_rank, shows=self._options.progress and flows.is_coordinator)
             self._session.on_retry(self._reporter.retried)
             problem: Exception | None = None
             try:
-                self._preemption = self._listen()
-                if self._asked_early:
-                    self._preemption.ask(self._asked_early)
+                before: dict[int, Any] = {signal.SIGINT: self._sigint} if self._runner is not None else {}
+                self._stopping.begin(self._session.stop_agreement(), before)
             except (ValueError, OSError) as error:  # the other ranks are to hear of it
                 problem = ArgumentError("signals", f"cannot install signal handlers here: {error}")
                 problem.__cause__ = error
             since = self._catalog.change_count()
             self._catalog.update(await flows.ask("list steps", self._catalog.list_complete, problem=problem), since)
         except BaseException:
-            if self._preemption is not None:
-                self._preemption.close()
+            self._stopping.close()
             self._session.on_retry(None)
             await self.checkpointer.__aexit__(None, None, None)
             raise
         self._is_open = True
         return self
-
-    def _listen(self) -> Preemption:
-        channel = self._session.flows.channel
-        agreement = None
-        if channel is not None:
-            agreement = StopAgreement(store=channel.store, rank=channel.rank, size=channel.size, root=channel.root)
-        return Preemption(
-            self._preempted,
-            signals=self._options.signals,
-            before={signal.SIGINT: self._sigint} if self._runner is not None else {},
-            grace_s=self._options.grace_s,
-            deadline=self._options.deadline,
-            agreement=agreement,
-            on_heard=self._deadline.cut_short,
-        )
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -246,8 +223,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         finally:
             self._saves.close()
             self._session.on_retry(None)
-            if self._preemption is not None:
-                self._preemption.close()
+            self._stopping.close()
             await self._reporter.end()
         last = self._saves.last
         if gave_up and last is not None and last.uploaded.error() is not None and self._options.on_error == "raise":
@@ -266,14 +242,11 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         once. Ranks that train in step ask `should_save` after each step; it is reached on all of them at the same one,
         within about a second, and `should_save` is true for it: save, and leave the loop.
         """
-        return Milestone(self._preempted)
+        return self._stopping.milestone
 
     def preempt(self, reason: str = "preempt() was called") -> None:
         """Ask the run to stop, on all ranks: as a signal does. From any thread."""
-        if self._preemption is None:
-            self._asked_early = reason
-        else:
-            self._preemption.ask(reason)
+        self._stopping.ask(reason)
 
     # --- what there is
 
@@ -335,11 +308,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
 
         With several ranks, and once the run is asked to stop, it waits until they agree on a step: a second or so.
         """
-        preemption = self._preemption
-        if preemption is not None and preemption.stops_at(step):
-            if not self._has_reported_preemption:
-                self._has_reported_preemption = True
-                self._reporter.preempted(step, preemption.reason, preemption.left_s or 0.0)
+        if self._stopping.stops_at(step):
             return True
         interval = self._options.save_interval
         return interval is not None and step > 0 and step % interval == 0

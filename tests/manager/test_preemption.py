@@ -262,8 +262,7 @@ def test_ctrl_c_is_handed_back_after_a_plain_loop(tmp_path: Path) -> None:
 async def test_less_is_left_when_the_deadline_comes_before_the_grace_is_over(tmp_path: Path) -> None:
     async with CheckpointManager(tmp_path, deadline=time.time() + 5, grace_s=30) as manager:
         await asyncio.wait_for(manager.preempted, 10)
-        assert manager._preemption is not None
-        left_s = manager._preemption.left_s
+        left_s = manager._stopping.left_s
         assert left_s is not None
         assert left_s <= 5
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -35,10 +35,11 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
 from ..._engine.host_memory import Arena
-from ...checkpointer.checkpointer import Checkpointer
+from ..._format.alignment import BLOCK, round_up
 from ...errors import ArgumentError
 from .hardware import HardwareLimits
-from .tables import ms
+from .systems import Aiodcp
+from .tables import median_row, ms
 from .workload import Shape, State
 
 WIDTH, LAYERS, CONTEXT, BATCH = 1024, 8, 512, 8  # of the transformer: a step takes tens of milliseconds on an H100
@@ -55,7 +56,7 @@ def make_shapes(gib: float, tensors: int) -> list[Shape]:
 
 
 @dataclass(slots=True, kw_only=True)
-class Cost:
+class DeviceCost:
     """Of one save: seconds, except `slowdown`, a ratio."""
 
     held_s: float
@@ -66,34 +67,34 @@ class Cost:
 
 
 @dataclass(slots=True, kw_only=True)
-class Saving:
+class SaveUnderWay:
     """A save under way, whose tensors may change from now on: and its times."""
 
     copied: Callable[[], Awaitable[float]]  # when all was in host memory
     durable: Callable[[], Awaitable[float]]  # when all was committed
 
 
-class System(Protocol):
+class DeviceSystem(Protocol):
     """Something that saves."""
 
-    async def save(self, state: State, path: str) -> Saving: ...
+    async def save(self, state: State, path: str) -> SaveUnderWay: ...
     async def close(self) -> None: ...
 
 
-class Aiodcp:
+class DeviceAiodcp:
     """This library: the host awaits `staged`, or the device waits in a fence."""
 
     def __init__(self, *, fence: bool) -> None:
         self._fence = fence
-        self._checkpointer = Checkpointer()
-        self._is_open = False
+        self._aiodcp = Aiodcp()
 
-    async def save(self, state: State, path: str) -> Saving:
-        if not self._is_open:
-            await self._checkpointer.__aenter__()
-            self._is_open = True
-            await self._checkpointer.prepare(state)
-        checkpoint = await self._checkpointer.save(state, path)
+    async def save(self, state: State, path: str) -> SaveUnderWay:
+        checkpointer = await self._aiodcp.open()
+        if self._aiodcp.last is None:
+            await checkpointer.prepare(state)
+        await self._aiodcp.save(state, path)
+        checkpoint = self._aiodcp.last
+        assert checkpoint is not None
         if self._fence:
             checkpoint.fence()
         else:
@@ -105,11 +106,10 @@ class Aiodcp:
             assert span is not None
             return span[1]
 
-        return Saving(copied=lambda: ended("stage"), durable=lambda: ended("commit"))
+        return SaveUnderWay(copied=lambda: ended("stage"), durable=lambda: ended("commit"))
 
     async def close(self) -> None:
-        if self._is_open:
-            await self._checkpointer.__aexit__(None, None, None)
+        await self._aiodcp.close()
 
 
 class DcpCached:
@@ -119,7 +119,7 @@ class DcpCached:
         self._writer: FileSystemWriter | None = None
         self._cache = device.type != "cpu"  # it is pinned memory
 
-    async def save(self, state: State, path: str) -> Saving:
+    async def save(self, state: State, path: str) -> SaveUnderWay:
         if self._writer is None:
             self._writer = FileSystemWriter(path, cache_staged_state_dict=self._cache)
         response = dcp_async_save(state, checkpoint_id=path, storage_writer=self._writer)
@@ -129,13 +129,13 @@ class DcpCached:
         async def copied() -> float:
             return returned
 
-        return Saving(copied=copied, durable=_ended_at(response))
+        return SaveUnderWay(copied=copied, durable=_ended_at(response))
 
     async def close(self) -> None:
         return
 
 
-class DcpStager:
+class PinnedStager:
     """`dcp.async_save` with a `DefaultStager` in its default options, that is kept: staged in a thread."""
 
     def __init__(self, device: torch.device) -> None:
@@ -143,12 +143,12 @@ class DcpStager:
         options = StagingOptions() if device.type != "cpu" else StagingOptions(False, False, True, False)
         self._stager = DefaultStager(options)
 
-    async def save(self, state: State, path: str) -> Saving:
+    async def save(self, state: State, path: str) -> SaveUnderWay:
         response = dcp_async_save(state, checkpoint_id=path, async_stager=self._stager)
         assert isinstance(response, AsyncSaveResponse)
         copied, durable = _ended_at(response.staging_completion), _ended_at(response.upload_completion)
         response.staging_completion.result()
-        return Saving(copied=copied, durable=durable)
+        return SaveUnderWay(copied=copied, durable=durable)
 
     async def close(self) -> None:
         self._stager.close()
@@ -165,12 +165,12 @@ def _ended_at(future: Any) -> Callable[[], Awaitable[float]]:
     return ended_at
 
 
-def _systems(device: torch.device) -> dict[str, System]:
+def _systems(device: torch.device) -> dict[str, DeviceSystem]:
     return {
-        "aiodcp, staged": Aiodcp(fence=False),
-        "aiodcp, fence": Aiodcp(fence=True),
+        "aiodcp, staged": DeviceAiodcp(fence=False),
+        "aiodcp, fence": DeviceAiodcp(fence=True),
         "dcp, cached": DcpCached(device),
-        "dcp + DefaultStager": DcpStager(device),
+        "dcp + DefaultStager": PinnedStager(device),
     }
 
 
@@ -214,7 +214,7 @@ class Training:
         return median(self.seconds(one, other) for one, other in pairwise(marks))
 
 
-async def time_save(system: System, state: State, path: str, training: Training) -> Cost:
+async def time_save(system: DeviceSystem, state: State, path: str, training: Training) -> DeviceCost:
     """Save once in the middle of training."""
     gc.collect()
     alone_s = training.alone_s()
@@ -230,7 +230,7 @@ async def time_save(system: System, state: State, path: str, training: Training)
             training.seconds(marks[-4], marks[-3])  # the host is not further ahead than a training loop gets
         await asyncio.sleep(0)
     steps = [training.seconds(one, other) for one, other in pairwise(marks)]
-    return Cost(
+    return DeviceCost(
         held_s=held_s,
         stall_s=max(steps) - alone_s,
         copied_s=await saving.copied() - began,
@@ -254,11 +254,11 @@ async def run_shape(
 ) -> dict[str, Any]:
     """Measure one shape: floors and rows."""
     state = shape.make(device)
-    arena = Arena(-(-shape.nbytes // 4096) * 4096)
+    arena = Arena(round_up(shape.nbytes, BLOCK))
     arena.populate()
     arena.pin(device)
     systems = _systems(device)
-    costs: dict[str, list[Cost]] = {name: [] for name in systems}
+    costs: dict[str, list[DeviceCost]] = {name: [] for name in systems}
     failed: dict[str, str] = {}
     copies: list[float] = []
     floors = HardwareLimits()
@@ -272,7 +272,7 @@ async def run_shape(
                 try:
                     costs[name].append(await time_save(system, state, str(directory / "save"), training))
                 except Exception as error:
-                    if isinstance(system, Aiodcp):
+                    if isinstance(system, DeviceAiodcp):
                         raise
                     failed[name] = repr(error)  # torch 2.11 closes a stager after one save, say
                 shutil.rmtree(directory / "save", ignore_errors=True)
@@ -282,13 +282,9 @@ async def run_shape(
     return {
         "shape": asdict(shape) | {"nbytes": shape.nbytes},
         "floors": {"copy_s": median(copies[1:])} | floors.medians(),
-        "rows": {name: asdict(_middle(row[1:])) for name, row in costs.items() if name not in failed},
+        "rows": {name: asdict(median_row(row[1:])) for name, row in costs.items() if name not in failed},
         "failed": failed,
     }
-
-
-def _middle(costs: list[Cost]) -> Cost:
-    return Cost(**{each.name: median(getattr(cost, each.name) for cost in costs) for each in fields(Cost)})
 
 
 def run(device: str, directory: str, shapes: Sequence[Shape], *, repeat: int, as_json: bool) -> None:

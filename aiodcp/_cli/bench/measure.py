@@ -22,7 +22,7 @@ LAG_PERIOD_S = 0.001
 
 
 @dataclass(slots=True, kw_only=True)
-class Row:
+class Measured:
     """What one system took: seconds, except `slowdown` (a ratio), `extra_mib`, and the parts (0 to 1) of staging and
     writing that lay under the steps of a blocking caller, which DCP does not report.
     """
@@ -67,7 +67,7 @@ class Lag:
             await self._task
 
 
-async def time_save(system: Saving, state: State, path: str) -> Row:
+async def time_save(system: Saving, state: State, path: str) -> Measured:
     """Save while the caller's loop has nothing else to do."""
     cpu = time.process_time()
     async with Lag() as lag:
@@ -79,7 +79,7 @@ async def time_save(system: Saving, state: State, path: str) -> Row:
         await uploaded()
         ended = time.perf_counter()
         cpu = time.process_time() - cpu
-    return Row(held_s=held - began, staged_s=free - began, durable_s=ended - began, cpu_s=cpu, lag_s=lag.seconds)
+    return Measured(held_s=held - began, staged_s=free - began, durable_s=ended - began, cpu_s=cpu, lag_s=lag.seconds)
 
 
 async def time_steps(system: System, state: State, path: str) -> tuple[float, float]:

@@ -13,10 +13,8 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,17 +25,16 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ...checkpointer.checkpoint import Checkpoint
-from ...checkpointer.checkpointer import Checkpointer
 from .measure import time_save
-from .systems import Waiter
-from .tables import ms
+from .systems import Aiodcp, Dcp, Waiter
+from .tables import median_row, ms
+from .workload import State
 
 TENSORS = 64
 
 
 @dataclass(slots=True, kw_only=True)
-class Cost:
+class RankCost:
     """Of one save on one rank: seconds, and bytes."""
 
     held_s: float
@@ -48,33 +45,12 @@ class Cost:
     written_nbytes: int
 
 
-class _Aiodcp:
-    """This library, as it comes."""
-
-    def __init__(self) -> None:
-        self._stack = AsyncExitStack()
-        self._checkpointer: Checkpointer | None = None
-        self._last: Checkpoint | None = None
-
-    async def save(self, state: Mapping[str, Any], path: str) -> tuple[Waiter, Waiter]:
-        if self._checkpointer is None:
-            self._checkpointer = await self._stack.enter_async_context(Checkpointer())
-        self._last = checkpoint = await self._checkpointer.save(state, path)
-
-        async def staged() -> None:
-            await checkpoint.staged
-
-        async def uploaded() -> None:
-            await checkpoint.uploaded
-
-        return staged, uploaded
+class RankAiodcp(Aiodcp):
+    """This library, which says what this rank has staged."""
 
     def staged_nbytes(self) -> int:
-        assert self._last is not None
-        return self._last.progress.bytes_staged
-
-    async def close(self) -> None:
-        await self._stack.aclose()
+        assert self.last is not None
+        return self.last.progress.bytes_staged
 
 
 class _CountingStager(DefaultStager):
@@ -89,14 +65,14 @@ class _CountingStager(DefaultStager):
         return staged
 
 
-class _Dcp:
+class RankDcp(Dcp):
     """`dcp.async_save` as it comes, on a gloo group of its own."""
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo")
         self._stager = _CountingStager(StagingOptions(False, False, False, False))
 
-    async def save(self, state: Mapping[str, Any], path: str) -> tuple[Waiter, Waiter]:
+    async def save(self, state: State, path: str) -> tuple[Waiter, Waiter]:
         response = dcp_async_save(dict(state), checkpoint_id=path, process_group=self._group, async_stager=self._stager)
 
         async def staged() -> None:
@@ -132,9 +108,9 @@ def make_state(kind: str, gib: float) -> dict[str, torch.Tensor]:
     return {f"w{number}": distribute_tensor(whole, mesh, [Shard(0)]) for number in range(TENSORS)}
 
 
-async def _measure(state: Mapping[str, Any], folder: Path, repeat: int) -> dict[str, list[Cost]]:
-    systems: dict[str, _Aiodcp | _Dcp] = {"aiodcp": _Aiodcp(), "dcp.async_save": _Dcp()}
-    costs: dict[str, list[Cost]] = {name: [] for name in systems}
+async def _measure(state: Mapping[str, Any], folder: Path, repeat: int) -> dict[str, list[RankCost]]:
+    systems: dict[str, RankAiodcp | RankDcp] = {"aiodcp": RankAiodcp(), "dcp.async_save": RankDcp()}
+    costs: dict[str, list[RankCost]] = {name: [] for name in systems}
     for round_ in range(repeat + 1):
         for name, system in systems.items():
             path = folder / f"{name}-{round_}"
@@ -148,7 +124,7 @@ async def _measure(state: Mapping[str, Any], folder: Path, repeat: int) -> dict[
                 os.sync()
             if round_ > 0:
                 costs[name].append(
-                    Cost(
+                    RankCost(
                         held_s=row.held_s,
                         staged_s=row.staged_s,
                         durable_s=row.durable_s,
@@ -184,7 +160,7 @@ def run(directory: str, *, gib: float, repeat: int, as_json: bool) -> None:
         for kind in ("sharded", "replicated"):
             state = make_state(kind, gib)
             costs = asyncio.run(_measure(state, Path(str(names[0])), repeat))
-            mine = {name: asdict(_middle(rows)) for name, rows in costs.items()}
+            mine = {name: asdict(median_row(rows)) for name, rows in costs.items()}
             gathered: list[Any] = [None] * size
             dist.all_gather_object(gathered, mine)
             nbytes = sum(_whole_nbytes(value) for value in state.values())
@@ -202,10 +178,6 @@ def run(directory: str, *, gib: float, repeat: int, as_json: bool) -> None:
 
 def _whole_nbytes(value: torch.Tensor) -> int:
     return value.numel() * value.element_size()
-
-
-def _middle(rows: list[Cost]) -> Cost:
-    return Cost(**{name: median(getattr(row, name) for row in rows) for name in Cost.__dataclass_fields__})
 
 
 def format_result(result: Mapping[str, Any]) -> str:

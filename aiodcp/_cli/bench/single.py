@@ -26,7 +26,7 @@ import torch
 
 from ..._engine.host_memory import Arena
 from .hardware import HardwareLimits
-from .measure import BUSY_LIMIT_S, Row, time_blocked, time_load, time_save, time_steps
+from .measure import BUSY_LIMIT_S, Measured, time_blocked, time_load, time_save, time_steps
 from .memory import clear, extra_memory
 from .systems import SYSTEMS, System
 from .tables import median_row, ms
@@ -39,7 +39,7 @@ async def run_shape(shape: Shape, directory: Path, repeat: int) -> dict[str, Any
     arena = Arena(-(-shape.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
     arena.populate()
     floors = HardwareLimits()
-    rows: dict[str, list[Row]] = {name: [] for name in SYSTEMS}
+    rows: dict[str, list[Measured]] = {name: [] for name in SYSTEMS}
     systems = {name: make() for name, make in SYSTEMS.items()}
     try:
         for number in range(repeat + 1):
@@ -62,7 +62,7 @@ async def run_shape(shape: Shape, directory: Path, repeat: int) -> dict[str, Any
     }
 
 
-async def _run_once(system: System, state: State, directory: Path) -> Row:
+async def _run_once(system: System, state: State, directory: Path) -> Measured:
     path = str(directory / "idle")
     gc.collect()  # no system pays for the cycles that another has left
     row = await time_save(system, state, path)

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
-from ..._telemetry.timeline import Timeline
+from ...checkpointer.checkpoint import Checkpoint
 from ...checkpointer.checkpointer import Checkpointer
 from .workload import State
 
@@ -36,21 +36,25 @@ class System(Saving, Protocol):
 
 
 class Aiodcp:
-    """This library, as it comes."""
+    """This library, as it comes.
+
+    Attributes:
+        last: the last save.
+    """
 
     def __init__(self) -> None:
         self._stack = AsyncExitStack()
         self._checkpointer: Checkpointer | None = None
-        self._timeline = Timeline()
+        self.last: Checkpoint | None = None
 
-    async def _open(self) -> Checkpointer:
+    async def open(self) -> Checkpointer:
+        """Return its `Checkpointer`, entered."""
         if self._checkpointer is None:
             self._checkpointer = await self._stack.enter_async_context(Checkpointer())
         return self._checkpointer
 
     async def save(self, state: State, path: str) -> tuple[Waiter, Waiter]:
-        checkpoint = await (await self._open()).save(state, path)
-        self._timeline = checkpoint.timeline
+        self.last = checkpoint = await (await self.open()).save(state, path)
 
         async def staged() -> None:
             await checkpoint.staged
@@ -61,13 +65,14 @@ class Aiodcp:
         return staged, uploaded
 
     async def load(self, state: State, path: str) -> None:
-        await (await self._open()).load(state, path)
+        await (await self.open()).load(state, path)
 
     async def close(self) -> None:
         await self._stack.aclose()
 
     def under(self, compute: list[tuple[float, float]]) -> tuple[float, float]:
-        return self._timeline.under("stage", compute), self._timeline.under("write", compute)
+        assert self.last is not None
+        return self.last.timeline.under("stage", compute), self.last.timeline.under("write", compute)
 
 
 class Dcp:
