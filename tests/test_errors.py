@@ -60,7 +60,7 @@ EXAMPLES: list[tuple[CheckpointError, str]] = [
 
 
 @pytest.mark.parametrize(("error", "text"), EXAMPLES, ids=lambda value: type(value).__name__)
-def test_every_error_tells_its_facts_and_survives_pickling(error: CheckpointError, text: str) -> None:
+def test_every_error_shows_its_facts_and_survives_pickling(error: CheckpointError, text: str) -> None:
     assert str(error) == text
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)

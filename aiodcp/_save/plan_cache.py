@@ -62,17 +62,17 @@ class PlanCache:
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
-        self._kept: dict[str, list[CachedPlan]] = {}
+        self._kept: dict[str | None, list[CachedPlan]] = {}
         self._joined: tuple[list[CachedPlan], ManifestTemplate] | None = None  # the last commit of several states
         self._made = 0
         self._disagreed: set[str] = set()  # fqns on which the ranks disagree: reported once, on all ranks alike
 
-    def find(self, name: str, captured: Capture) -> dict[int, CachedPlan]:
+    def find(self, name: str | None, captured: Capture) -> dict[int, CachedPlan]:
         """Return the plans for what this rank has, by number: it may be the same while that of others differs."""
         return {cached.number: cached for cached in self._kept.get(name, ()) if cached.plan.fits(captured)}
 
     async def make(
-        self, operation: Operation, name: str, captured: Capture, planner: SavePlanner | None = None
+        self, operation: Operation, name: str | None, captured: Capture, planner: SavePlanner | None = None
     ) -> CachedPlan:
         """Plan anew, all ranks together, and keep the plan."""
         is_alone = operation.size == 1
@@ -87,7 +87,7 @@ class PlanCache:
             if not operation.is_coordinator:
                 return None
             locals_ = [local] if is_alone else messages
-            return await in_thread(self._threads.compute, plan_for_all, locals_, planner, not name)
+            return await in_thread(self._threads.compute, plan_for_all, locals_, planner, name is None)
 
         self._made += 1
         planned, (number, *_) = await operation.run_phase(
@@ -98,7 +98,7 @@ class PlanCache:
         if planned is not None:
             plan, manifest, parts = planned
             share, sharing, mine = plan.shares[operation.rank], plan.sharing, parts[operation.rank]
-            joined = plan if name else None
+            joined = None if name is None else plan
         if not is_alone:
             mine = await operation.scatter(parts if planned is not None else [])
 
@@ -165,7 +165,7 @@ class PlanCache:
         """Forget all plans: the other ranks may not have kept the same."""
         self._kept.clear()
 
-    def keep_only(self, names: set[str]) -> None:
+    def keep_only(self, names: set[str | None]) -> None:
         """Forget the plans of all other states."""
         self._kept = {name: kept for name, kept in self._kept.items() if name in names}
 

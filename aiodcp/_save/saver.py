@@ -41,8 +41,6 @@ from .start_agreement import (
 from .tail import lay_tail
 from .write_agreement import WriteAgreed, WriteProposal, agree_on_write
 
-PLAIN = ""  # the name of a state that is saved by itself
-
 
 class Saver:
     """Plans and host memory kept from save to save. One flow at a time: its user holds the semaphore."""
@@ -69,7 +67,7 @@ class Saver:
         self._storage = storage
         self._make_pipeline = make_pipeline
         self._share_pipeline = share_pipeline
-        self._pipelines = {PLAIN: make_pipeline()}  # by the name of the state
+        self._pipelines: dict[str | None, WritePipeline] = {None: make_pipeline()}  # by the name of the state
         self._plans = PlanCache(threads)
         self._sharing = anyio.Semaphore(1)
 
@@ -78,17 +76,17 @@ class Saver:
 
         async def begin() -> tuple[Capture, dict[int, CachedPlan]]:
             captured = await take()
-            return captured, self._plans.find(PLAIN, captured)
+            return captured, self._plans.find(None, captured)
 
         (captured, kept), (number, *_) = await operation.run_phase(
             "capture", begin, propose=lambda begun: PlanProposal(plans=[*begun[1]]).to_row(), agree=agree_on_plan
         )
-        cached = kept.get(number) or await self._plans.make(operation, PLAIN, captured)
+        cached = kept.get(number) or await self._plans.make(operation, None, captured)
 
         async def take_memory() -> None:
             tail, _ = lay_tail(cached, captured)
             device = next((each for each in captured.devices if each.type not in HOST), None)
-            await self._pipelines[PLAIN].take_memory(cached.plan, tail.nbytes, pin_for=device)
+            await self._pipelines[None].take_memory(cached.plan, tail.nbytes, pin_for=device)
 
         await operation.run_phase("stage", take_memory)
 
@@ -109,7 +107,7 @@ class Saver:
 
         async def begin() -> tuple[SaveJob, dict[int, CachedPlan]]:
             job = await take()
-            return job, self._plans.find(PLAIN, job.captured)
+            return job, self._plans.find(None, job.captured)
 
         (job, kept), agreed = await operation.run_phase(
             "capture",
@@ -120,7 +118,7 @@ class Saver:
         start = SaveStart.from_row(agreed)
         async with self._all_or_nothing(operation, job.checkpoint_id, start.save_id) as files:
             file = data_file(operation.rank, start.save_id)
-            written = await self._write(operation, files, PLAIN, job, kept.get(start.plan), file)
+            written = await self._write(operation, files, None, job, kept.get(start.plan), file)
             manifest = await self._commit(operation, files, [written], job.custom_metadata)
         return await self._finish([job], manifest, start.save_id)
 
@@ -187,7 +185,7 @@ class Saver:
                 parts = [written[number] for number in range(len(names))]
                 manifest = await self._commit(operation, files, parts, custom_metadata)
         finally:
-            self._keep_only({PLAIN, *names})
+            self._keep_only({None, *names})
         return await self._finish([part.job for part in parts], manifest, save_id)
 
     async def _write_part(
@@ -247,7 +245,13 @@ class Saver:
                 pipeline.finish()
 
     async def _write(
-        self, operation: Operation, files: UncommittedFiles, name: str, job: SaveJob, kept: CachedPlan | None, file: str
+        self,
+        operation: Operation,
+        files: UncommittedFiles,
+        name: str | None,
+        job: SaveJob,
+        kept: CachedPlan | None,
+        file: str,
     ) -> WrittenPart:
         """Plan, stage, checksum and write one state, on all ranks."""
         voting = 0.0
@@ -330,13 +334,13 @@ class Saver:
             return []
         return await find_replaced(self._storage, jobs[0].checkpoint_id, manifest.files(save_id))
 
-    def _pipeline_of(self, name: str) -> WritePipeline:
-        name = PLAIN if self._share_pipeline else name
+    def _pipeline_of(self, name: str | None) -> WritePipeline:
+        name = None if self._share_pipeline else name
         if name not in self._pipelines:
             self._pipelines[name] = self._make_pipeline()
         return self._pipelines[name]
 
-    def _keep_only(self, names: set[str]) -> None:
+    def _keep_only(self, names: set[str | None]) -> None:
         """Let go of host memory and plans of states that the last checkpoint had not."""
         self._pipelines = {name: pipeline for name, pipeline in self._pipelines.items() if name in names}
         self._plans.keep_only(names)

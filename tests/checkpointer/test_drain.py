@@ -380,7 +380,7 @@ async def test_a_failed_save_that_nobody_asks_about_is_logged_when_it_is_forgott
         await asyncio.sleep(0.01)
 
 
-async def test_whoever_leaves_after_another_task_has_is_told_so() -> None:
+async def test_whoever_leaves_after_another_task_has_gets_an_error() -> None:
     checkpointer = await Checkpointer(storage=MemoryStorage()).__aenter__()
     ckpt = await checkpointer.save(STATE, "a")
     first, second = checkpointer.__aexit__(None, None, None), checkpointer.__aexit__(None, None, None)

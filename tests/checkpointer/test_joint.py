@@ -132,11 +132,11 @@ async def test_plans_and_memory_are_kept_by_name_and_let_go_with_it(faulty: Faul
                     ckpt.add(name, {"w": torch.ones(100)})
             made.append(saver._plans._made)
         assert made == [6, 6, 6]
-        assert set(saver._pipelines) == {"", *names}
+        assert set(saver._pipelines) == {None, *names}
         async with joint_checkpoint(checkpointer, "a") as ckpt:
             ckpt.add("p1", {"w": torch.ones(100)})
         assert saver._plans._made == 6
-        assert set(saver._pipelines) == {"", "p1"}
+        assert set(saver._pipelines) == {None, "p1"}
     assert len(faulty.files["a"]) == 2
 
 
@@ -433,7 +433,7 @@ async def test_a_manager_keeps_steps_of_several_participants(tmp_path: Path) -> 
 
 def _ranks_save_together(rank: int, size: int, folder: Path) -> list[str]:
     async def main() -> list[str]:
-        told: list[str] = []
+        reported: list[str] = []
         async with Checkpointer() as checkpointer:
             for number in range(3):
                 async with joint_checkpoint(checkpointer, folder / str(number)) as ckpt:
@@ -470,10 +470,10 @@ def _ranks_save_together(rank: int, size: int, folder: Path) -> list[str]:
                         ckpt.add("trainer", {"w": torch.ones(1000)})
                         spoil(ckpt)
                 except (RankError, ParticipantError, KeyError) as error:
-                    told.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                    reported.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
                 async with joint_checkpoint(checkpointer, folder / "after") as ckpt:
                     ckpt.add("trainer", {"w": torch.ones(1000)})
-        return told
+        return reported
 
     return asyncio.run(main())
 
@@ -576,7 +576,7 @@ async def test_a_joint_checkpoint_that_is_cancelled_too_late_counts(faulty: Faul
     assert {place for place, files in faulty.files.items() if files} == {"root/step-2"}
 
 
-def _ranks_told_of_an_earlier_failure(rank: int, size: int, folder: Path) -> list[str]:
+def _ranks_after_an_earlier_failure(rank: int, size: int, folder: Path) -> list[str]:
     class Bad(LocalStorage):
         bad = True
 
@@ -586,7 +586,7 @@ def _ranks_told_of_an_earlier_failure(rank: int, size: int, folder: Path) -> lis
             await super().put(checkpoint_id, name, data)
 
     async def main() -> list[str]:
-        told: list[str] = []
+        reported: list[str] = []
         storage = Bad()
         async with Checkpointer(storage=storage) as checkpointer:
             ckpt = await checkpointer.save({"w": torch.ones(3)}, folder / "first")
@@ -600,21 +600,19 @@ def _ranks_told_of_an_earlier_failure(rank: int, size: int, folder: Path) -> lis
                 try:
                     async with joint_checkpoint(checkpointer, folder / "latest") as joint:
                         joint.add("a", {"w": PerRank(torch.full((3,), float(number)))})
-                    told.append("committed")
+                    reported.append("committed")
                 except RankError as error:
-                    told.append(f"failed: {error.failures[0].kind}")
+                    reported.append(f"failed: {error.failures[0].kind}")
             target = {"a": {"w": PerRank(torch.zeros(3))}}
             await checkpointer.load(target, folder / "latest")
-            told.append(str(target["a"]["w"].value.tolist()))
-        return told
+            reported.append(str(target["a"]["w"].value.tolist()))
+        return reported
 
     return asyncio.run(main())
 
 
-def test_a_rank_that_is_told_of_an_earlier_failure_fails_the_joint_checkpoint_of_all(
-    world: World, tmp_path: Path
-) -> None:
-    zero, one = world.run(2, _ranks_told_of_an_earlier_failure, tmp_path)
+def test_a_rank_with_an_earlier_failure_fails_the_joint_checkpoint_of_all(world: World, tmp_path: Path) -> None:
+    zero, one = world.run(2, _ranks_after_an_earlier_failure, tmp_path)
     assert zero[0] == "failed: EarlierFailureError"
     assert one[0] == "failed: WriteError"  # the failure itself, of which it had not heard
     assert zero[1:] == one[1:] == ["committed", "committed", "[2.0, 2.0, 2.0]"]
@@ -639,16 +637,16 @@ def _ranks_guard_in_order(rank: int, size: int, folder: Path) -> str:
                 try:
                     optimizer.step()  # on the event loop that "slow" needs
                 except SaveError as error:
-                    told = str(error)
+                    reported = str(error)
                 ready.set()
-        return told
+        return reported
 
     return asyncio.run(main())
 
 
 def test_a_step_that_would_wait_for_ever_is_an_error(world: World, tmp_path: Path) -> None:
-    for told in world.run(2, _ranks_guard_in_order, tmp_path):
-        assert "waits for participant 'slow'" in told
+    for reported in world.run(2, _ranks_guard_in_order, tmp_path):
+        assert "waits for participant 'slow'" in reported
 
 
 async def test_participants_larger_than_the_budget_share_its_memory_one_after_the_other(

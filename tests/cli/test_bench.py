@@ -68,7 +68,7 @@ def test_the_bench_of_planning_compares_with_dcps_planner_on_the_same_plans(
     assert all(row["seconds"] > 0 for row in rows.values())
 
 
-def test_under_torchrun_the_bench_tells_what_each_rank_stages(tmp_path: Path) -> None:
+def test_under_torchrun_the_bench_shows_what_each_rank_stages(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "aiodcp", "bench"]
     done = subprocess.run(
         [*torchrun, str(tmp_path), "--gib", "0.01", "--repeat", "1"], capture_output=True, text=True, timeout=120

@@ -159,7 +159,7 @@ def _fail_on(rank: int, size: int, folder: Path) -> None:
     asyncio.run(main())
 
 
-def test_an_error_on_one_rank_in_any_phase_is_told_on_all_and_nothing_is_committed(
+def test_an_error_on_one_rank_in_any_phase_is_reported_on_all_and_nothing_is_committed(
     world: World, tmp_path: Path
 ) -> None:
     world.run(3, _fail_on, tmp_path)

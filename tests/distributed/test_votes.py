@@ -71,7 +71,7 @@ def test_at_the_deadline_those_who_are_not_done_are_missing(now: list[float]) ->
     assert vote.missing == [1]
 
 
-def test_ranks_at_other_calls_or_steps_are_told_apart() -> None:
+def test_ranks_at_other_calls_or_steps_are_found() -> None:
     vote = PhaseVote(60.0, None)
     working = heartbeat(RankState.WORKING)
     decision, agreed = decide(vote, working, heartbeat(RankState.WORKING, call=3))

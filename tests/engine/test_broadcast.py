@@ -69,7 +69,7 @@ async def test_a_follower_that_leaves_is_forgotten() -> None:
     assert not events._followers
 
 
-async def test_a_forked_child_is_told_that_it_will_hear_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_forked_child_learns_that_it_is_not_notified(monkeypatch: pytest.MonkeyPatch) -> None:
     events: Broadcast[int] = Broadcast()
     monkeypatch.setattr("os.getpid", lambda: -1)
     with pytest.raises(ClosedError, match="forked"):

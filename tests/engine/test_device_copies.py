@@ -423,7 +423,7 @@ async def test_memory_is_pinned_in_pieces_that_no_copy_crosses(
         assert not devices.registered
 
 
-async def test_what_could_be_pinned_stays_pinned_and_the_rest_is_told_once(
+async def test_what_could_be_pinned_stays_pinned_and_the_rest_is_reported_once(
     devices: Driver,
     faulty: FaultyStorage,
     monkeypatch: pytest.MonkeyPatch,

@@ -151,10 +151,10 @@ async def test_a_signal_is_heard_although_the_log_raises() -> None:
 @pytest.mark.usefixtures("raising_filter")
 async def test_a_filter_that_raises_in_a_thread_of_ours_stops_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     token = request.set("here, and in no thread")
-    told: list[str] = []
+    reported: list[str] = []
     storage = MemoryStorage()
     async with CheckpointManager(
-        "root", checkpointer=Checkpointer(storage=storage), on_event=lambda event: told.append(type(event).__name__)
+        "root", checkpointer=Checkpointer(storage=storage), on_event=lambda event: reported.append(type(event).__name__)
     ) as manager:
         ckpt = await manager.save(1, {"w": torch.ones(3)})
         await ckpt.uploaded
@@ -162,5 +162,5 @@ async def test_a_filter_that_raises_in_a_thread_of_ours_stops_nobody(capsys: pyt
         await manager.preempted  # its thread logs, too
         assert await manager.restore({"w": torch.zeros(3)}) == 1
     request.reset(token)
-    assert told == ["SaveBegan", "SaveFinished", "Restored"]
+    assert reported == ["SaveBegan", "SaveFinished", "Restored"]
     assert "a handler of the logger 'aiodcp' failed" in capsys.readouterr().err

@@ -157,18 +157,18 @@ class Stateful(Settings):
     ],
     ids=str,
 )
-async def test_what_is_more_than_plain_data_is_told_when_it_is_saved_with_all_that_it_needs(
+async def test_what_is_more_than_plain_data_is_reported_when_it_is_saved_with_all_that_it_needs(
     value: Any, needed: list[str]
 ) -> None:
     from aiodcp import Checkpointer, MemoryStorage
 
     names = [f"{__name__}.{each}" for each in needed]
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:
-        with pytest.warns(UserWarning, match="v is not plain data") as told:
+        with pytest.warns(UserWarning, match="v is not plain data") as reported:
             await checkpointer.save({"v": value, "w": torch.ones(1)}, "ckpt")
         await (await checkpointer.save({"v": value, "w": torch.ones(1)}, "ckpt"))  # without another warning
-        assert len(told) == 1
-        assert all(name in str(told[0].message) for name in names)
+        assert len(reported) == 1
+        assert all(name in str(reported[0].message) for name in names)
         target: dict[str, Any] = {"v": None, "w": torch.zeros(1)}
         with pytest.raises(UnsafeError, match=r"v\): needs") as caught:
             await checkpointer.load(target, "ckpt")

@@ -123,10 +123,10 @@ async def test_many_small_tensors_cross_together(tmp_path: Path) -> None:
             ckpt.fence()
             torch._foreach_add_([tensor for tensor in state.values() if tensor.is_cuda], 1)
             await ckpt.uploaded
-        room = session_of(checkpointer).saves._saver._pipelines[""]._buffer
-        assert room is not None
-        assert isinstance(room[1], Staging)
-        assert room[1]._buffer is not None
+        buffer = session_of(checkpointer).saves._saver._pipelines[None]._buffer
+        assert buffer is not None
+        assert isinstance(buffer[1], Staging)
+        assert buffer[1]._buffer is not None
         for number in range(3):
             target = {name: torch.full_like(tensor, -1.0) for name, tensor in state.items()}
             await checkpointer.load(target, tmp_path / str(number))
@@ -155,14 +155,14 @@ async def test_the_arena_is_pinned_and_let_go(tmp_path: Path) -> None:
     for _ in range(3):  # to register again what was not released would be an error
         async with Checkpointer() as checkpointer:
             await checkpointer.prepare(state)
-            room = session_of(checkpointer).saves._saver._pipelines[""]._buffer
-            assert room is not None
-            assert room[1].arena.tensor.is_pinned()
-            del room
+            buffer = session_of(checkpointer).saves._saver._pipelines[None]._buffer
+            assert buffer is not None
+            assert buffer[1].arena.tensor.is_pinned()
+            del buffer
             await (await checkpointer.save(state, tmp_path)).uploaded
 
 
-async def test_memory_that_cannot_be_pinned_is_told_once_and_used_all_the_same(
+async def test_memory_that_cannot_be_pinned_is_reported_once_and_used_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = torch.cuda.cudart()  # type: ignore[no-untyped-call]

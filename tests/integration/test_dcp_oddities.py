@@ -103,7 +103,7 @@ def _without_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(True)
 
 
-async def test_what_torch_is_told_of_checksums_changes_nothing_that_is_written(tmp_path: Path) -> None:
+async def test_what_torch_does_about_checksums_changes_nothing_that_is_written(tmp_path: Path) -> None:
     state = {"sparse": torch.eye(3).to_sparse(), "pair": (torch.ones(2), 1), **make_state()}
     with _without_checksums():
         async with Checkpointer() as checkpointer:
@@ -202,7 +202,7 @@ def _holding_nothing(rank: int, size: int, folder: Path) -> list[str]:
     fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = {"model": get_model_state_dict(model, options=options)}  # {} but on rank 0
-    told = []
+    reported = []
     with Checkpointer() as checkpointer:
         checkpointer.save_sync(state, folder / "a").uploaded.wait()
         checkpointer.save_sync({"a": torch.ones(2)} if rank == 1 else {}, folder / "b").uploaded.wait()
@@ -213,16 +213,16 @@ def _holding_nothing(rank: int, size: int, folder: Path) -> list[str]:
         for nothing in nothings:
             try:
                 checkpointer.save_sync(nothing, folder / "c").uploaded.wait()
-                told.append("saved")
+                reported.append("saved")
             except Exception as error:
-                told.append(str(error))
-    return told
+                reported.append(str(error))
+    return reported
 
 
 def test_a_rank_may_hold_nothing_but_not_all_of_them(world: World, tmp_path: Path) -> None:
-    for told in world.run(3, _holding_nothing, tmp_path):
-        assert "the state dict contains nothing to save" in told[0]
-        assert told[1] == "saved"
+    for reported in world.run(3, _holding_nothing, tmp_path):
+        assert "the state dict contains nothing to save" in reported[0]
+        assert reported[1] == "saved"
     assert (tmp_path / "a" / ".metadata").exists()
 
 
@@ -262,7 +262,7 @@ def test_objects_are_asked_in_one_order_on_all_ranks(world: World, tmp_path: Pat
 
 def _pipeline(rank: int, size: int, folder: Path) -> list[str]:
     """Each rank has layers of its own: what no rank wants, or one wants in vain, is found all the same."""
-    told: list[str] = []
+    reported: list[str] = []
 
     def state(*more: str) -> dict[str, Any]:
         layers = {f"layer{rank}.w": torch.full((3,), float(rank)), "shared": torch.ones(2)}
@@ -280,17 +280,17 @@ def _pipeline(rank: int, size: int, folder: Path) -> list[str]:
         ):
             try:
                 report = checkpointer.load_sync(blank(wanted), folder, strict=strict)
-                told.append(str(report.unexpected))
+                reported.append(str(report.unexpected))
             except Exception as error:
-                told.append(str(error).partition("\n---")[0])
-    return told
+                reported.append(str(error).partition("\n---")[0])
+    return reported
 
 
 def test_wanted_names_are_united_over_the_ranks(world: World, tmp_path: Path) -> None:
-    for told in world.run(3, _pipeline, tmp_path):
-        assert "not in the state dict (1):\n  model.head" in told[0]
-        assert "missing from the checkpoint (1):\n  model.typo" in told[1]
-        assert told[2] == "['model.head']"
+    for reported in world.run(3, _pipeline, tmp_path):
+        assert "not in the state dict (1):\n  model.head" in reported[0]
+        assert "missing from the checkpoint (1):\n  model.typo" in reported[1]
+        assert reported[2] == "['model.head']"
 
 
 class _Position:

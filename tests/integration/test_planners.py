@@ -23,7 +23,7 @@ from ..support.states import assert_equal, blank, make_state
 
 
 class HalfPlanner(DefaultSavePlanner):
-    """Saves float32 as float16. From the documentation of `SavePlanner`, with the dtypes told."""
+    """Saves float32 as float16. From the documentation of `SavePlanner`, with the dtypes declared."""
 
     global_plans = 0
 
@@ -151,7 +151,7 @@ class Careless(DefaultSavePlanner):
         ("finish", r"Careless\.finish_plan\(\) changed the items"),
     ],
 )
-async def test_a_planner_that_contradicts_itself_is_told_so(fault: str, match: str) -> None:
+async def test_a_planner_that_contradicts_itself_is_named(fault: str, match: str) -> None:
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:
         with pytest.raises(SaveError, match=match):
             await (await checkpointer.save({"w": torch.ones(4)}, "ckpt", planner=Careless(fault)))

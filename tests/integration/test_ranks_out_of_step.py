@@ -43,7 +43,7 @@ async def _save_in_step(checkpointer: Checkpointer, rank: int, size: int, path: 
 
 
 def _load_errors(rank: int, size: int, folder: Path) -> None:
-    """Whatever a load raises on one rank, of whatever kind, all are told in the same call."""
+    """Whatever a load raises on one rank, of whatever kind, all ranks hear of it in the same call."""
 
     async def main() -> None:
         async with Checkpointer(timeout=20) as checkpointer:
@@ -77,7 +77,7 @@ class Unprintable:
         raise ZeroDivisionError
 
 
-def test_errors_of_any_kind_and_planners_on_one_rank_only_are_told_on_all(world: World, tmp_path: Path) -> None:
+def test_errors_of_any_kind_and_planners_on_one_rank_only_are_reported_on_all(world: World, tmp_path: Path) -> None:
     world.run(2, _load_errors, tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_after_one_rank_failed_to_open_alone_all_open_together(world: World, tmp
 
 
 def _fire_and_forget(rank: int, size: int, folder: Path) -> list[str]:
-    """Nobody awaits; a failure is told to one rank first, then to another, and then it is over."""
+    """Nobody awaits; one rank hears of a failure first, then to another, and then it is over."""
 
     async def main() -> list[str]:
         storage = BrokenFiles()
@@ -261,7 +261,7 @@ def _fire_and_forget(rank: int, size: int, folder: Path) -> list[str]:
                     await checkpointer.save(_state(rank, step), path)
                     done.append("saved")
                 except CheckpointError:
-                    done.append("told")
+                    done.append("reported")
                 storage.fault = lambda call: None
             await _save_in_step(checkpointer, rank, size, path)
         return done
@@ -269,10 +269,10 @@ def _fire_and_forget(rank: int, size: int, folder: Path) -> list[str]:
     return asyncio.run(main())
 
 
-def test_ranks_that_are_told_of_a_failure_do_not_fail_each_other_for_ever(world: World, tmp_path: Path) -> None:
+def test_ranks_that_hear_of_a_failure_do_not_fail_each_other_for_ever(world: World, tmp_path: Path) -> None:
     for done in world.run(2, _fire_and_forget, tmp_path):
         assert done[-2:] == ["saved", "saved"]
-        assert done.count("told") <= 2
+        assert done.count("reported") <= 2
 
 
 def _abandon(rank: int, size: int) -> None:

@@ -100,7 +100,7 @@ def test_a_later_save_plans_nothing_and_exchanges_as_much_for_many_tensors_as_fo
     many = world.run(2, _exchanged, tmp_path, 3000)
     assert {each[1] for each in few + many} == {1}
     assert max(each[0] for each in few) < 1024
-    # A beat more or less on a slow machine is all that may differ.
+    # A heartbeat more or less on a slow machine is all that may differ.
     assert max(each[0] for each in many) < 4 * 1024
 
 
@@ -412,7 +412,7 @@ def test_who_cancels_cancels_for_all(world: World, tmp_path: Path) -> None:
 
 
 def _leave(rank: int, size: int, folder: Path) -> None:
-    """Rank 1 leaves the block by an error: the others are told at their next save."""
+    """Rank 1 leaves the block by an error: the others hear of it at their next save."""
 
     async def main() -> None:
         state = {f"w{n}": torch.ones(100) for n in range(size)}

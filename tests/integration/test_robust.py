@@ -1,4 +1,4 @@
-"""Hostile files, odd file systems, neighbours, failures at bad moments: each is told by name, or lived with."""
+"""Hostile files, odd file systems, neighbours, failures at bad moments: each is reported by name, or lived with."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _rewrite(place: Path, change: Callable[[Any], None]) -> None:
 # --- file systems
 
 
-async def test_a_file_system_that_cannot_sync_a_directory_is_lived_with_and_told_once(
+async def test_a_file_system_that_cannot_sync_a_directory_is_lived_with_and_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer = [errno.EINVAL]
@@ -143,7 +143,7 @@ class FailsToClose(LocalStorage):
             raise OSError(errno.EIO, "Input/output error, of close")
 
 
-async def test_the_first_cause_is_told_and_not_what_it_has_left_behind(tmp_path: Path) -> None:
+async def test_the_first_cause_is_reported_and_not_what_it_has_left_behind(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="Input/output error, of close"):
         await _save(tmp_path / "a", storage=FailsToClose(), retry=Retry(attempts=3, wait_s=0.001))
 

@@ -37,7 +37,7 @@ from ..support.states import assert_equal, blank, make_state
 LARGE = 1 << 19  # float32 elements: 2 MiB, read straight into the target
 
 
-# --- what does not fit is told before anything changes
+# --- what does not fit is reported before anything changes
 
 
 async def test_every_misfit_is_named_at_once_and_nothing_is_touched() -> None:
@@ -359,7 +359,7 @@ async def test_a_fresh_optimizer_is_given_the_state_that_it_has_not_made_yet(kin
     assert_equal(optimizer.state_dict(), fresh.state_dict())
 
 
-async def test_a_partial_load_with_nothing_in_common_is_told() -> None:
+async def test_a_partial_load_with_nothing_in_common_is_reported() -> None:
     storage = await saved({"model": {"w": torch.ones(1)}})
     with pytest.raises(MismatchError) as caught:
         await load(storage, {"net": {"w": torch.ones(1)}}, strict=False)

@@ -78,10 +78,10 @@ async def test_a_partial_load_is_reported_and_logged(caplog: pytest.LogCaptureFi
         wanted = {"a": torch.zeros(1), "b": torch.zeros(1), "d": {"x": 0}, "half": torch.zeros(1)}
         report = await resume(stored, wanted, strict=False)
     assert report == LoadReport(missing=["b"], unexpected=["d.gone"], converted=["half"])
-    told = "\n".join(caplog.messages)
-    assert "not in the checkpoint: b" in told
-    assert "in the checkpoint only: d.gone" in told
-    assert "converted: half" in told
+    reported = "\n".join(caplog.messages)
+    assert "not in the checkpoint: b" in reported
+    assert "in the checkpoint only: d.gone" in reported
+    assert "converted: half" in reported
 
 
 async def test_a_part_that_is_new_is_left_out_of_a_partial_load() -> None:
@@ -308,7 +308,7 @@ async def test_a_scaler_judges_its_own_state(enabled: tuple[bool, bool]) -> None
     assert stored.state_dict() == wanted.state_dict() or not enabled[1]
 
 
-async def test_what_an_object_raises_is_told_with_its_name() -> None:
+async def test_what_an_object_raises_is_reported_with_its_name() -> None:
     stored, wanted = (torch.amp.GradScaler("cpu", enabled=each) for each in (False, True))
     with pytest.raises(StatefulError, match=r"scaler: load_state_dict\(\) of GradScaler raised RuntimeError") as caught:
         await resume({"scaler": stored}, {"scaler": wanted})

@@ -1,4 +1,4 @@
-"""A manager's steps: saved, listed, kept, removed, restored; with failures told, and in several ranks alike."""
+"""A manager's steps: saved, listed, kept, removed, restored; with failures reported, and in several ranks alike."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ async def test_a_save_that_fails_removes_nothing(faulty: FaultyStorage) -> None:
     assert _there(faulty) == {"step-1"}
 
 
-async def test_a_step_that_cannot_be_removed_is_told_and_tried_again(faulty: FaultyStorage) -> None:
-    told: list[Event] = []
+async def test_a_step_that_cannot_be_removed_is_reported_and_tried_again(faulty: FaultyStorage) -> None:
+    reported: list[Event] = []
     refuse = True
 
     def gate(call: str) -> None:
@@ -139,17 +139,17 @@ async def test_a_step_that_cannot_be_removed_is_told_and_tried_again(faulty: Fau
             raise OSError(30, "Read-only file system")
 
     faulty.gate = gate
-    async with _on(faulty, keep_last=1, on_event=told.append) as manager:
+    async with _on(faulty, keep_last=1, on_event=reported.append) as manager:
         for step in (1, 2):
             await _save(manager, step)
-        while not any(isinstance(each, RemovalFailed) for each in told):
+        while not any(isinstance(each, RemovalFailed) for each in reported):
             await asyncio.sleep(0.001)
         while manager.steps() != [1, 2]:
             await asyncio.sleep(0.001)
         refuse = False
         await _save(manager, 3)
     assert _there(faulty) == {"step-3"}
-    assert [each.step for each in told if isinstance(each, StepRemoved)] == [1, 2]
+    assert [each.step for each in reported if isinstance(each, StepRemoved)] == [1, 2]
 
 
 async def test_a_step_is_replaced_when_it_is_saved_again(faulty: FaultyStorage) -> None:
@@ -182,8 +182,8 @@ async def test_a_step_that_is_being_removed_is_waited_for_when_it_is_saved_again
 
 
 async def test_damage_is_an_error_or_a_reason_to_fall_back(tmp_path: Path) -> None:
-    told: list[Event] = []
-    async with CheckpointManager(tmp_path, on_event=told.append) as manager:
+    reported: list[Event] = []
+    async with CheckpointManager(tmp_path, on_event=reported.append) as manager:
         for step in (1, 2, 3):
             await _save(manager, step)
         for step in (2, 3):
@@ -197,7 +197,7 @@ async def test_damage_is_an_error_or_a_reason_to_fall_back(tmp_path: Path) -> No
             await manager.restore(state)
         assert await manager.restore(state, fall_back=True) == 1
         assert_equal(make_state(1), state)
-        assert [each.step for each in told if isinstance(each, FellBack)] == [3, 2]
+        assert [each.step for each in reported if isinstance(each, FellBack)] == [3, 2]
         assert await manager.restore(blank(make_state()), 1, fall_back=True) == 1
         [file] = (tmp_path / "step-1").glob("*.distcp")
         os.truncate(file, 100)
@@ -207,10 +207,10 @@ async def test_damage_is_an_error_or_a_reason_to_fall_back(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("on_busy", ["skip", "raise"])
 async def test_a_save_that_comes_too_soon_is_counted(on_busy: Any, faulty: FaultyStorage) -> None:
-    told: list[Event] = []
+    reported: list[Event] = []
     gate = Gate("put")
     faulty.gate = gate
-    async with _on(faulty, on_busy=on_busy, on_event=told.append) as manager:
+    async with _on(faulty, on_busy=on_busy, on_event=reported.append) as manager:
         assert await manager.save(1, make_state(1)) is not None
         await gate.wait_reached()
         if on_busy == "skip":
@@ -227,25 +227,25 @@ async def test_a_save_that_comes_too_soon_is_counted(on_busy: Any, faulty: Fault
         assert manager.stats.skipped == 1
         assert manager.stats.saved == 2
         assert manager.stats.waited_s >= 0.01
-        assert [each.step for each in told if isinstance(each, SaveSkipped)] == [2]
+        assert [each.step for each in reported if isinstance(each, SaveSkipped)] == [2]
         assert manager.stats.age_s is not None
 
 
-async def test_failures_are_raised_or_told_and_the_run_goes_on(
+async def test_failures_are_raised_or_reported_and_the_run_goes_on(
     faulty: FaultyStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[Event] = []
+    reported: list[Event] = []
     with caplog.at_level(logging.INFO, "aiodcp"):
-        async with _on(faulty, on_error="warn", on_event=told.append) as manager:
+        async with _on(faulty, on_error="warn", on_event=reported.append) as manager:
             faulty.fail_once = OSError(30, "Read-only file system")
             await manager.save(1, make_state(1))
             await _save(manager, 2)
             faulty.fail_once = OSError(30, "Read-only file system")
             ckpt = await manager.save(3, make_state(3))
     assert ckpt is not None
-    with pytest.raises(WriteError):  # who asks is told
+    with pytest.raises(WriteError):  # whoever asks gets it
         await ckpt
-    assert [each.step for each in told if isinstance(each, SaveFailed)] == [1, 3]
+    assert [each.step for each in reported if isinstance(each, SaveFailed)] == [1, 3]
     assert manager.stats.failed == 2
     lines = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(lines) == 2
@@ -319,23 +319,23 @@ async def test_events_come_in_order_and_can_be_followed(faulty: FaultyStorage) -
 
 
 async def test_leftovers_are_not_listed_and_removed_by_the_next_manager_that_saves(tmp_path: Path) -> None:
-    told: list[Event] = []
+    reported: list[Event] = []
     (tmp_path / "step-9").mkdir()
     (tmp_path / "step-9" / f"__0_0_{32 * '0'}.distcp").write_bytes(b"half")
-    async with CheckpointManager(tmp_path, on_event=told.append) as manager:
+    async with CheckpointManager(tmp_path, on_event=reported.append) as manager:
         assert manager.steps() == []
         assert await manager.restore(blank(make_state())) is None
     assert (tmp_path / "step-9").exists()
-    async with CheckpointManager(tmp_path, on_event=told.append) as manager:
+    async with CheckpointManager(tmp_path, on_event=reported.append) as manager:
         await _save(manager, 1)
     assert (tmp_path / "step-9").exists()  # no manager has saved here before: it may be alive, and has no lock to hold
-    async with CheckpointManager(tmp_path, on_event=told.append) as manager:
+    async with CheckpointManager(tmp_path, on_event=reported.append) as manager:
         assert manager.steps() == [1]
     assert (tmp_path / "step-9").exists()  # who only reads removes nothing: it may be anybody's that is being written
-    async with CheckpointManager(tmp_path, on_event=told.append) as manager:
+    async with CheckpointManager(tmp_path, on_event=reported.append) as manager:
         await _save(manager, 1)
     assert not (tmp_path / "step-9").exists()
-    assert [each.step for each in told if isinstance(each, LeftoverRemoved)] == [9]
+    assert [each.step for each in reported if isinstance(each, LeftoverRemoved)] == [9]
 
 
 _SAVING = """
@@ -401,10 +401,10 @@ async def test_others_steps_are_found_by_looking_again(tmp_path: Path) -> None:
 
 
 def _ranks_keep_alike(rank: int, size: int, root: Path) -> tuple[list[int], int | None, int | None, list[str]]:
-    told: list[Event] = []
+    reported: list[Event] = []
 
     async def main() -> tuple[list[int], int | None, int | None]:
-        async with CheckpointManager(root, keep_last=2, keep_best=("loss", "min"), on_event=told.append) as manager:
+        async with CheckpointManager(root, keep_last=2, keep_best=("loss", "min"), on_event=reported.append) as manager:
             state = {"w": torch.full((100,), -1.0)}
             assert await manager.restore(state) is None
             for step in range(1, 6):
@@ -420,14 +420,14 @@ def _ranks_keep_alike(rank: int, size: int, root: Path) -> tuple[list[int], int 
             return manager.steps(), manager.latest, manager.best
 
     steps, latest, best = asyncio.run(main())
-    return steps, latest, best, [type(each).__name__ for each in told]
+    return steps, latest, best, [type(each).__name__ for each in reported]
 
 
 def test_ranks_know_the_same_steps_and_one_of_them_removes(world: World, tmp_path: Path) -> None:
     results = world.run(3, _ranks_keep_alike, tmp_path)
     assert {(tuple(steps), latest, best) for steps, latest, best, _ in results} == {((4, 5), 5, 5)}
-    assert [told.count("StepRemoved") for *_, told in results] == [3, 0, 0]
-    assert [told.count("SaveFinished") for *_, told in results] == [5, 5, 5]
+    assert [reported.count("StepRemoved") for *_, reported in results] == [3, 0, 0]
+    assert [reported.count("SaveFinished") for *_, reported in results] == [5, 5, 5]
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-4", "step-5"]
 
 
@@ -464,7 +464,7 @@ def _one_rank_is_wrong(rank: int, size: int, root: Path) -> list[str]:
             return super().lock(root, exclusive=exclusive, create=create)
 
     async def main() -> list[str]:
-        told: list[str] = []
+        reported: list[str] = []
         state = {"w": torch.ones(100)}
         async with CheckpointManager(root) as manager:
             metrics: Any = {"loss": "low"} if rank == 1 else {"loss": 1.0}
@@ -476,7 +476,7 @@ def _one_rank_is_wrong(rank: int, size: int, root: Path) -> list[str]:
                     else:
                         await (await manager.save(1, state, metrics=metrics))
                 except (RankError, ArgumentError, SaveError) as error:
-                    told.append(f"{type(error).__name__}: {error}")
+                    reported.append(f"{type(error).__name__}: {error}")
             ckpt_after = await manager.save(2, state)
             assert ckpt_after is not None
             await ckpt_after
@@ -484,13 +484,13 @@ def _one_rank_is_wrong(rank: int, size: int, root: Path) -> list[str]:
             try:
                 await (await manager.save(3, state))
             except (RankError, WriteError) as error:
-                told.append(f"{type(error).__name__}: {error}")
-        return told
+                reported.append(f"{type(error).__name__}: {error}")
+        return reported
 
     return asyncio.run(main())
 
 
-def test_what_is_wrong_on_one_rank_is_told_on_all_at_once(world: World, tmp_path: Path) -> None:
+def test_what_is_wrong_on_one_rank_is_reported_on_all_at_once(world: World, tmp_path: Path) -> None:
     zero, one = world.run(2, _one_rank_is_wrong, tmp_path)
     assert all("metrics" in each for each in zero[:2] + one[:2])
     assert "Permission denied" in zero[-1]
@@ -665,10 +665,10 @@ def _ranks_fall_back_during_a_removal(rank: int, size: int, root: Path) -> tuple
                     os.truncate(file, 10)
             try:
                 await manager.restore(state, fall_back=True)
-                told = "restored"
+                reported = "restored"
             except RankError as error:
-                told = error.failures[0].kind
-            return manager.steps(), told
+                reported = error.failures[0].kind
+            return manager.steps(), reported
 
     return asyncio.run(main())
 
@@ -806,15 +806,15 @@ async def test_a_manager_that_may_skip_says_so_in_its_type(faulty: FaultyStorage
 
 
 def _ranks_do_not_fit(rank: int, size: int, root: Path) -> tuple[str, list[Event]]:
-    told: list[Event] = []
-    with CheckpointManager(root, on_event=told.append) as manager:
+    reported: list[Event] = []
+    with CheckpointManager(root, on_event=reported.append) as manager:
         for step in (1, 2):
             manager.save_sync(step, {"w": torch.ones(2)}).uploaded.wait()
         try:
             manager.restore_sync({"w": torch.ones(2 + rank)}, fall_back=True)
         except RankError as error:
             kind = error.failures[0].kind
-    return kind, [each for each in told if isinstance(each, FellBack)]
+    return kind, [each for each in reported if isinstance(each, FellBack)]
 
 
 def test_what_does_not_fit_on_one_rank_takes_nobody_back(world: World, tmp_path: Path) -> None:

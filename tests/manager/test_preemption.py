@@ -31,10 +31,10 @@ from ..support.states import make_state
 
 
 async def test_a_signal_ends_the_run_with_a_last_save(tmp_path: Path) -> None:
-    told: list[Event] = []
+    reported: list[Event] = []
     before = signal.getsignal(signal.SIGTERM)
     async with CheckpointManager(
-        tmp_path, save_interval=100, signals=[signal.SIGTERM], on_event=told.append
+        tmp_path, save_interval=100, signals=[signal.SIGTERM], on_event=reported.append
     ) as manager:
         for step in range(1, 1000):
             if step == 7:
@@ -45,7 +45,7 @@ async def test_a_signal_ends_the_run_with_a_last_save(tmp_path: Path) -> None:
             if manager.preempted.done():
                 break
     assert signal.getsignal(signal.SIGTERM) == before
-    [event] = [each for each in told if isinstance(each, Preempted)]
+    [event] = [each for each in reported if isinstance(each, Preempted)]
     assert (event.step, event.reason) == (7, "signal SIGTERM")
     assert 29 < event.left_s <= 30
     async with CheckpointManager(tmp_path) as manager:
@@ -95,9 +95,9 @@ async def test_anybody_may_ask_from_any_thread(tmp_path: Path) -> None:
 
 
 async def test_a_save_that_is_not_done_in_time_is_given_up_and_leaves_nothing(faulty: FaultyStorage) -> None:
-    told: list[Event] = []
+    reported: list[Event] = []
     manager = CheckpointManager(
-        "root", checkpointer=Checkpointer(storage=faulty), grace_s=0.3, on_event=told.append, on_error="warn"
+        "root", checkpointer=Checkpointer(storage=faulty), grace_s=0.3, on_event=reported.append, on_error="warn"
     )
     async with manager:
         ckpt = await manager.save(1, make_state(1))
@@ -112,7 +112,7 @@ async def test_a_save_that_is_not_done_in_time_is_given_up_and_leaves_nothing(fa
     assert ckpt is not None
     assert ckpt.uploaded.exception() is not None
     assert {place for place, files in faulty.files.items() if files} == {"root/step-1"}
-    assert [each.step for each in told if isinstance(each, SaveFailed)] == [2]
+    assert [each.step for each in reported if isinstance(each, SaveFailed)] == [2]
 
 
 async def test_closing_is_bounded(faulty: FaultyStorage) -> None:

@@ -70,7 +70,7 @@ async def test_saves_and_loads_are_spans_below_the_callers(spans: InMemorySpanEx
     assert "no committed checkpoint" in missed.status.description
 
 
-def test_without_opentelemetry_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_opentelemetry_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     telemetry = SpanExporter()
     assert telemetry.here() is None

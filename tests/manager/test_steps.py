@@ -41,7 +41,7 @@ async def test_custom_metadata_comes_back_and_dcp_does_not_see_it(
     assert torch.equal(weights["model"]["weight"], state["model"]["weight"])
 
 
-async def test_there_is_no_note_where_none_was_made(tmp_path: Path) -> None:
+async def test_there_is_no_custom_metadata_where_none_was_given(tmp_path: Path) -> None:
     dcp.save({"w": torch.ones(3)}, checkpoint_id=str(tmp_path / "theirs"))
     await _save(tmp_path, 1)
     async with Checkpointer() as checkpointer:

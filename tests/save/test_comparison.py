@@ -114,7 +114,7 @@ def _save(checkpointer: Checkpointer, state: dict[str, Any], folder: Path, **opt
 
 def _compare_every_save(rank: int, size: int, folder: Path) -> list[list[str]]:
     """Return what is warned of after each save; each changes one thing."""
-    told: list[list[str]] = []
+    reported: list[list[str]] = []
     large = torch.ones(40_000)
     state: dict[str, Any] = {
         "rng": torch.zeros(5056, dtype=torch.uint8),
@@ -128,7 +128,7 @@ def _compare_every_save(rank: int, size: int, folder: Path) -> list[list[str]]:
 
         def save() -> None:
             assert _save(checkpointer, state, folder) == "saved"
-            told.append([*records])
+            reported.append([*records])
             records.clear()
 
         save()
@@ -142,18 +142,18 @@ def _compare_every_save(rank: int, size: int, folder: Path) -> list[list[str]]:
         save()
         state["strided"] = torch.ones(300, 200).t() + rank
         save()
-        state["more"] = rank  # another structure: what was told stays told
+        state["more"] = rank  # another structure: what was reported is not reported again
         save()
-    return told
+    return reported
 
 
-def test_each_name_is_told_once_at_the_save_at_which_the_ranks_disagree(world: World, tmp_path: Path) -> None:
+def test_each_name_is_reported_once_at_the_save_at_which_the_ranks_disagree(world: World, tmp_path: Path) -> None:
     first, *others = world.run(3, _compare_every_save, tmp_path)
     names = ("rng", "position", "large", "strided", "more")
-    found = [" ".join(name for name in names if name in "".join(told)) for told in first]
+    found = [" ".join(name for name in names if name in "".join(reported)) for reported in first]
     assert found == ["", "", "rng", "", "position", "large", "strided", "more"]
     words = "'s is saved): wrap what is each rank's own in aiodcp.PerRank"
-    assert all(words in each for told in first for each in told)
+    assert all(words in each for reported in first for each in reported)
     assert not any(others[0] + others[1])
 
 
@@ -168,40 +168,40 @@ def test_a_rank_that_shares_nothing_takes_part(world: World, tmp_path: Path) -> 
 
 
 def _policies(rank: int, size: int, folder: Path) -> list[str]:
-    told = []
+    reported = []
     with Checkpointer(on_disagreement="raise") as checkpointer:
-        told.append(_save(checkpointer, {"a": rank, "b": 1}, folder / "a"))
-        told.append(_save(checkpointer, {"a": 1, "b": 1}, folder / "a"))
-        told.append(_save(checkpointer, {"a": rank, "b": 1}, folder / "a"))
+        reported.append(_save(checkpointer, {"a": rank, "b": 1}, folder / "a"))
+        reported.append(_save(checkpointer, {"a": 1, "b": 1}, folder / "a"))
+        reported.append(_save(checkpointer, {"a": rank, "b": 1}, folder / "a"))
         target = {"a": None, "b": None}
         checkpointer.load_sync(target, folder / "a")  # the one before stays
         assert target == {"a": 1, "b": 1}
     with Checkpointer(on_disagreement="raise" if rank else "ignore") as checkpointer:
-        told.append(_save(checkpointer, {"a": rank}, folder / "b"))
+        reported.append(_save(checkpointer, {"a": rank}, folder / "b"))
     with _logged() as records, Checkpointer(on_disagreement="ignore") as checkpointer:
-        told.append(_save(checkpointer, {"a": rank}, folder / "c"))
+        reported.append(_save(checkpointer, {"a": rank}, folder / "c"))
         assert not records
-    return told
+    return reported
 
 
 def test_a_disagreement_can_be_an_error_or_ignored(world: World, tmp_path: Path) -> None:
-    for told in world.run(2, _policies, tmp_path):
-        assert "DisagreementError: the ranks hold different values of a: wrap" in told[0]
-        assert told[1] == "saved"
-        assert "different values of a" in told[2]
-        assert "on_disagreement: must be the same on all ranks, got 'raise' and 'ignore'" in told[3]
-        assert told[4] == "saved"
+    for reported in world.run(2, _policies, tmp_path):
+        assert "DisagreementError: the ranks hold different values of a: wrap" in reported[0]
+        assert reported[1] == "saved"
+        assert "different values of a" in reported[2]
+        assert "on_disagreement: must be the same on all ranks, got 'raise' and 'ignore'" in reported[3]
+        assert reported[4] == "saved"
 
 
 def _everywhere(rank: int, size: int, folder: Path) -> dict[str, str]:
     """Return, by what is tried, what is warned of."""
-    told: dict[str, str] = {}
+    reported: dict[str, str] = {}
     state = {"e": torch.full((200, 200), float(rank)), "n": rank, "same": torch.ones(300, 300)}
     mesh = init_device_mesh("cpu", (size,))
     with _logged() as records:
 
         def take(name: str) -> None:
-            told[name] = " ".join(records)
+            reported[name] = " ".join(records)
             records.clear()
 
         with Checkpointer() as checkpointer:
@@ -230,7 +230,7 @@ def _everywhere(rank: int, size: int, folder: Path) -> dict[str, str]:
             optimizer.step()
             assert _save(checkpointer, {"optim": optimizer}, folder / "f") == "saved"
             take("FSDP1")
-    return told
+    return reported
 
 
 async def _joint(folder: Path, rank: int) -> str:
@@ -252,15 +252,15 @@ def _joint_ranks(rank: int, size: int, folder: Path) -> str:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_every_way_to_save_compares(world: World, tmp_path: Path) -> None:
-    told = world.run(2, _everywhere, tmp_path)[0]
+    reported = world.run(2, _everywhere, tmp_path)[0]
     for name in ("planner", "manager"):
-        assert "different values of e (rank " in told[name]
-        assert "n (rank " in told[name]
-        assert "same" not in told[name]
-    assert "different values of e (rank " in told["windows"]
-    assert "different values of replicated (rank " in told["DTensor"]
-    assert "sharded" not in told["DTensor"]
-    assert "optim.state.0.exp_avg (rank " in told["FSDP1"]
+        assert "different values of e (rank " in reported[name]
+        assert "n (rank " in reported[name]
+        assert "same" not in reported[name]
+    assert "different values of e (rank " in reported["windows"]
+    assert "different values of replicated (rank " in reported["DTensor"]
+    assert "sharded" not in reported["DTensor"]
+    assert "optim.state.0.exp_avg (rank " in reported["FSDP1"]
     assert "different values of b.rng (rank " in world.run(2, _joint_ranks, tmp_path / "j")[0]
 
 
@@ -279,7 +279,7 @@ def _constant(rank: int, size: int, folder: Path, count: int) -> int:
 def test_what_is_known_to_differ_costs_nothing_at_later_saves(world: World, tmp_path: Path) -> None:
     few, many = (max(world.run(2, _constant, tmp_path, count)) for count in (10, 2000))
     assert few < 1024
-    assert many < 4 * 1024  # a beat more on a slow machine
+    assert many < 4 * 1024  # a heartbeat more on a slow machine
 
 
 def _held(rank: int, size: int, folder: Path) -> tuple[bool, bool]:

@@ -454,7 +454,7 @@ async def test_a_commit_that_fails_after_its_rename_keeps_the_data_it_names(
         assert_equal(state, await load(checkpointer, state, str(tmp_path)))
 
 
-async def test_memory_that_cannot_be_had_is_told_with_both_numbers_before_anything_is_written(
+async def test_memory_that_cannot_be_had_is_reported_with_both_numbers_before_anything_is_written(
     faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_memory, "free_nbytes", lambda: 1000)
@@ -466,7 +466,7 @@ async def test_memory_that_cannot_be_had_is_told_with_both_numbers_before_anythi
     assert faulty.calls == []
 
 
-async def test_who_waits_for_a_save_is_told_of_its_failure_and_not_the_next_save(faulty: FaultyStorage) -> None:
+async def test_who_waits_for_a_save_gets_its_failure_and_not_the_next_save(faulty: FaultyStorage) -> None:
     gate = Gate("put")
     faulty.gate = gate
     async with Checkpointer(storage=faulty) as checkpointer:

@@ -297,7 +297,7 @@ async def test_a_guard_ends_with_its_block_and_another_goes_on(tmp_path: Path, s
         assert caught.value.fqns == ("model.weight", "model.bias")
 
 
-async def test_a_save_that_fails_lets_a_guarded_optimizer_go_on_and_is_told_all_the_same(
+async def test_a_save_that_fails_lets_a_guarded_optimizer_go_on_and_is_reported_all_the_same(
     faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer = _net()

@@ -73,7 +73,7 @@ async def test_what_fails_twice_succeeds_the_third_time(
     assert len(faulty.files["a"]) == 2
 
 
-async def test_a_third_failure_is_final_and_told(faulty: FaultyStorage) -> None:
+async def test_a_third_failure_is_final_and_reported(faulty: FaultyStorage) -> None:
     faulty.gate, seen = failing("sync", 3)
     async with Checkpointer(storage=faulty, retry=SOON) as checkpointer:
         with pytest.raises(WriteError, match="not now") as caught:
@@ -123,15 +123,15 @@ async def test_a_save_that_waits_to_try_again_can_be_cancelled(faulty: FaultySto
 
 
 async def test_a_manager_counts_and_tells(faulty: FaultyStorage) -> None:
-    told: list[Event] = []
+    reported: list[Event] = []
     faulty.gate, _ = failing("put", 1, errno.ESTALE)
     checkpointer = Checkpointer(storage=faulty, retry=SOON)
-    async with CheckpointManager("root", checkpointer=checkpointer, on_event=told.append) as manager:
+    async with CheckpointManager("root", checkpointer=checkpointer, on_event=reported.append) as manager:
         ckpt = await manager.save(7, make_state(1))
         assert ckpt is not None
         await ckpt
         assert manager.stats.retried == 1
-    [retried] = [each for each in told if isinstance(each, Retried)]
+    [retried] = [each for each in reported if isinstance(each, Retried)]
     assert (retried.step, retried.attempt.number, retried.attempt.error.errno) == (7, 1, errno.ESTALE)
     assert retried.path == "memory:root/step-7/.metadata"
     assert retried.attempt.wait_s <= 0.001

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-LIMIT_S = 60.0  # for one function on all ranks: beyond it the processes are told to print their stacks and end
+LIMIT_S = 60.0  # for one function on all ranks: beyond it the processes are reported to print their stacks and end
 
 
 class Killed:
@@ -53,8 +53,8 @@ class World:
             ready = wait(list(waiting), LIMIT_S)
             if not ready:
                 self.close()
-                told = "\n".join(each.args[0] for each in results.values() if isinstance(each, _FailedError))
-                raise TimeoutError(f"{function.__name__}: no answer from ranks {sorted(waiting.values())}\n{told}")
+                reported = "\n".join(each.args[0] for each in results.values() if isinstance(each, _FailedError))
+                raise TimeoutError(f"{function.__name__}: no answer from ranks {sorted(waiting.values())}\n{reported}")
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = waiting[connection]

@@ -65,7 +65,7 @@ async def test_a_fence_counts_as_held(faulty: FaultyStorage) -> None:
         assert len(ckpt.timeline.spans) == count
 
 
-async def test_a_failed_save_has_told_how_far_it_came(faulty: FaultyStorage) -> None:
+async def test_a_failed_save_reports_how_far_it_came(faulty: FaultyStorage) -> None:
     async with Checkpointer(storage=faulty) as checkpointer:
         gate = Gate("write")
         faulty.gate = gate
@@ -160,7 +160,7 @@ def test_every_rank_has_a_trace_of_its_own(world: World, tmp_path: Path) -> None
         assert any(event["name"] == "commit" for event in events)
 
 
-async def test_a_trace_that_cannot_be_written_is_told_with_its_path(faulty: FaultyStorage, tmp_path: Path) -> None:
+async def test_a_trace_that_cannot_be_written_is_reported_with_its_path(faulty: FaultyStorage, tmp_path: Path) -> None:
     async with Checkpointer(storage=faulty) as checkpointer:
         with pytest.raises(WriteError, match=r"no-such-folder/trace\.json"):
             checkpointer.write_trace(tmp_path / "no-such-folder" / "trace.json")
