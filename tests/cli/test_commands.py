@@ -166,11 +166,11 @@ def test_verify_finds_what_does_not_cover(tmp_path: Path, capsys: pytest.Capture
         for each in json.loads(run(capsys, "verify", tmp_path, "--json", status=1))["problems"]
     }
     assert "do not cover its shape exactly: (9,)" in problems["w"]
-    assert "does not say where its chunk at (0,) is stored" in problems["v"]
+    assert "has no storage location for its chunk at (0,)" in problems["v"]
     entry.chunks = [ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([9]))]
     (tmp_path / METADATA_NAME).write_bytes(pickle.dumps(metadata))
     assert "w: " in (text := run(capsys, "verify", tmp_path, status=1))
-    assert "holds 32 bytes, its shape and dtype ask for 36" in text
+    assert "holds 32 bytes, but its shape and dtype require 36" in text
 
 
 def test_diff_says_what_changed_and_by_how_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
