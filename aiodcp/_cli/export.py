@@ -14,7 +14,7 @@ from .._format.dcp import KeyPath, Metadata, TensorStorageMetadata
 from .._format.extension import containers_of
 from .._state.structure import int_keys_of, rebuild
 from ..errors import ArgumentError, WriteError
-from .reading import load, make_checkpointer, pieces, read
+from .reading import load, make_checkpointer, nbytes_of, pieces, read
 
 SHARD_NBYTES = 5_000_000_000
 """Of one file of safetensors at most, unless a tensor is larger. Source: Hugging Face's `save_pretrained`."""
@@ -102,7 +102,7 @@ def export_safetensors(
     except OSError as error:
         raise WriteError(out, f"cannot create the directory: {error.strerror}") from error
     weight_map: dict[str, str] = {}
-    nbytes = {fqn: entry.size.numel() * entry.properties.dtype.itemsize for fqn, entry in entries.items()}
+    nbytes = {fqn: nbytes_of(entry) for fqn, entry in entries.items()}
     total(sum(nbytes.values()))
     with make_checkpointer(checkpoint_id) as checkpointer:
         for name, fqns in zip(names, shards, strict=True):

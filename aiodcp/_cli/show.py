@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from math import prod
 from typing import Any
 
 import anyio
@@ -16,7 +15,7 @@ from ..errors import ArgumentError
 from ..storage.base import Storage
 from ..storage.error_mapping import read_errors
 from .locations import storage_of
-from .reading import name_of, read_from
+from .reading import name_of, nbytes_of, read_from
 from .text_tables import plural, size, table
 
 
@@ -72,8 +71,13 @@ def _describe(
     for chunk, (index, _) in zip(chunks, stored, strict=True):
         chunk["sizes"] = next((list(each.sizes) for each in entry.chunks if each.offsets == index.offset), None)
     dtype = entry.properties.dtype
-    nbytes = prod(entry.size) * dtype.itemsize
-    return {"fqn": fqn, "shape": list(entry.size), "dtype": name_of(dtype), "nbytes": nbytes, "chunks": chunks}
+    return {
+        "fqn": fqn,
+        "shape": list(entry.size),
+        "dtype": name_of(dtype),
+        "nbytes": nbytes_of(entry),
+        "chunks": chunks,
+    }
 
 
 async def _decode(storage: Storage, checkpoint_id: str, fqn: str, info: StorageInfo) -> Any:

@@ -46,7 +46,7 @@ def read_metadata(data: bytes, path: str) -> Metadata:
 
 
 def read_sealed(data: bytes, path: str) -> tuple[Metadata, Seal]:
-    """Return, besides, what stands behind the pickle.
+    """Return what it says, and the seal that stands behind the pickle.
 
     Raises:
         UnsafeError, CorruptError: see `read_metadata`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal, get_args
@@ -21,6 +21,9 @@ from ..storage.retry import Retry
 CheckpointId = str | os.PathLike[str]
 
 OnBusy = Literal["wait", "skip", "raise"]
+
+EncodeMetadata = Callable[[], Awaitable[Callable[[], bytes]]]
+"""Awaited before a save begins; it fails the save on all ranks, or returns what makes the custom metadata."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +127,16 @@ def check_custom_metadata(custom_metadata: Mapping[str, Any] | None) -> bytes:
         return encode_custom_metadata(custom_metadata)
     except (TypeError, ValueError) as error:
         raise ArgumentError("custom_metadata", f"cannot be written as JSON: {error}") from error
+
+
+def metadata_encoder(custom_metadata: Mapping[str, Any] | None) -> EncodeMetadata:
+    """Return what checks and encodes custom metadata once the save has begun: a mistake then fails all ranks."""
+
+    async def encode() -> Callable[[], bytes]:
+        encoded = check_custom_metadata(custom_metadata)
+        return lambda: encoded
+
+    return encode
 
 
 def digest_of(checkpoint_id: object) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from ..storage.base import Storage
 from ..storage.error_mapping import write_errors
 from ..storage.local import LocalStorage
 from ..storage.retry import Retry
-from .arguments import CheckpointId, OnBusy, Options, check_custom_metadata, default_copy_threads
+from .arguments import CheckpointId, OnBusy, Options, default_copy_threads, metadata_encoder
 from .checkpoint import Checkpoint
 from .optimizer_guard import Guard
 from .session import Session
@@ -189,11 +189,7 @@ class Checkpointer(SyncContext):
 
         Cancellation: while it waits for an earlier save, withdraws this one.
         """
-
-        async def encode() -> Callable[[], bytes]:
-            encoded = check_custom_metadata(custom_metadata)
-            return lambda: encoded
-
+        encode = metadata_encoder(custom_metadata)
         state = await self._session.saves.save(state_dict, checkpoint_id, encode, planner=planner, on_busy=on_busy)
         return None if state is None else Checkpoint(state)
 

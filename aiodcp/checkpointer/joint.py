@@ -27,11 +27,10 @@ from ..errors import (
     ParticipantError,
     SaveCancelled,
 )
-from .arguments import CheckpointId, check_custom_metadata, check_id
+from .arguments import CheckpointId, EncodeMetadata, check_id, metadata_encoder
 from .caller_loop import CHECK_INTERVAL_S, HandOver, LoopWatch
 from .checkpoint import Checkpoint, EarlierFailureError, SaveState
 from .checkpointer import Checkpointer, session_of
-from .save_calls import EncodeMetadata
 from .session import Session
 
 log: SafeLogger = SafeLogger(__name__)
@@ -347,11 +346,7 @@ async def joint_checkpoint(
     Cancellation: gives the checkpoint up, and waits until it has left nothing. Once the commit has begun it is
     finished instead.
     """
-
-    async def encode() -> Callable[[], bytes]:
-        encoded = check_custom_metadata(custom_metadata)
-        return lambda: encoded
-
+    encode = metadata_encoder(custom_metadata)
     async with joint_save(session_of(checkpointer), checkpoint_id, encode) as save:
         yield JointCheckpoint(save)
 

@@ -27,15 +27,12 @@ from .._state.tear_detector import TearDetector
 from .._telemetry.trace import Trace
 from ..errors import ArgumentError, BusyError, CheckpointError, ClosedError, SaveCancelled, SaveError, StageError
 from ..storage.retry import RetryingStorage
-from .arguments import CheckpointId, OnBusy, Options, check_id, check_on_busy, digest_of
+from .arguments import CheckpointId, EncodeMetadata, OnBusy, Options, check_id, check_on_busy, digest_of
 from .capture_call import captured_here
 from .checkpoint import EarlierFailureError, SaveState
 from .flows import Flows
 from .handshake import Handshake
 from .optimizer_guard import Guard, Guards
-
-EncodeMetadata = Callable[[], Awaitable[Callable[[], bytes]]]
-"""Awaited before a save begins; it fails the save on all ranks, or returns what makes the custom metadata."""
 
 
 class SaveCalls:
