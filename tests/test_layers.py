@@ -69,13 +69,15 @@ def _name(path: Path) -> str:
 
 FILES = {_name(path): path for path in PACKAGE.rglob("*.py")}
 
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
 
 def _imports(name: str) -> set[str]:
     """Return the files of ours that a file imports, each by its name."""
     path = FILES[name]
     package = path.relative_to(PACKAGE).parent.parts
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ImportFrom) and node.level:
             above = ".".join((*package[: len(package) - node.level + 1], *([node.module] if node.module else [])))
             for alias in node.names:
@@ -165,7 +167,7 @@ def _private_imports(tree: ast.Module) -> set[str]:
 
 
 def test_nobody_imports_a_private_name_of_another_file() -> None:
-    found = {name: _private_imports(ast.parse(path.read_text())) for name, path in FILES.items()}
+    found = {name: _private_imports(tree) for name, tree in TREES.items()}
     assert {name: names for name, names in found.items() if names} == PRIVATE_IMPORTS
 
 
@@ -181,7 +183,7 @@ def _reaches(tree: ast.Module) -> set[str]:
 
 
 def test_nobody_reaches_for_an_underscored_attribute_of_another_file() -> None:
-    found = {name: _reaches(ast.parse(path.read_text())) for name, path in FILES.items()}
+    found = {name: _reaches(tree) for name, tree in TREES.items()}
     assert {name: used for name, used in found.items() if used} == PRIVATE
 
 
@@ -195,8 +197,8 @@ ONLY_IN = {
 
 @pytest.mark.parametrize("module", ONLY_IN)
 def test_what_few_may_know_nobody_else_imports(module: str) -> None:
-    for name, path in FILES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
                 if module in {each.split(".")[0] for each in names} and not (
@@ -219,7 +221,7 @@ def test_no_file_and_no_function_is_too_long() -> None:
     for name, path in FILES.items():
         text = path.read_text()
         assert len(text.splitlines()) <= LINES, name
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(TREES[name]):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
                 docstring = ast.get_docstring(node, clean=False) or ""
