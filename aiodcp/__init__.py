@@ -148,7 +148,7 @@ if not TYPE_CHECKING:  # a type checker is to know the names above, and no other
     def __getattr__(name: str) -> Any:
         if name in _LAZY:
             value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
-        elif name in ("checkpointer", "storage"):
+        elif name in ("checkpointer", "storage", "testing"):
             value = import_module(f".{name}", __name__)
         elif name == "__version__":
             from importlib.metadata import version
@@ -165,4 +165,4 @@ if "torch" in sys.modules:  # it will be needed, and half a second of imports ho
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", "checkpointer", "errors", "manager", "storage"]
+    return [*__all__, "__version__", "checkpointer", "errors", "manager", "storage", "testing"]
