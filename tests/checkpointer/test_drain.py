@@ -32,7 +32,7 @@ from aiodcp.checkpointer.checkpointer import session_of
 from aiodcp.storage import Writer
 from aiodcp.testing import FaultyStorage, Gate
 
-from ..support.ranks import World
+from ..support.ranks import rank_test
 from ..support.states import make_state
 
 STATE = {"w": torch.arange(10.0)}
@@ -299,26 +299,20 @@ async def test_blocking_on_what_this_loop_must_do_is_refused() -> None:
             part.staged.wait()
 
 
-def _refusals_of_ranks(rank: int, size: int, folder: Path) -> None:
-    async def main() -> None:
-        async with CheckpointManager(folder) as manager:
-            await (await manager.save(1, {"w": torch.ones(3)}))
-            async with manager.checkpoint(2) as joint:
-                later, after = joint.add("later", lambda: STATE), joint.add("after", STATE)
-                with pytest.raises(DeadlockError, match="cannot load on several ranks"):
-                    await manager.checkpointer.load({"w": torch.zeros(3)}, manager.path(1))
-                with pytest.raises(DeadlockError, match="list steps"):
-                    await manager.refresh()
-                for part in (later, after):  # ranks keep to the order
-                    with pytest.raises(DeadlockError, match="'later'"):
-                        await part.staged
-            assert manager.steps() == [1, 2]
-
-    asyncio.run(main())
-
-
-def test_ranks_that_would_wait_for_their_own_block_are_refused(world: World, tmp_path: Path) -> None:
-    world.run(2, _refusals_of_ranks, tmp_path)
+@rank_test(2)
+async def test_ranks_that_would_wait_for_their_own_block_are_refused(rank: int, size: int, folder: Path) -> None:
+    async with CheckpointManager(folder) as manager:
+        await (await manager.save(1, {"w": torch.ones(3)}))
+        async with manager.checkpoint(2) as joint:
+            later, after = joint.add("later", lambda: STATE), joint.add("after", STATE)
+            with pytest.raises(DeadlockError, match="cannot load on several ranks"):
+                await manager.checkpointer.load({"w": torch.zeros(3)}, manager.path(1))
+            with pytest.raises(DeadlockError, match="list steps"):
+                await manager.refresh()
+            for part in (later, after):  # ranks keep to the order
+                with pytest.raises(DeadlockError, match="'later'"):
+                    await part.staged
+        assert manager.steps() == [1, 2]
 
 
 async def test_a_task_that_awaits_preemption_is_let_go_when_the_manager_is_left(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from aiodcp._save.staging import Staging
 from aiodcp.testing import Gate
 
 from ..support.broken_files import BrokenFiles
-from ..support.ranks import Killed, World
+from ..support.ranks import Killed, World, rank_test
 from ..support.states import assert_equal, blank, make_state
 
 
@@ -121,101 +121,85 @@ async def _save_with(fault: str, checkpointer: Checkpointer, storage: BrokenFile
             storage.fault = lambda call: None
 
 
-def _fail_on(rank: int, size: int, folder: Path) -> None:
-    async def main() -> None:
-        storage = BrokenFiles()
-        state = {"w": torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), "v": torch.zeros(5), "n": 1}
-        async with Checkpointer(storage=storage) as checkpointer:
-            for number, (fault, (phase, kind, text)) in enumerate(FAULTS.items()):
-                path = folder / fault
-                await (await checkpointer.save({"app": Stateful(state, None)}, path)).uploaded
-                dist.barrier()
-                before = sorted(os.listdir(path))
-                failing = {1, 2} if fault == "write" else {0} if fault == "metadata" else {number % size}
-                changed = state | ({"new": torch.zeros(2)} if fault == "plan" else {})
-                began = time.monotonic()
-                with pytest.raises(CheckpointError) as caught:
-                    await _save_with(fault if rank in failing else "", checkpointer, storage, changed, path)
-                assert time.monotonic() - began < 10
-                error = caught.value
-                if isinstance(error, RankError):
-                    assert error.phase == phase
-                    assert {each.rank for each in error.failures} == failing, fault
-                    assert {each.kind for each in error.failures} == {kind}
-                    assert all(text in each.text and "Traceback" in each.traceback for each in error.failures)
-                    assert not error.missing
-                    assert all(f"rank {each}" in str(error) and text in str(error) for each in failing)
-                    assert (error.__cause__ is not None) == (rank in failing), (fault, error.__cause__)
-                else:
-                    assert rank in failing
-                    assert type(error).__name__ == kind
-                dist.barrier()
-                assert sorted(os.listdir(path)) == before, fault
-                await (await checkpointer.save({"app": Stateful(state, None)}, path)).uploaded
-                target = Stateful(blank(state), None)
-                await checkpointer.load({"app": target}, path)
-                assert_equal(state, target.state)
-
-    asyncio.run(main())
-
-
-def test_an_error_on_one_rank_in_any_phase_is_reported_on_all_and_nothing_is_committed(
-    world: World, tmp_path: Path
+@rank_test(3)
+async def test_an_error_on_one_rank_in_any_phase_is_reported_on_all_and_nothing_is_committed(
+    rank: int, size: int, folder: Path
 ) -> None:
-    world.run(3, _fail_on, tmp_path)
+    storage = BrokenFiles()
+    state = {"w": torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), "v": torch.zeros(5), "n": 1}
+    async with Checkpointer(storage=storage) as checkpointer:
+        for number, (fault, (phase, kind, text)) in enumerate(FAULTS.items()):
+            path = folder / fault
+            await (await checkpointer.save({"app": Stateful(state, None)}, path)).uploaded
+            dist.barrier()
+            before = sorted(os.listdir(path))
+            failing = {1, 2} if fault == "write" else {0} if fault == "metadata" else {number % size}
+            changed = state | ({"new": torch.zeros(2)} if fault == "plan" else {})
+            began = time.monotonic()
+            with pytest.raises(CheckpointError) as caught:
+                await _save_with(fault if rank in failing else "", checkpointer, storage, changed, path)
+            assert time.monotonic() - began < 10
+            error = caught.value
+            if isinstance(error, RankError):
+                assert error.phase == phase
+                assert {each.rank for each in error.failures} == failing, fault
+                assert {each.kind for each in error.failures} == {kind}
+                assert all(text in each.text and "Traceback" in each.traceback for each in error.failures)
+                assert not error.missing
+                assert all(f"rank {each}" in str(error) and text in str(error) for each in failing)
+                assert (error.__cause__ is not None) == (rank in failing), (fault, error.__cause__)
+            else:
+                assert rank in failing
+                assert type(error).__name__ == kind
+            dist.barrier()
+            assert sorted(os.listdir(path)) == before, fault
+            await (await checkpointer.save({"app": Stateful(state, None)}, path)).uploaded
+            target = Stateful(blank(state), None)
+            await checkpointer.load({"app": target}, path)
+            assert_equal(state, target.state)
 
 
-def _stop_early(rank: int, size: int, path: Path) -> None:
-    async def main() -> None:
-        storage = BrokenFiles()
-        gate = Gate("write")
-        if rank == 1:
-            storage.fault = _no_space
-        else:
-            storage.fault = gate  # never opened: only being stopped ends it
-        state = {f"w{n}": torch.ones(1000) for n in range(size)}
-        async with Checkpointer(storage=storage) as checkpointer:
-            with pytest.raises(RankError, match="rank 1: WriteError"):
-                await (await checkpointer.save(state, path)).uploaded
-            storage.fault = lambda call: None
+@rank_test(3)
+async def test_a_failure_stops_the_writing_of_the_others(rank: int, size: int, tmp_path: Path) -> None:
+    path = tmp_path / "ckpt"
+    storage = BrokenFiles()
+    gate = Gate("write")
+    if rank == 1:
+        storage.fault = _no_space
+    else:
+        storage.fault = gate  # never opened: only being stopped ends it
+    state = {f"w{n}": torch.ones(1000) for n in range(size)}
+    async with Checkpointer(storage=storage) as checkpointer:
+        with pytest.raises(RankError, match="rank 1: WriteError"):
             await (await checkpointer.save(state, path)).uploaded
-
-    asyncio.run(main())
-
-
-def test_a_failure_stops_the_writing_of_the_others(world: World, tmp_path: Path) -> None:
-    world.run(3, _stop_early, tmp_path / "ckpt")
+        storage.fault = lambda call: None
+        await (await checkpointer.save(state, path)).uploaded
 
 
-def _miss_the_deadline(rank: int, size: int, path: Path) -> None:
-    async def main() -> None:
-        storage = BrokenFiles()
-        state = {f"w{n}": torch.ones(1000) for n in range(size)}
-        async with Checkpointer(storage=storage, timeout=1.5) as checkpointer:
-            await (await checkpointer.save(state, path)).uploaded
-            stuck = threading.Event()
-            if rank == 1:  # in a thread that cannot be interrupted, as a hung file system holds one
-                storage.fault = lambda call: asyncio.to_thread(stuck.wait, 30) if call == "write" else None
-            ckpt = await checkpointer.save(state, path)
-            with pytest.raises(RankError) as caught:
-                await ckpt.uploaded
-            assert caught.value.missing == (1,)
-            assert caught.value.phase == "write"
-            assert not stuck.is_set()
-            stuck.set()
-            storage.fault = lambda call: None
-            await (await checkpointer.save(state, path)).uploaded
-            target = blank(state)
-            await checkpointer.load(target, path)
-            assert_equal(state, target)
-
-    asyncio.run(main())
-
-
-def test_at_the_deadline_the_rank_that_is_not_done_is_named_and_the_next_save_works(
-    world: World, tmp_path: Path
+@rank_test(3)
+async def test_at_the_deadline_the_rank_that_is_not_done_is_named_and_the_next_save_works(
+    rank: int, size: int, tmp_path: Path
 ) -> None:
-    world.run(3, _miss_the_deadline, tmp_path / "ckpt")
+    path = tmp_path / "ckpt"
+    storage = BrokenFiles()
+    state = {f"w{n}": torch.ones(1000) for n in range(size)}
+    async with Checkpointer(storage=storage, timeout=1.5) as checkpointer:
+        await (await checkpointer.save(state, path)).uploaded
+        stuck = threading.Event()
+        if rank == 1:  # in a thread that cannot be interrupted, as a hung file system holds one
+            storage.fault = lambda call: asyncio.to_thread(stuck.wait, 30) if call == "write" else None
+        ckpt = await checkpointer.save(state, path)
+        with pytest.raises(RankError) as caught:
+            await ckpt.uploaded
+        assert caught.value.missing == (1,)
+        assert caught.value.phase == "write"
+        assert not stuck.is_set()
+        stuck.set()
+        storage.fault = lambda call: None
+        await (await checkpointer.save(state, path)).uploaded
+        target = blank(state)
+        await checkpointer.load(target, path)
+        assert_equal(state, target)
 
 
 def _come_late(rank: int, size: int, path: Path, late: int) -> None:

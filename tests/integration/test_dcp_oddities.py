@@ -30,7 +30,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from aiodcp import Checkpointer, FormatError, MemoryStorage, NotACheckpointError, PerRank
 
-from ..support.ranks import World
+from ..support.ranks import World, rank_test
 from ..support.states import assert_equal, blank, make_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -160,7 +160,9 @@ def _round_trip(checkpointer: Checkpointer, path: Path, state: dict[str, Any], t
     checkpointer.load_sync(target, path)
 
 
-def _parts_of_other_kinds(rank: int, size: int, folder: Path) -> None:
+@rank_test(2)
+def test_parts_of_other_kinds_than_plain_tensors_round_trip(rank: int, size: int, tmp_path: Path) -> None:
+    folder = tmp_path / "ckpt"
     mesh = init_device_mesh("cpu", (size,))
 
     def rows(value: float) -> DTensor:
@@ -191,10 +193,6 @@ def _parts_of_other_kinds(rank: int, size: int, folder: Path) -> None:
                 rank + 10.0 + value for rank in range(size) for value in (0.0, 0.5, 0.5)
             ]
         dist.barrier()
-
-
-def test_parts_of_other_kinds_than_plain_tensors_round_trip(world: World, tmp_path: Path) -> None:
-    world.run(2, _parts_of_other_kinds, tmp_path / "ckpt")
 
 
 def _holding_nothing(rank: int, size: int, folder: Path) -> list[str]:
@@ -304,7 +302,10 @@ class _Position:
         self.at = state["at"]
 
 
-def _on_more_ranks(rank: int, size: int, folder: Path) -> None:
+@rank_test(3)
+def test_a_rank_that_is_new_has_a_choice(rank: int, size: int, tmp_path: Path) -> None:
+    folder = tmp_path / "ckpt"
+
     def state(at: int, new_rank: Any) -> dict[str, Any]:
         return {
             "w": torch.zeros(2),
@@ -337,11 +338,8 @@ def _on_more_ranks(rank: int, size: int, folder: Path) -> None:
             checkpointer.load_sync(state(0, "keep") | {"not_there": 1}, folder)
 
 
-def test_a_rank_that_is_new_has_a_choice(world: World, tmp_path: Path) -> None:
-    world.run(3, _on_more_ranks, tmp_path / "ckpt")
-
-
-def _wrapped_and_fresh(rank: int, size: int, folder: Path) -> None:
+@rank_test(2)
+def test_wrappers_leave_no_trace_and_fresh_moments_are_shards(rank: int, size: int, folder: Path) -> None:
     """Data-parallel wrappers leave no trace; a fresh optimizer's moments are shards, also inside an object."""
     torch.manual_seed(0)
     plain = nn.Linear(4, 4)
@@ -383,7 +381,3 @@ def _wrapped_and_fresh(rank: int, size: int, folder: Path) -> None:
             stored = app.parts["optim"].state[app.model.weight]["exp_avg"]
             assert torch.equal(moment.to_local(), stored.to_local())
         fresh.step()
-
-
-def test_wrappers_leave_no_trace_and_fresh_moments_are_shards(world: World, tmp_path: Path) -> None:
-    world.run(2, _wrapped_and_fresh, tmp_path)

@@ -18,7 +18,7 @@ from aiodcp import Checkpointer, CheckpointError, PerRank, RankError, SaveCancel
 from aiodcp._distributed.channel import Channel, ChannelBrokenError
 
 from ..support.broken_files import BrokenFiles
-from ..support.ranks import World
+from ..support.ranks import World, rank_test
 
 
 def _state(rank: int, step: int) -> dict[str, Any]:
@@ -42,46 +42,42 @@ async def _save_in_step(checkpointer: Checkpointer, rank: int, size: int, path: 
     assert await _steps(checkpointer, path, size) == {103.0}
 
 
-def _load_errors(rank: int, size: int, folder: Path) -> None:
-    """Whatever a load raises on one rank, of whatever kind, all ranks hear of it in the same call."""
-
-    async def main() -> None:
-        async with Checkpointer(timeout=20) as checkpointer:
-            await (await checkpointer.save(_state(rank, 1), folder / "latest"))
-            endless: dict[str, Any] = {}
-            endless["again"] = endless
-            unprintable: dict[Any, Any] = {Unprintable(): torch.zeros(1)}
-            for wrong in (endless, unprintable):
-                with pytest.raises(RankError, match="rank 1: "):
-                    await checkpointer.load(wrong if rank else _state(rank, 0), folder / "latest", strict=False)
-            with pytest.raises(RankError, match="planner: passed on some ranks"):
-                await checkpointer.load(
-                    _state(rank, 0), folder / "latest", strict=False, planner=DefaultLoadPlanner() if rank else None
-                )
-            for planner in (None, DefaultSavePlanner()):
-                with pytest.raises(RankError, match="planner: passed on some ranks"):
-                    other = None if planner else DefaultSavePlanner()
-                    await (
-                        await checkpointer.save(
-                            _state(rank, 7) | {"n": 1}, folder / "p", planner=planner if rank else other
-                        )
-                    )
-            assert await _steps(checkpointer, folder / "latest", size) == {1.0}
-            await _save_in_step(checkpointer, rank, size, folder / "latest")
-
-    asyncio.run(main())
-
-
 class Unprintable:
     def __str__(self) -> str:
         raise ZeroDivisionError
 
 
-def test_errors_of_any_kind_and_planners_on_one_rank_only_are_reported_on_all(world: World, tmp_path: Path) -> None:
-    world.run(2, _load_errors, tmp_path)
+@rank_test(2)
+async def test_errors_of_any_kind_and_planners_on_one_rank_only_are_reported_on_all(
+    rank: int, size: int, folder: Path
+) -> None:
+    """Whatever a load raises on one rank, of whatever kind, all ranks hear of it in the same call."""
+    async with Checkpointer(timeout=20) as checkpointer:
+        await (await checkpointer.save(_state(rank, 1), folder / "latest"))
+        endless: dict[str, Any] = {}
+        endless["again"] = endless
+        unprintable: dict[Any, Any] = {Unprintable(): torch.zeros(1)}
+        for wrong in (endless, unprintable):
+            with pytest.raises(RankError, match="rank 1: "):
+                await checkpointer.load(wrong if rank else _state(rank, 0), folder / "latest", strict=False)
+        with pytest.raises(RankError, match="planner: passed on some ranks"):
+            await checkpointer.load(
+                _state(rank, 0), folder / "latest", strict=False, planner=DefaultLoadPlanner() if rank else None
+            )
+        for planner in (None, DefaultSavePlanner()):
+            with pytest.raises(RankError, match="planner: passed on some ranks"):
+                other = None if planner else DefaultSavePlanner()
+                await (
+                    await checkpointer.save(
+                        _state(rank, 7) | {"n": 1}, folder / "p", planner=planner if rank else other
+                    )
+                )
+        assert await _steps(checkpointer, folder / "latest", size) == {1.0}
+        await _save_in_step(checkpointer, rank, size, folder / "latest")
 
 
-def _skip_and_fail(rank: int, size: int, folder: Path) -> None:
+@rank_test(2)
+def test_skips_and_failures_leave_no_rank_behind(rank: int, size: int, folder: Path) -> None:
     """Fire and forget, with skips that meet failures at different moments on different ranks."""
 
     async def main() -> None:
@@ -111,130 +107,103 @@ def _skip_and_fail(rank: int, size: int, folder: Path) -> None:
         assert "now and then" in str(error)  # noqa: PT017 - it need not be raised
 
 
-def test_skips_and_failures_leave_no_rank_behind(world: World, tmp_path: Path) -> None:
-    world.run(2, _skip_and_fail, tmp_path)
-
-
-def _late_commit(rank: int, size: int, path: Path) -> None:
-    """The coordinator's commit hangs beyond the deadline, and then takes place after all."""
-
-    async def main() -> None:
-        storage = BrokenFiles()
-        async with Checkpointer(storage=storage, timeout=1.0) as checkpointer:
-            await (await checkpointer.save(_state(rank, 1), path))
-            stuck = threading.Event()
-            storage.fault = lambda call: asyncio.to_thread(stuck.wait, 30) if call == "put" else None
-            with pytest.raises(RankError) as caught:
-                await (await checkpointer.save(_state(rank, 2), path))
-            assert caught.value.missing == (0,)
-            dist.barrier()
-            stuck.set()
-            storage.fault = lambda call: None
-        dist.barrier()  # the block is left when the commit is over
-        async with Checkpointer() as checkpointer:
-            assert await _steps(checkpointer, path, size) == {2.0}
-
-    asyncio.run(main())
-
-
-def test_a_commit_that_takes_place_after_the_deadline_finds_all_its_data(world: World, tmp_path: Path) -> None:
-    world.run(2, _late_commit, tmp_path / "ckpt")
-
-
-def _two_at_one_place(rank: int, size: int, path: Path) -> None:
-    async def main() -> None:
-        storage = BrokenFiles()
-        written = threading.Event()
-
-        async def hold() -> None:
-            await asyncio.to_thread(written.wait, 30)
-
-        async with Checkpointer() as one, Checkpointer(storage=storage) as other:
-            storage.fault = lambda call: hold() if call == "sync" and rank == 0 else None
-            slow = await other.save(_state(rank, 2), path)
-            while rank == 1 and not list(path.glob("__1_*")):
-                await asyncio.sleep(0.01)
-            dist.barrier()
-            await (await one.save(_state(rank, 1), path))
-            async with Checkpointer(no_dist=True):
-                pass
-            dist.barrier()
-            written.set()
-            await slow
-            assert await _steps(other, path, size) == {2.0}
-
-    asyncio.run(main())
-
-
-def test_two_checkpointers_of_several_ranks_at_one_place_leave_each_others_files_alone(
-    world: World, tmp_path: Path
+@rank_test(2)
+async def test_a_commit_that_takes_place_after_the_deadline_finds_all_its_data(
+    rank: int, size: int, tmp_path: Path
 ) -> None:
-    world.run(2, _two_at_one_place, tmp_path / "ckpt")
+    """The coordinator's commit hangs beyond the deadline, and then takes place after all."""
+    path = tmp_path / "ckpt"
+    storage = BrokenFiles()
+    async with Checkpointer(storage=storage, timeout=1.0) as checkpointer:
+        await (await checkpointer.save(_state(rank, 1), path))
+        stuck = threading.Event()
+        storage.fault = lambda call: asyncio.to_thread(stuck.wait, 30) if call == "put" else None
+        with pytest.raises(RankError) as caught:
+            await (await checkpointer.save(_state(rank, 2), path))
+        assert caught.value.missing == (0,)
+        dist.barrier()
+        stuck.set()
+        storage.fault = lambda call: None
+    dist.barrier()  # the block is left when the commit is over
+    async with Checkpointer() as checkpointer:
+        assert await _steps(checkpointer, path, size) == {2.0}
 
 
-def _cancel_when_done(rank: int, size: int, folder: Path) -> None:
-    async def main() -> None:
-        storage = BrokenFiles()
-        written = threading.Event()
-        if rank == 0:
-            storage.fault = lambda call: asyncio.to_thread(written.wait, 1) if call == "sync" else None
-        async with Checkpointer(storage=storage) as checkpointer:
-            ckpt = await checkpointer.save(_state(rank, 1), folder / "ckpt")
-            if rank == 1:
-                while ckpt.progress.bytes_written < ckpt.progress.bytes_total or not ckpt.progress.bytes_total:
-                    await asyncio.sleep(0.01)
-                ckpt.cancel()  # this rank's part is done, the save is not
-                with pytest.raises(SaveCancelled):
-                    await ckpt
-            else:
-                with pytest.raises(RankError, match="rank 1: SaveCancelled"):
-                    await ckpt
-            assert not list(folder.glob("ckpt/.metadata"))
+@rank_test(2)
+async def test_two_checkpointers_of_several_ranks_at_one_place_leave_each_others_files_alone(
+    rank: int, size: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "ckpt"
+    storage = BrokenFiles()
+    written = threading.Event()
 
-    asyncio.run(main())
+    async def hold() -> None:
+        await asyncio.to_thread(written.wait, 30)
+
+    async with Checkpointer() as one, Checkpointer(storage=storage) as other:
+        storage.fault = lambda call: hold() if call == "sync" and rank == 0 else None
+        slow = await other.save(_state(rank, 2), path)
+        while rank == 1 and not list(path.glob("__1_*")):
+            await asyncio.sleep(0.01)
+        dist.barrier()
+        await (await one.save(_state(rank, 1), path))
+        async with Checkpointer(no_dist=True):
+            pass
+        dist.barrier()
+        written.set()
+        await slow
+        assert await _steps(other, path, size) == {2.0}
 
 
-def test_a_rank_that_is_done_can_still_cancel(world: World, tmp_path: Path) -> None:
-    world.run(2, _cancel_when_done, tmp_path)
-
-
-def _refuse_value(rank: int, size: int, path: Path) -> None:
-    async def main() -> None:
-        async with Checkpointer() as checkpointer:
-            state = {"w": torch.ones(3), "own": PerRank(Opaque() if rank else 1)}
-            await (await checkpointer.save(state, path))
-            target: dict[str, Any] = {"w": torch.zeros(3), "own": PerRank(None)}
-            with pytest.raises(RankError, match="rank 1: UnsafeError"):
-                await checkpointer.load(target, path)
-            assert not target["w"].any()
-
-    asyncio.run(main())
+@rank_test(2)
+async def test_a_rank_that_is_done_can_still_cancel(rank: int, size: int, folder: Path) -> None:
+    storage = BrokenFiles()
+    written = threading.Event()
+    if rank == 0:
+        storage.fault = lambda call: asyncio.to_thread(written.wait, 1) if call == "sync" else None
+    async with Checkpointer(storage=storage) as checkpointer:
+        ckpt = await checkpointer.save(_state(rank, 1), folder / "ckpt")
+        if rank == 1:
+            while ckpt.progress.bytes_written < ckpt.progress.bytes_total or not ckpt.progress.bytes_total:
+                await asyncio.sleep(0.01)
+            ckpt.cancel()  # this rank's part is done, the save is not
+            with pytest.raises(SaveCancelled):
+                await ckpt
+        else:
+            with pytest.raises(RankError, match="rank 1: SaveCancelled"):
+                await ckpt
+        assert not list(folder.glob("ckpt/.metadata"))
 
 
 class Opaque:
     pass
 
 
-def test_a_value_that_is_refused_on_one_rank_leaves_the_tensors_of_all_alone(world: World, tmp_path: Path) -> None:
-    world.run(2, _refuse_value, tmp_path / "ckpt")
+@rank_test(2)
+async def test_a_value_that_is_refused_on_one_rank_leaves_the_tensors_of_all_alone(
+    rank: int, size: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "ckpt"
+    async with Checkpointer() as checkpointer:
+        state = {"w": torch.ones(3), "own": PerRank(Opaque() if rank else 1)}
+        await (await checkpointer.save(state, path))
+        target: dict[str, Any] = {"w": torch.zeros(3), "own": PerRank(None)}
+        with pytest.raises(RankError, match="rank 1: UnsafeError"):
+            await checkpointer.load(target, path)
+        assert not target["w"].any()
 
 
-def _open_alone(rank: int, size: int, path: Path) -> None:
-    async def main() -> None:
-        if rank == 0:
-            began = time.monotonic()
-            with pytest.raises(RankError, match=r"missing.*rank 1"):
-                await Checkpointer(timeout=0.5).__aenter__()
-            assert time.monotonic() - began < 15
-        dist.barrier()
-        async with Checkpointer(timeout=20) as checkpointer:
-            await (await checkpointer.save(_state(rank, 1), path))
-
-    asyncio.run(main())
-
-
-def test_after_one_rank_failed_to_open_alone_all_open_together(world: World, tmp_path: Path) -> None:
-    world.run(2, _open_alone, tmp_path / "ckpt")
+@rank_test(2)
+async def test_after_one_rank_failed_to_open_alone_all_open_together(rank: int, size: int, tmp_path: Path) -> None:
+    path = tmp_path / "ckpt"
+    if rank == 0:
+        began = time.monotonic()
+        with pytest.raises(RankError, match=r"missing.*rank 1"):
+            await Checkpointer(timeout=0.5).__aenter__()
+        assert time.monotonic() - began < 15
+    dist.barrier()
+    async with Checkpointer(timeout=20) as checkpointer:
+        await (await checkpointer.save(_state(rank, 1), path))
 
 
 def _fire_and_forget(rank: int, size: int, folder: Path) -> list[str]:

@@ -32,7 +32,7 @@ from aiodcp.checkpointer.checkpointer import session_of
 from aiodcp.testing import Gate
 
 from ..support.broken_files import BrokenFiles
-from ..support.ranks import World
+from ..support.ranks import World, rank_test
 from ..support.states import assert_equal, blank
 
 
@@ -166,33 +166,29 @@ def test_a_change_of_structure_on_one_rank_makes_all_plan_anew(world: World, tmp
         assert plans == [1, 0, 1, 0, 0, 0, *[1, 0] * 6]
 
 
-def _train_meanwhile(rank: int, size: int, folder: Path) -> None:
-    async def main() -> None:
-        groups = len(dist.distributed_c10d._world.pg_map)
-        threads = set(threading.enumerate())
-        states = [{f"w{n}": torch.full((2000,), float(k)) for n in range(8)} for k in range(2)]
-        async with Checkpointer() as one, Checkpointer() as other:
-            for step in range(25):
-                saves = [await one.save(states[0], folder / "0"), await other.save(states[1], folder / "1")]
-                for turn in range(10):
-                    total = torch.tensor([float(rank + step * turn)])
-                    dist.all_reduce(total)
-                    assert total[0] == sum(range(size)) + size * step * turn
-                    await asyncio.sleep(0)
-                for ckpt in saves:
-                    await ckpt
-            assert len(dist.distributed_c10d._world.pg_map) == groups
-            for k, each in enumerate((other, one)):
-                target = blank(states[k])
-                await each.load(target, folder / str(k))
-                assert_equal(states[k], target)
-        assert set(threading.enumerate()) == threads
-
-    asyncio.run(main())
-
-
-def test_training_collectives_run_throughout_fifty_saves_of_two_checkpointers(world: World, tmp_path: Path) -> None:
-    world.run(2, _train_meanwhile, tmp_path)
+@rank_test(2)
+async def test_training_collectives_run_throughout_fifty_saves_of_two_checkpointers(
+    rank: int, size: int, folder: Path
+) -> None:
+    groups = len(dist.distributed_c10d._world.pg_map)
+    threads = set(threading.enumerate())
+    states = [{f"w{n}": torch.full((2000,), float(k)) for n in range(8)} for k in range(2)]
+    async with Checkpointer() as one, Checkpointer() as other:
+        for step in range(25):
+            saves = [await one.save(states[0], folder / "0"), await other.save(states[1], folder / "1")]
+            for turn in range(10):
+                total = torch.tensor([float(rank + step * turn)])
+                dist.all_reduce(total)
+                assert total[0] == sum(range(size)) + size * step * turn
+                await asyncio.sleep(0)
+            for ckpt in saves:
+                await ckpt
+        assert len(dist.distributed_c10d._world.pg_map) == groups
+        for k, each in enumerate((other, one)):
+            target = blank(states[k])
+            await each.load(target, folder / str(k))
+            assert_equal(states[k], target)
+    assert set(threading.enumerate()) == threads
 
 
 def _per_rank(rank: int, size: int, path: Path, caplog_path: Path) -> None:
@@ -343,75 +339,64 @@ def test_a_process_group_a_coordinator_and_no_dist(world: World, tmp_path: Path)
         assert len(os.listdir(tmp_path / name)) == files
 
 
-def _mistakes(rank: int, size: int, folder: Path) -> None:
-    async def main() -> None:
-        mesh = init_device_mesh("cpu", (size,))
-        whole = {"w": torch.ones(4)}
+@rank_test(2)
+async def test_mistakes_are_refused_by_name_on_all_ranks(rank: int, size: int, folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+    whole = {"w": torch.ones(4)}
 
-        async def refused(state: dict[str, Any], path: Path, match: str) -> None:
-            with pytest.raises((RankError, CaptureError), match=match):
-                await (await checkpointer.save(state, path))
+    async def refused(state: dict[str, Any], path: Path, match: str) -> None:
+        with pytest.raises((RankError, CaptureError), match=match):
+            await (await checkpointer.save(state, path))
 
-        async with Checkpointer() as checkpointer:
-            await refused(whole, folder / f"own-{rank}", "different checkpoints")
-            await refused({"w": torch.ones(4 + rank)}, folder / "a", r"w: rank 0 has .*\(4,\).*rank 1 has .*\(5,\)")
-            await refused({"w": torch.ones(4) if rank else 1}, folder / "a", "w: rank 0 has no tensor")
-            await refused({"w": DTensor.from_local(torch.ones(4), mesh, [Partial()])}, folder / "a", "redistribute")
-            hole = DTensor.from_local(torch.ones(2), mesh, [Shard(0)], shape=torch.Size([9]), stride=(1,))
-            await refused({"w": hole}, folder / "a", "its placements imply")
-            assert not list(folder.iterdir())
-            await (await checkpointer.save(whole, folder / "good"))
-            with pytest.raises(RankError, match="different checkpoints"):
-                await checkpointer.load(whole, folder / ("good" if rank else "bad"))
-            with pytest.raises(NotACheckpointError, match="bad"):
-                await checkpointer.load(whole, folder / "bad")
-            with pytest.raises(RankError, match="rank 1: MismatchError"):
-                target = {"w": torch.zeros(4 + rank)}
-                await checkpointer.load(target, folder / "good")
-            assert not target["w"].any()  # of no rank was anything changed
-            with pytest.raises(RankError, match="out of step"):
-                if rank:
-                    await checkpointer.load(whole, folder / "good")
-                else:
-                    await (await checkpointer.save(whole, folder / "good"))
-            await checkpointer.load(whole, folder / "good")
-
-    asyncio.run(main())
-
-
-def test_mistakes_are_refused_by_name_on_all_ranks(world: World, tmp_path: Path) -> None:
-    world.run(2, _mistakes, tmp_path)
-
-
-def _cancel(rank: int, size: int, folder: Path) -> None:
-    async def main() -> None:
-        storage = BrokenFiles()
-        gate = Gate("write")
-        storage.fault = gate
-        state = {f"w{n}": torch.ones(100) for n in range(size)}
-        async with Checkpointer(storage=storage) as checkpointer:
-            ckpt = await checkpointer.save(state, folder / "ckpt")
-            if rank == 1:
-                await gate.wait_reached()
-                ckpt.cancel()
-                with pytest.raises(SaveCancelled):
-                    await ckpt
+    async with Checkpointer() as checkpointer:
+        await refused(whole, folder / f"own-{rank}", "different checkpoints")
+        await refused({"w": torch.ones(4 + rank)}, folder / "a", r"w: rank 0 has .*\(4,\).*rank 1 has .*\(5,\)")
+        await refused({"w": torch.ones(4) if rank else 1}, folder / "a", "w: rank 0 has no tensor")
+        await refused({"w": DTensor.from_local(torch.ones(4), mesh, [Partial()])}, folder / "a", "redistribute")
+        hole = DTensor.from_local(torch.ones(2), mesh, [Shard(0)], shape=torch.Size([9]), stride=(1,))
+        await refused({"w": hole}, folder / "a", "its placements imply")
+        assert not list(folder.iterdir())
+        await (await checkpointer.save(whole, folder / "good"))
+        with pytest.raises(RankError, match="different checkpoints"):
+            await checkpointer.load(whole, folder / ("good" if rank else "bad"))
+        with pytest.raises(NotACheckpointError, match="bad"):
+            await checkpointer.load(whole, folder / "bad")
+        with pytest.raises(RankError, match="rank 1: MismatchError"):
+            target = {"w": torch.zeros(4 + rank)}
+            await checkpointer.load(target, folder / "good")
+        assert not target["w"].any()  # of no rank was anything changed
+        with pytest.raises(RankError, match="out of step"):
+            if rank:
+                await checkpointer.load(whole, folder / "good")
             else:
-                with pytest.raises(RankError, match="rank 1: SaveCancelled"):
-                    await ckpt
-            dist.barrier()
-            assert not (folder / "ckpt").exists()
-            storage.fault = lambda call: None
-            await (await checkpointer.save(state, folder / "ckpt"))
-
-    asyncio.run(main())
+                await (await checkpointer.save(whole, folder / "good"))
+        await checkpointer.load(whole, folder / "good")
 
 
-def test_who_cancels_cancels_for_all(world: World, tmp_path: Path) -> None:
-    world.run(3, _cancel, tmp_path)
+@rank_test(3)
+async def test_who_cancels_cancels_for_all(rank: int, size: int, folder: Path) -> None:
+    storage = BrokenFiles()
+    gate = Gate("write")
+    storage.fault = gate
+    state = {f"w{n}": torch.ones(100) for n in range(size)}
+    async with Checkpointer(storage=storage) as checkpointer:
+        ckpt = await checkpointer.save(state, folder / "ckpt")
+        if rank == 1:
+            await gate.wait_reached()
+            ckpt.cancel()
+            with pytest.raises(SaveCancelled):
+                await ckpt
+        else:
+            with pytest.raises(RankError, match="rank 1: SaveCancelled"):
+                await ckpt
+        dist.barrier()
+        assert not (folder / "ckpt").exists()
+        storage.fault = lambda call: None
+        await (await checkpointer.save(state, folder / "ckpt"))
 
 
-def _leave(rank: int, size: int, folder: Path) -> None:
+@rank_test(3)
+def test_a_rank_that_has_left_is_named(rank: int, size: int, folder: Path) -> None:
     """Rank 1 leaves the block by an error: the others hear of it at their next save."""
 
     async def main() -> None:
@@ -429,10 +414,6 @@ def _leave(rank: int, size: int, folder: Path) -> None:
             asyncio.run(main())
     else:
         asyncio.run(main())
-
-
-def test_a_rank_that_has_left_is_named(world: World, tmp_path: Path) -> None:
-    world.run(3, _leave, tmp_path)
 
 
 def _read_part(rank: int, size: int, path: Path, saver: str) -> tuple[int, int]:

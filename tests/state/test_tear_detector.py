@@ -24,7 +24,7 @@ from aiodcp._state.tear_detector import TearDetector
 from aiodcp.checkpointer.checkpoint import SaveState
 from aiodcp.testing import FaultyStorage
 
-from ..support.ranks import World
+from ..support.ranks import World, rank_test
 from ..support.slow_copy import SlowCopy
 from ..support.states import assert_equal, blank
 
@@ -393,25 +393,20 @@ async def test_a_compiled_step_is_guarded_too(tmp_path: Path) -> None:
             assert not torch.equal(model.weight, before["weight"])
 
 
-def _free_sharded(rank: int, size: int, path: Path) -> None:
-    async def main() -> None:
-        mesh = init_device_mesh("cpu", (size,))
-        async with Checkpointer() as checkpointer:
-            weight = distribute_tensor(torch.zeros(8, 2), mesh, [Shard(0)])
-            assert isinstance(weight, DTensor)
-            here = weakref.ref(weight)
-            ckpt = await checkpointer.save({"w": weight}, path)
-            del weight
-            await ckpt.uploaded
-            await checkpointer.load({"w": torch.zeros(8, 2)}, path)  # the save has wound up by then
-            gc.collect()
-            assert here() is None
-
-    asyncio.run(main())
-
-
-def test_a_save_that_is_over_holds_nothing_of_the_state(world: World, tmp_path: Path) -> None:
-    world.run(2, _free_sharded, tmp_path / "ckpt")
+@rank_test(2)
+async def test_a_save_that_is_over_holds_nothing_of_the_state(rank: int, size: int, tmp_path: Path) -> None:
+    path = tmp_path / "ckpt"
+    mesh = init_device_mesh("cpu", (size,))
+    async with Checkpointer() as checkpointer:
+        weight = distribute_tensor(torch.zeros(8, 2), mesh, [Shard(0)])
+        assert isinstance(weight, DTensor)
+        here = weakref.ref(weight)
+        ckpt = await checkpointer.save({"w": weight}, path)
+        del weight
+        await ckpt.uploaded
+        await checkpointer.load({"w": torch.zeros(8, 2)}, path)  # the save has wound up by then
+        gc.collect()
+        assert here() is None
 
 
 def test_a_watch_is_over_when_the_values_are_let_go() -> None:

@@ -4,22 +4,31 @@ def check(rank: int, size: int, ...) -> Any:  # at the top level of the test fil
     ...
 
 world.run(3, check, ...)  # on ranks 0, 1 and 2 of a fresh process group; returns the results by rank
+
+@rank_test(2)  # where there is nothing to do with the results
+async def test_that_something_is_true(rank: int, size: int, tmp_path: Path) -> None:
+    ...
 """
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
+import inspect
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-LIMIT_S = 60.0  # for one function on all ranks: beyond it the processes are reported to print their stacks and end
+LIMIT_S = 60.0  # for one function on all ranks: beyond it the processes print their stacks and end
 
 
 class Killed:
@@ -54,7 +63,7 @@ class World:
             if not ready:
                 self.close()
                 reported = "\n".join(each.args[0] for each in results.values() if isinstance(each, _FailedError))
-                raise TimeoutError(f"{function.__name__}: no answer from ranks {sorted(waiting.values())}\n{reported}")
+                raise TimeoutError(f"{function}: no answer from ranks {sorted(waiting.values())}\n{reported}")
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = waiting[connection]
@@ -78,6 +87,41 @@ class World:
             process.join(5)
             process.kill()
         self._workers.clear()
+
+
+RankBody = Callable[[int, int, Path], Any]
+
+_bodies: dict[tuple[str, str], RankBody] = {}  # of rank tests, by module and name: each rank imports them itself
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """The body of a rank test, by its name: what can be sent to the ranks."""
+
+    module: str
+    name: str
+
+    def __call__(self, rank: int, size: int, tmp_path: Path) -> None:
+        import_module(self.module)
+        result = _bodies[self.module, self.name](rank, size, tmp_path)
+        if inspect.iscoroutine(result):
+            asyncio.run(result)
+
+
+def rank_test(size: int) -> Callable[[RankBody], Callable[[World, Path], None]]:
+    """Make a test of a function, or coroutine function, that all ranks run: `test(rank, size, tmp_path)`."""
+
+    def decorate(body: RankBody) -> Callable[[World, Path], None]:
+        name = body.__name__
+        _bodies[body.__module__, name] = body
+
+        def test(world: World, tmp_path: Path) -> None:
+            world.run(size, _Body(body.__module__, name), tmp_path)
+
+        test.__name__, test.__qualname__, test.__module__, test.__doc__ = name, name, body.__module__, body.__doc__
+        return test
+
+    return decorate
 
 
 class _FailedError(Exception):
