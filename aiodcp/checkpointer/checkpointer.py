@@ -8,7 +8,7 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Final, Literal, overload
 
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
@@ -315,10 +315,10 @@ class Checkpointer(SyncContext):
 
     # --- without an event loop
 
-    save_sync = sync_method(save)
-    prepare_sync = sync_method(prepare)
-    load_sync = sync_method(load)
-    read_custom_metadata_sync = sync_method(read_custom_metadata)
+    save_sync: Final = sync_method(save)
+    prepare_sync: Final = sync_method(prepare)
+    load_sync: Final = sync_method(load)
+    read_custom_metadata_sync: Final = sync_method(read_custom_metadata)
 
 
 def session_of(checkpointer: Checkpointer) -> Session:

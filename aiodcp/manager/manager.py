@@ -7,7 +7,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, overload
 
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
@@ -458,7 +458,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
 
     # --- without an event loop
 
-    save_sync = sync_method(save)
-    restore_sync = sync_method(restore)
-    refresh_sync = sync_method(refresh)
-    close = sync_method(aclose)
+    save_sync: Final = sync_method(save)
+    restore_sync: Final = sync_method(restore)
+    refresh_sync: Final = sync_method(refresh)
+    close: Final = sync_method(aclose)
