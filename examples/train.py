@@ -215,6 +215,7 @@ async def train(options: argparse.Namespace) -> None:
 
     if saves:
         print(draw(saves, compute))
+    print(f"kept steps {manager.steps()}: see `aiodcp ls {options.out}`; --resume --steps {2 * options.steps} goes on")
     print(f"weights {app.digest()} after step {app.step}")
 
 

@@ -131,7 +131,7 @@ PRIVATE = {
     "_engine.device_gather": {"_foreach_copy_"},
     "_engine.loop": {"_register_atexit"},
     "_format.archive_writer": {"_utils", "_rebuild_tensor_v3"},
-    "_format.dtypes": {"_get_layout"},
+    "_format.dcp": {"_get_layout"},
     "_format.plain_data": {"_Unpickler", "_weights_only_unpickler", "_get_allowed_globals"},
     "_state.capture": {"_version"},
     "_state.planner_capture": {"_enable_plan_caching"},

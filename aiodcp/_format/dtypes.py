@@ -1,4 +1,4 @@
-"""dtypes that torch does not copy, and layouts by their names."""
+"""dtypes that torch does not copy."""
 
 from __future__ import annotations
 
@@ -27,9 +27,3 @@ NOT_COPIED = {
 def copyable(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor, seen as bytes if torch can copy it only so."""
     return tensor.view(torch.uint8) if tensor.dtype in NOT_COPIED else tensor
-
-
-def layout_named(name: str) -> torch.layout:
-    """Return the layout that torch calls so in its archives."""
-    layout: torch.layout = torch.serialization._get_layout(name)  # type: ignore[no-untyped-call]
-    return layout

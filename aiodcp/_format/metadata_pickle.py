@@ -14,8 +14,14 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 
 from ..errors import UnsafeError
-from .dcp import MEM_FORMAT_ENCODING, MetadataIndex, StorageInfo, StoragePrefix, TensorProperties
-from .dtypes import layout_named
+from .dcp import (
+    MEM_FORMAT_ENCODING,
+    MetadataIndex,
+    StorageInfo,
+    StoragePrefix,
+    TensorProperties,
+    layout_named,
+)
 
 SHOWN = 80  # characters of what a damaged file says: it may say anything, at any length
 

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .dtypes import layout_named
+from .dcp import layout_named
 
 Global = tuple[str, str]
 
