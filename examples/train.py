@@ -215,7 +215,8 @@ async def train(options: argparse.Namespace) -> None:
 
     if saves:
         print(draw(saves, compute))
-    print(f"kept steps {manager.steps()}: see `aiodcp ls {options.out}`; --resume --steps {2 * options.steps} goes on")
+    more = "" if app.step < options.steps else f" --steps {2 * options.steps}"
+    print(f"kept steps {manager.steps()}: see `aiodcp ls {options.out}`; --resume{more} goes on")
     print(f"weights {app.digest()} after step {app.step}")
 
 

@@ -73,8 +73,7 @@ class Loader:
         self,
         operation: Operation,
         id_digest: int,
-        take: Callable[[], Awaitable[LoadTargets]],
-        checkpoint_id: str,
+        take: Callable[[], Awaitable[tuple[str, LoadTargets]]],
         options: LoadOptions,
         bar: Bar,
     ) -> Loaded:
@@ -83,8 +82,7 @@ class Loader:
         Args:
             operation: the ranks that load.
             id_digest: of the checkpoint's id, the same on all ranks.
-            take: returns what this rank wants. May raise.
-            checkpoint_id: the checkpoint.
+            take: returns the checkpoint, and what this rank wants of it. May raise.
             options: what the caller asked for.
             bar: shows how many bytes of tensors are read.
 
@@ -94,7 +92,7 @@ class Loader:
         Cancellation: `operation.cancel()` takes effect when the read under way is done.
         """
 
-        async def look() -> bytes | None:  # one rank asks the file system, not thousands
+        async def look(checkpoint_id: str) -> bytes | None:  # one rank asks the file system, not thousands
             if not operation.is_coordinator:
                 return b""
             try:
@@ -102,14 +100,15 @@ class Loader:
             except NotACheckpointError:
                 return None
 
-        async def get() -> tuple[LoadTargets, bytes | None]:
-            return await take(), await look()
+        async def get() -> tuple[str, LoadTargets, bytes | None]:
+            checkpoint_id, targets = await take()
+            return checkpoint_id, targets, await look(checkpoint_id)
 
-        (targets, data), (is_absent, *_) = await operation.run_phase(
+        (checkpoint_id, targets, data), (is_absent, *_) = await operation.run_phase(
             "read metadata",
             get,
             propose=lambda got: LoadProposal(
-                is_absent=got[1] is None, id_digest=id_digest, has_planner=got[0].planner is not None
+                is_absent=got[2] is None, id_digest=id_digest, has_planner=got[1].planner is not None
             ).to_row(),
             agree=agree_on_load,
         )
@@ -123,7 +122,7 @@ class Loader:
             if loaded is not None:
                 return loaded
             data, (is_absent, *_) = await operation.run_phase(  # a save has replaced the checkpoint
-                "read metadata", look, propose=lambda got: [got is None], agree=any_rank
+                "read metadata", partial(look, checkpoint_id), propose=lambda got: [got is None], agree=any_rank
             )
 
 

@@ -54,24 +54,21 @@ class LoadCalls:
         """Implement `Checkpointer.load`; the bar shows how far it has come."""
         flows = self._flows
         flows.check_open()
-        path = ""
 
-        def find() -> LoadTargets:
-            nonlocal path
+        def find() -> tuple[str, LoadTargets]:
             path = self._storage.resolve(check_id(checkpoint_id))
-            return find_targets(state_dict, flows.rank, planner, self._streams)
+            return path, find_targets(state_dict, flows.rank, planner, self._streams)
 
         with _load_errors():
             await flows.wait_for_saves()
             take = captured_here(find, is_alone=flows.channel is None)
-            loaded = await self._load(take, lambda: path, checkpoint_id, options, bar)
+            loaded = await self._load(take, checkpoint_id, options, bar)
             loaded.targets.hand_over(state_dict, absent=loaded.absent)
         return loaded.targets.report
 
     async def _load(
         self,
-        take: Callable[[], Awaitable[LoadTargets]],
-        path: Callable[[], str],
+        take: Callable[[], Awaitable[tuple[str, LoadTargets]]],
         checkpoint_id: CheckpointId,
         options: LoadOptions,
         bar: Bar,
@@ -83,7 +80,7 @@ class LoadCalls:
 
         async def load() -> Loaded:
             with flows.under_way(operation):
-                return await self._loader.load(operation, digest_of(checkpoint_id), take, path(), options, bar)
+                return await self._loader.load(operation, digest_of(checkpoint_id), take, options, bar)
 
         async def load_in_turn() -> Loaded:
             async with flows.slot:

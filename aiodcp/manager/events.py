@@ -93,7 +93,7 @@ class SaveFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retried(Event):
-    """A transient storage error: the call is retried.
+    """A transient storage error: the call is retried. Its `step` is -1 where it is about the root itself.
 
     Attributes:
         path: what was to be read or written.

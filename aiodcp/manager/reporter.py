@@ -135,8 +135,9 @@ class Reporter:
     def retried(self, checkpoint_id: str, path: str, attempt: Attempt) -> None:
         self._retried += 1
         step = step_of(checkpoint_id.rpartition("/")[2])
-        facts = {"step": -1 if step is None else step, "rank": self._rank, "checkpoint_id": checkpoint_id}
-        self._feed.publish(Retried(**facts, path=path, attempt=attempt))  # type: ignore[arg-type]
+        step = -1 if step is None else step
+        retried = Retried(step=step, rank=self._rank, checkpoint_id=checkpoint_id, path=path, attempt=attempt)
+        self._feed.publish(retried)
 
     def removed(self, step: int, error: OSError | None) -> None:
         """Report that a step is removed, or why it cannot be."""
