@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .manager import RestoredStep as RestoredStep
     from .storage import LocalStorage as LocalStorage
     from .storage import MemoryStorage as MemoryStorage
+    from .storage import ObjectStorage as ObjectStorage
     from .storage import Storage as Storage
     from .storage.retry import Attempt as Attempt
     from .storage.retry import Retry as Retry
@@ -78,6 +79,7 @@ _LAZY = {
     "LocalStorage": "storage",
     "MemoryStorage": "storage",
     "Milestone": "_engine.milestone",
+    "ObjectStorage": "storage",
     "Progress": "_telemetry.progress",
     "RestoredStep": "manager",
     "Retry": "storage.retry",
@@ -111,6 +113,7 @@ __all__ = [
     "Milestone",
     "MismatchError",
     "NotACheckpointError",
+    "ObjectStorage",
     "ParticipantError",
     "PerRank",
     "Preempted",

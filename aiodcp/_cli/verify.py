@@ -7,7 +7,7 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import IO, Any
@@ -82,9 +82,11 @@ async def _verify(
     total(sum(each.info.length for of_file in items.values() for each in of_file))
     problems = list(_uncovered(metadata))
     limiter = anyio.CapacityLimiter(min(4, os.cpu_count() or 1))
+    crcs, damaged = await _read_tables(storage, checkpoint_id, [*items], tables)
+    problems += damaged
     for file, of_file in sorted(items.items()):
         of_file.sort(key=lambda each: each.info.offset)
-        problems += await _check_file(storage, checkpoint_id, file, of_file, tables, limiter, advance)
+        problems += await _check_file(storage, checkpoint_id, file, of_file, crcs.get(file, {}), limiter, advance)
     return _by_file(problems)
 
 
@@ -102,7 +104,7 @@ async def _check_file(
     checkpoint_id: str,
     file: str,
     items: Sequence[_Item],
-    tables: ItemTables,
+    crcs: Mapping[int, int],
     limiter: anyio.CapacityLimiter,
     advance: Callable[[int], None],
 ) -> list[Problem]:
@@ -110,9 +112,6 @@ async def _check_file(
     problems: list[Problem] = []
     try:
         async with storage.open(checkpoint_id, file) as reader:
-            crcs, problem = await _read_table(reader, file, tables)
-            if problem:
-                problems.append(Problem(fqn="", file=file, problem=problem))
 
             async def check(item: _Item) -> None:
                 async with limiter:
@@ -171,17 +170,32 @@ def _payload_nbytes(metadata: Metadata, index: MetadataIndex) -> int | None:
     return None
 
 
-async def _read_table(reader: Reader, file: str, tables: ItemTables) -> tuple[dict[int, int], str]:
-    """Return a file's table of its items, or what is wrong with it; neither, if it has none or is too short."""
-    nbytes = tables.nbytes(file)
-    if not 0 < nbytes <= reader.nbytes:
-        return {}, ""
-    table = bytearray(nbytes)
-    await reader.read_into(reader.nbytes - nbytes, [memoryview(table)])
-    try:
-        return tables.read(file, bytes(table)), ""
-    except ValueError as error:
-        return {}, str(error)
+async def _read_tables(
+    storage: Storage, checkpoint_id: str, files: Sequence[str], tables: ItemTables
+) -> tuple[dict[str, dict[int, int]], list[Problem]]:
+    """Return the CRC32s of items by file and offset, as the tables have them, and what is wrong with tables."""
+    crcs: dict[str, dict[int, int]] = {}
+    problems: list[Problem] = []
+    for file in sorted({tables.file_of(each) for each in files}):
+        nbytes = tables.nbytes(file)
+        problem = ""
+        try:
+            async with storage.open(checkpoint_id, file) as reader:
+                if 0 < nbytes <= reader.nbytes:  # else its items are reported
+                    table = bytearray(nbytes)
+                    await reader.read_into(reader.nbytes - nbytes, [memoryview(table)])
+                    crcs.update(tables.read(file, bytes(table)))
+        except FileNotFoundError:
+            problem = "" if file in files else "the file is missing: it has the checksum table of its pieces"
+        except PermissionError:
+            raise
+        except OSError as error:
+            problem = "" if file in files else f"cannot be read: {error}"
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            problems.append(Problem(fqn="", file=file, problem=problem))
+    return crcs, problems
 
 
 async def _check_item(reader: Reader, item: _Item, crc: int | None) -> str:

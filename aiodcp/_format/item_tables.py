@@ -1,5 +1,7 @@
 """The CRC32 of every item, in a table at the end of each data file, whose own CRC32 is in `.metadata`.
 
+Where a data file is stored in several pieces, its last piece has the table for all of them.
+
 Each item has its CRC32 with it, which finds damage; the tables find what is whole, and lies where another one was
 saved. They cost four bytes an item, are written and read with the file, and add one number a file to the commit.
 """
@@ -12,6 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 
 from .dcp import Metadata
+from .naming import split_piece
 
 CRC_NBYTES = 4
 
@@ -34,28 +37,49 @@ class ItemTables:
         Raises:
             ValueError: there are more or fewer of them than files.
         """
-        self._offsets: dict[str, list[int]] = {}
+        self._places: dict[str, list[tuple[int, int, str]]] = {}  # number of the piece, offset and name, by table
+        self._table_of: dict[str, str] = {}
         if not crcs:
             self._crcs: dict[str, int] = {}
             return
         for info in metadata.storage_data.values():
-            self._offsets.setdefault(info.relative_path, []).append(info.offset)
-        self._crcs = dict(zip(sorted(self._offsets), crcs, strict=True))
+            file = info.relative_path
+            if file not in self._table_of:
+                self._table_of[file], _ = split_piece(file)
+            self._places.setdefault(self._table_of[file], []).append((0, info.offset, file))
+        if len(self._table_of) > len(self._places):
+            self._number_pieces()
+        self._crcs = dict(zip(sorted(self._places), crcs, strict=True))
+
+    def _number_pieces(self) -> None:
+        """Order the items by the pieces of a data file in which they lie; the last piece has no number."""
+        numbers = {file: split_piece(file)[1] for file in self._table_of}
+        last = 1 + max((number for number in numbers.values() if number is not None), default=0)
+        for places in self._places.values():
+            places[:] = [
+                (last if (number := numbers[file]) is None else number, offset, file) for _, offset, file in places
+            ]
+
+    def file_of(self, file: str) -> str:
+        """Return the file at whose end the table is that has the items of `file`: of a data file's pieces the last."""
+        return self._table_of.get(file, file)
 
     def nbytes(self, file: str) -> int:
-        """Return how many of a file's last bytes are its table; 0 if it has none."""
-        return CRC_NBYTES * len(self._offsets[file]) if file in self._crcs else 0
+        """Return how many of a file's last bytes are a table; 0 if it has none."""
+        return CRC_NBYTES * len(self._places[file]) if file in self._crcs else 0
 
-    def read(self, file: str, table: bytes) -> dict[int, int]:
-        """Return the CRC32 of each item of a file by its offset.
+    def read(self, file: str, table: bytes) -> dict[str, dict[int, int]]:
+        """Return the CRC32 of each item of a table, by the file in which it lies, and its offset there.
 
         Raises:
             ValueError: the table is not the one that was saved.
         """
         if zlib.crc32(table) != self._crcs[file]:
             raise ValueError("CRC32 mismatch in the checksum table at the end of the file")
-        crcs = [each for (each,) in struct.iter_unpack("<I", table)]
-        return dict(zip(sorted(self._offsets[file]), crcs, strict=True))
+        found: dict[str, dict[int, int]] = {}
+        for (_, offset, name), (crc,) in zip(sorted(self._places[file]), struct.iter_unpack("<I", table), strict=True):
+            found.setdefault(name, {})[offset] = crc
+        return found
 
 
 def matches_table(crc: int, whole: Callable[[], int], records: Sequence[zipfile.ZipInfo]) -> bool:

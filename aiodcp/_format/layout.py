@@ -6,6 +6,7 @@ A data file is a row of items, each a zip archive as `torch.save` writes it, wit
     | header payload trailer . header payload trailer | header payload  |     | frozen values, back to back |
 
 A segment is what is staged, checksummed and written as one; it begins on a block, so that segments are independent.
+Where a store takes files whole, each segment is stored as a file of its own, a piece, and so is the tail.
 """
 
 from __future__ import annotations
@@ -44,29 +45,44 @@ class Layout:
         offsets: bytes, where each record's item begins.
         segments: in order, without gaps.
         tail: bytes, where the tail begins: a multiple of `BLOCK`.
+        in_pieces: whether segments and tail are stored as files of their own.
     """
 
     frames: tuple[Frame, ...]
     offsets: tuple[int, ...]
     segments: tuple[Segment, ...]
     tail: int
+    in_pieces: bool = False
 
 
-def lay_out(records: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> Layout:
-    """Place one record after the other, each a (dtype, shape)."""
+def lay_out(records: Sequence[tuple[torch.dtype, tuple[int, ...]]], piece_nbytes: int | None = None) -> Layout:
+    """Place one record after the other, each a (dtype, shape).
+
+    Args:
+        records: the tensors.
+        piece_nbytes: of a segment that is stored as a file of its own, at most, but for a larger record and for what
+            frames add; None if all are one file.
+    """
     frames, offsets, segments = [], [], []
     position = first = start = 0
-    limit = FIRST_SEGMENT_NBYTES
+    largest = LAST_SEGMENT_NBYTES if piece_nbytes is None else piece_nbytes + BLOCK
+    limit = min(FIRST_SEGMENT_NBYTES, largest)
     for number, (dtype, shape) in enumerate(records):
         frame = frame_tensor(dtype, shape)
         if position > start and position + frame.item_nbytes - start > limit:
             position = round_up(position, BLOCK)
             segments.append(Segment(first=first, stop_record=number, start=start, stop=position))
-            first, start, limit = number, position, min(2 * limit, LAST_SEGMENT_NBYTES)
+            first, start, limit = number, position, min(2 * limit, largest)
         frames.append(frame)
         offsets.append(position)
         position = round_up(position + frame.item_nbytes, ALIGNMENT)
     if frames:
         position = round_up(position, BLOCK)
         segments.append(Segment(first=first, stop_record=len(frames), start=start, stop=position))
-    return Layout(frames=tuple(frames), offsets=tuple(offsets), segments=tuple(segments), tail=position)
+    return Layout(
+        frames=tuple(frames),
+        offsets=tuple(offsets),
+        segments=tuple(segments),
+        tail=position,
+        in_pieces=piece_nbytes is not None,
+    )

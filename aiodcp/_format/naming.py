@@ -18,12 +18,25 @@ def data_file(rank: int, save_id: str, part: int = 0) -> str:
     return f"__{rank}_{part}_{save_id}.distcp"
 
 
+def piece_file(file: str, number: int) -> str:
+    """Return the name of a piece of a data file, where a store takes it in several; the last has the file's own."""
+    return f"{file.removesuffix('.distcp')}_{number}.distcp"
+
+
+def split_piece(name: str) -> tuple[str, int | None]:
+    """Return the data file that a piece is of, and the piece's number; the name itself and None if it is not one."""
+    found = _PIECE.fullmatch(name)
+    return (f"{found[1]}.distcp", int(found[2])) if found else (name, None)
+
+
 def is_leftover(name: str) -> bool:
     """Whether a file of this name is part of a DCP checkpoint's data, or of one that was never finished."""
     return name.endswith(".distcp") or (name.startswith(METADATA_NAME) and name.endswith(".tmp"))
 
 
-_OURS = re.compile(r"__\d+_\d+_([0-9a-f]{32})\.distcp")
+_OURS = re.compile(r"__\d+_\d+_([0-9a-f]{32})(?:_\d+)?\.distcp")
+
+_PIECE = re.compile(r"(__\d+_\d+_[0-9a-f]{32})_(\d+)\.distcp")
 
 _OUR_TEMPORARY = re.compile(re.escape(METADATA_NAME) + r"\.[0-9a-f]{32}\.tmp")
 

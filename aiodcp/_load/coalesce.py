@@ -64,8 +64,8 @@ def overlapping(reads: Sequence[TensorRead]) -> set[int]:
     return {id(reads[number]) for number in tied}
 
 
-def coalesce_reads(reads: Iterable[Any]) -> list[ReadSpan]:
-    """Group reads that lie close together in one file."""
+def coalesce_reads(reads: Iterable[Any], gap_nbytes: int = GAP_NBYTES) -> list[ReadSpan]:
+    """Group reads that lie close together in one file, at most `gap_nbytes` apart."""
     spans: list[ReadSpan] = []
     for read in sorted(reads, key=attrgetter("file", "offset")):
         start, stop = read.offset // ALIGNMENT * ALIGNMENT, read.offset + read.nbytes
@@ -73,7 +73,7 @@ def coalesce_reads(reads: Iterable[Any]) -> list[ReadSpan]:
             last = spans[-1]
             if (
                 read.file == last.file
-                and start <= last.stop + GAP_NBYTES
+                and start <= last.stop + gap_nbytes
                 and max(stop, last.stop) - last.start <= SPAN_NBYTES
             ):
                 last.stop = max(stop, last.stop)

@@ -24,10 +24,10 @@ from .._format.archive_reader import StoredTensor, find_tensor
 from .._format.item_tables import ItemTables
 from .._telemetry.progress_bar import Bar
 from ..errors import CorruptError, ReadError
-from ..storage.base import Reader, Storage
+from ..storage.base import Reader, Storage, object_limits
 from ..storage.error_mapping import read_errors
 from .chunk_index import read_rows
-from .coalesce import DIRECT_NBYTES, SPAN_NBYTES, ReadSpan, coalesce_reads, overlapping, reads_direct
+from .coalesce import DIRECT_NBYTES, GAP_NBYTES, SPAN_NBYTES, ReadSpan, coalesce_reads, overlapping, reads_direct
 from .decode import ItemDecoder
 from .large_reads import LargeRead, in_windows
 from .plan import ReadPlan, TensorRead, ValueRead
@@ -57,6 +57,9 @@ class FileReads:
         self._checkpoint_id = checkpoint_id
         self._tables = tables
         self._decoder = decoder
+        self._limits = limits = object_limits(storage, checkpoint_id)
+        self._at_once = limits.reads_at_once if limits else READS_AT_ONCE
+        self._gap_nbytes = limits.gap_nbytes if limits else GAP_NBYTES
         self._readers: dict[str, Reader] = {}
         self._crcs: dict[str, dict[int, int]] = {}  # by file and offset, of the tables that have been read
 
@@ -69,18 +72,9 @@ class FileReads:
         """
         readers = self._readers
         reads: list[ValueRead | TensorRead] = [*plan.values, *plan.tensors]
+        await self._open_files(stack, reads)
         for read in reads:
             file = read.file
-            if file not in readers:
-                path = self._storage.describe(self._checkpoint_id, file)
-                try:
-                    with read_errors(path):
-                        readers[file] = await stack.enter_async_context(self._storage.open(self._checkpoint_id, file))
-                except ReadError as error:
-                    if isinstance(error.__cause__, FileNotFoundError):
-                        raise CorruptError(path, read.fqn, "the file is missing") from error.__cause__
-                    raise
-                await self._read_table(file, path)
             if read.offset + read.nbytes > readers[file].nbytes:
                 problem = f"truncated: {readers[file].nbytes} bytes, the value ends at {read.offset + read.nbytes}"
                 raise CorruptError(self._storage.describe(self._checkpoint_id, file), read.fqn, problem)
@@ -88,11 +82,44 @@ class FileReads:
                 problem = f"is stored as {read.nbytes} bytes, not the size of {read.dtype} {tuple(read.sizes)}"
                 raise CorruptError(self._storage.describe(self._checkpoint_id, file), read.fqn, problem)
             if isinstance(read, ValueRead) or not read.bare:
-                read.crc = self._crcs[file].get(read.offset)
+                read.crc = self._crcs.get(file, {}).get(read.offset)
+
+    async def _open_files(self, stack: AsyncExitStack, reads: Sequence[ValueRead | TensorRead]) -> None:
+        """Open the files of `reads`, and those that have their tables; several at once where storage answers late."""
+        wanted: dict[str, str] = {}  # the name of a value in each, for errors
+        for read in reads:
+            wanted.setdefault(read.file, read.fqn)
+        for file, fqn in list(wanted.items()):
+            wanted.setdefault(self._tables.file_of(file), fqn)
+        names = [(file, fqn) for file, fqn in wanted.items() if file not in self._readers]
+        if self._limits is None:
+            for file, fqn in names:
+                await self._open_file(stack, file, fqn)
+            return
+        limit = anyio.Semaphore(self._limits.reads_at_once)
+
+        async def open_one(file: str, fqn: str) -> None:
+            async with limit:
+                await self._open_file(stack, file, fqn)
+
+        with single_error():
+            async with anyio.create_task_group() as group:
+                for file, fqn in names:
+                    group.start_soon(open_one, file, fqn)
+
+    async def _open_file(self, stack: AsyncExitStack, file: str, fqn: str) -> None:
+        path = self._storage.describe(self._checkpoint_id, file)
+        try:
+            with read_errors(path):
+                self._readers[file] = await stack.enter_async_context(self._storage.open(self._checkpoint_id, file))
+        except ReadError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise CorruptError(path, fqn, "the file is missing") from error.__cause__
+            raise
+        await self._read_table(file, path)
 
     async def _read_table(self, file: str, path: str) -> None:
         """Read the table at a file's end, if it has one."""
-        self._crcs[file] = {}
         nbytes, reader = self._tables.nbytes(file), self._readers[file]
         if not nbytes:
             return
@@ -102,7 +129,7 @@ class FileReads:
         with read_errors(path):
             await reader.read_into(reader.nbytes - nbytes, [memoryview(table)])
         try:
-            self._crcs[file] = self._tables.read(file, bytes(table))
+            self._crcs.update(self._tables.read(file, bytes(table)))
         except ValueError as error:
             raise CorruptError(path, "", str(error)) from error
 
@@ -116,10 +143,18 @@ class FileReads:
                 data = bytes(memory[start : start + read.nbytes])
                 loaded[read.index] = decoder.value(read.fqn, span.file, data, read.crc) if decoded else data
 
-        for span in coalesce_reads(reads):
-            memory = memoryview(bytearray(span.stop - span.start))
-            await self._readers[span.file].read_into(span.start, [memory])
-            await in_thread(self._threads.compute, decode, span, memory)
+        limit = anyio.Semaphore(self._at_once)
+
+        async def read_span(span: ReadSpan) -> None:
+            async with limit:
+                memory = memoryview(bytearray(span.stop - span.start))
+                await self._readers[span.file].read_into(span.start, [memory])
+                await in_thread(self._threads.compute, decode, span, memory)
+
+        with single_error():
+            async with anyio.create_task_group() as group:
+                for span in coalesce_reads(reads, self._gap_nbytes):
+                    group.start_soon(read_span, span)
         return loaded
 
     async def find_stored(self, reads: Sequence[TensorRead]) -> dict[int, StoredTensor]:
@@ -131,7 +166,7 @@ class FileReads:
             Of those that are wanted whole, by their number, where the tensor lies.
         """
         found: dict[int, StoredTensor] = {}
-        limit = anyio.Semaphore(READS_AT_ONCE)
+        limit = anyio.Semaphore(self._at_once)
         readers = self._readers
 
         async def look(number: int, read: TensorRead) -> None:
@@ -170,11 +205,11 @@ class FileReads:
             CorruptError: what is stored is not what was saved.
             OSError: storage failed.
         """
-        ways = _Routes.choose(reads, stored)
+        ways = _Routes.choose(reads, stored, self._gap_nbytes)
         bar.total(ways.nbytes)
         readers, decoder = self._readers, self._decoder
         scratch = Scratch(self._threads, pin_for=device_copies.first_device)
-        limit = anyio.Semaphore(READS_AT_ONCE)
+        limit = anyio.Semaphore(self._at_once)
 
         async def read_direct(read: TensorRead) -> None:
             async with limit:
@@ -237,7 +272,7 @@ class _Routes:
     large: list[LargeRead]
 
     @classmethod
-    def choose(cls, reads: Sequence[TensorRead], stored: dict[int, StoredTensor]) -> _Routes:
+    def choose(cls, reads: Sequence[TensorRead], stored: dict[int, StoredTensor], gap_nbytes: int) -> _Routes:
         with gc_paused():
             large_or_direct = [read for read in reads if read.nbytes > SPAN_NBYTES or reads_direct(read)]
             tied = overlapping(reads) if large_or_direct else set()
@@ -252,7 +287,7 @@ class _Routes:
                 and (found := in_windows(read, stored.get(number))) is not None
             ]
             apart |= {id(each.read) for each in large}
-            spans = coalesce_reads([read for read in reads if id(read) not in apart] if apart else reads)
+            spans = coalesce_reads([read for read in reads if id(read) not in apart] if apart else reads, gap_nbytes)
             return cls(direct=direct, spans=spans, large=large)
 
     @property

@@ -25,7 +25,7 @@ from .._format.dtypes import copyable
 from .._format.layout import LAST_SEGMENT_NBYTES, Layout
 from .._state.element_views import element_views
 from .record_copies import CRC, RecordCopies, plan_copies, put_frames
-from .window_plan import Part, Window, plan_windows
+from .window_plan import Part, Window, plan_windows, windows_of_segments
 
 SLOTS = 4  # one is filled, one is written, and neither has to wait for the other's jitter
 
@@ -34,6 +34,15 @@ MIN_NBYTES = 1 << 20
 _HELD_BLOCKS = 2  # the four bytes of a checksum may lie across the border of two
 
 FileRange = tuple[int, memoryview]
+
+
+def _slot_nbytes(max_nbytes: int) -> int:
+    return (max_nbytes // SLOTS - 2 * _HELD_BLOCKS * BLOCK) // BLOCK * BLOCK
+
+
+def largest_piece(max_nbytes: int) -> int:
+    """Return how many bytes of tensors a piece may have at most that fits a slot, with what is around them."""
+    return min(LAST_SEGMENT_NBYTES, _slot_nbytes(max_nbytes)) - 2 * BLOCK
 
 
 class BoundedStaging:
@@ -51,16 +60,19 @@ class BoundedStaging:
             largest: bytes of a slot at most; what is over makes more slots.
 
         Raises:
-            StageError: there is not that much host memory.
+            StageError: there is not that much host memory, or a slot is too small for a file that is stored whole.
         """
         held = _HELD_BLOCKS * BLOCK
         self.layout = layout
-        self.slot_nbytes = min(largest, (max_nbytes // SLOTS - 2 * held) // BLOCK * BLOCK)
+        if layout.in_pieces:
+            largest = max(segment.stop - segment.start for segment in layout.segments)
+        self.slot_nbytes = min(largest, _slot_nbytes(max_nbytes))
         self.slots = max_nbytes // (self.slot_nbytes + 2 * held)
         self.arena = Arena(self.slots * (self.slot_nbytes + 2 * held))
         self.arena.populate()
         self._leaves = leaves
-        self._windows = plan_windows(layout, self.slot_nbytes)
+        plan = windows_of_segments if layout.in_pieces else plan_windows
+        self._windows = plan(layout, self.slot_nbytes)
         self._copies = [self._plan(number) for number in range(len(self._windows))]
         first = self.slots * self.slot_nbytes
         self._spare = [self.arena.memory[start : start + held] for start in range(first, self.arena.nbytes, held)]

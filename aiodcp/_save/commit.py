@@ -10,7 +10,7 @@ from anyio import CancelScope
 from .._format.naming import METADATA_NAME, is_leftover
 from .._log import SafeLogger
 from ..errors import SaveError
-from ..storage.base import Storage
+from ..storage.base import Storage, remove_all
 
 log = SafeLogger(__name__)
 
@@ -138,8 +138,7 @@ async def remove_files(storage: Storage, checkpoint_id: str, names: Sequence[str
     Cancellation: none.
     """
     with CancelScope(shield=True), _errors_logged(storage, checkpoint_id):
-        for name in names:
-            await storage.remove(checkpoint_id, name)
+        await remove_all(storage, checkpoint_id, names)
 
 
 async def remove_if_empty(storage: Storage, checkpoint_id: str) -> None:

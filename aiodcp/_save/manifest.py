@@ -15,11 +15,12 @@ from .._format.dcp import (
     TensorStorageMetadata,
 )
 from .._format.extension import Containers
+from .._format.layout import Layout
 from .._format.metadata_writer import build_metadata
-from .._format.naming import data_file
+from .._format.naming import data_file, piece_file
 from .._format.pickle_template import PickleTemplate, Placeholder
 from ..errors import CaptureError, SaveError
-from .plan import GlobalPlan
+from .plan import GlobalPlan, Share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +50,20 @@ class ManifestTemplate:
             for rank, share in enumerate(plan.shares)
             if share.staged or share.frozen
         ]
-        for part, rank in self._writers:
-            share, file = plans[part].shares[rank], Placeholder(len(used), text=True)
-            used.append(file)
-            for item, frame, offset in zip(share.staged, share.layout.frames, share.layout.offsets, strict=True):
-                stored[item.index] = StorageInfo(file.stand_in, offset, frame.item_nbytes)  # type: ignore[arg-type]
-        for file, (part, rank) in zip(used[2:], self._writers, strict=True):
+        self._pieces = [
+            len(layout.segments) if (layout := plans[part].shares[rank].layout).in_pieces else 0
+            for part, rank in self._writers
+        ]
+        self._named: list[bool] = []  # of all data files, whether it has an item; the last piece may have but a table
+        files: list[Placeholder] = []  # the last of each rank's, which has its frozen values
+        for (part, rank), pieces in zip(self._writers, self._pieces, strict=True):
+            share = plans[part].shares[rank]
+            own = [Placeholder(len(used) + number, text=True) for number in range(pieces + 1)]
+            self._named += [True] * pieces + [bool(share.frozen or not pieces)]
+            used += own if self._named[-1] else own[:-1]
+            files.append(own[-1])
+            _store_tensors(stored, share, own)
+        for file, (part, rank) in zip(files, self._writers, strict=True):
             share = plans[part].shares[rank]
             for item in share.frozen:
                 offset_field, nbytes_field = Placeholder(len(used)), Placeholder(len(used) + 1)
@@ -76,7 +85,7 @@ class ManifestTemplate:
 
     def render(self, checkpoint_id: str, save_id: str, frozen: Sequence[Sequence[Sequence[ByteRange]]]) -> bytes:
         """Return `.metadata`'s content for one save, given the ranges of frozen values, by plan and by rank."""
-        files = [data_file(rank, save_id, part) for part, rank in self._writers]
+        files = [file for file, is_named in zip(self._files(save_id), self._named, strict=True) if is_named]
         items = [item for part, rank in self._writers for item in frozen[part][rank]]
         numbers = [number for item in items for number in (item.offset, item.nbytes)]
         return self._template.render([checkpoint_id, save_id, *files, *numbers])
@@ -88,7 +97,31 @@ class ManifestTemplate:
 
     def files(self, save_id: str) -> set[str]:
         """Return the names of all data files of a save."""
-        return {data_file(rank, save_id, part) for part, rank in self._writers}
+        return set(self._files(save_id))
+
+    def _files(self, save_id: str) -> list[str]:
+        """Return their names, rank by rank; of each rank first the pieces of its data file, if it has any."""
+        writers = zip(self._writers, self._pieces, strict=True)
+        return [name for (part, rank), pieces in writers for name in _names(data_file(rank, save_id, part), pieces)]
+
+
+def names_of(file: str, layout: Layout) -> list[str]:
+    """Return the names of the files that a rank's data file is stored as."""
+    return _names(file, len(layout.segments) if layout.in_pieces else 0)
+
+
+def _names(file: str, pieces: int) -> list[str]:
+    return [*(piece_file(file, number) for number in range(pieces)), file]
+
+
+def _store_tensors(stored: dict[MetadataIndex, StorageInfo], share: Share, files: Sequence[Placeholder]) -> None:
+    """Note where a rank's tensors lie, in its pieces, or else in its one file."""
+    layout = share.layout
+    for number, segment in enumerate(layout.segments):
+        file, start = (files[number], segment.start) if layout.in_pieces else (files[-1], 0)
+        for record in range(segment.first, segment.stop_record):
+            offset, nbytes = layout.offsets[record] - start, layout.frames[record].item_nbytes
+            stored[share.staged[record].index] = StorageInfo(file.stand_in, offset, nbytes)  # type: ignore[arg-type]
 
 
 def _join(plans: Sequence[GlobalPlan]) -> tuple[Metadata, dict[str, KeyPath] | None]:

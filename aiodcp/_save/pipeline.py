@@ -27,6 +27,8 @@ from ..storage.error_mapping import write_errors
 from ..storage.retry import RetryingStorage
 from .bounded_staging import BoundedStaging, FileRange
 from .comparison import Comparison
+from .cutting import captured_cuts
+from .piece_writes import PieceWriter, render_tail
 from .plan import WritePlan
 from .request import SaveJob
 from .staging import Staging, staging_nbytes
@@ -119,6 +121,7 @@ class WritePipeline:
         Cancellation: takes effect after the copy or write under way.
         """
         job.log.report("stage", total=plan.share.layout.tail + tail.nbytes)
+        job.captured.values.extend(captured_cuts(job.captured.values, plan.cuts))
         table_crc = 0
         comparing = _Comparing(job, plan.comparison, seed)
         try:
@@ -130,8 +133,12 @@ class WritePipeline:
                         job.check_torn()
                         job.log.report("write")
                         job.release_tensors()
+                    elif isinstance(buffer, Staging) and plan.share.layout.in_pieces:
+                        table_crc = await self._run_pieces(job, plan, buffer, tail, file, comparing)
                     elif isinstance(buffer, Staging):
                         table_crc = await self._run_whole(job, plan, buffer, tail, file, comparing)
+                    elif plan.share.layout.in_pieces:
+                        table_crc = await self._run_piece_windows(job, plan, buffer, tail, file, comparing)
                     else:
                         table_crc = await self._run_windows(job, plan, buffer, tail, file, comparing)
         finally:
@@ -170,6 +177,29 @@ class WritePipeline:
             await self._storage.retrying(write_file, job.checkpoint_id, file)
         return table_crc
 
+    async def _run_pieces(
+        self, job: SaveJob, plan: WritePlan, staging: Staging, tail: Tail, file: str, comparing: _Comparing
+    ) -> int:
+        segments = len(staging.layout.segments)
+        crcs: list[list[int]] = [[] for _ in range(segments)]
+        checksummed = [Event() for _ in range(segments)]
+        ready, staged = [Signal() for _ in range(segments)], Signal()
+        table_crc = 0
+
+        async def complete(number: int) -> memoryview:
+            nonlocal table_crc
+            if number == segments:
+                rendered, table_crc = await render_tail(tail, checksummed, crcs)
+                return memoryview(rendered)
+            crcs[number] = await self._checksum_segment(job, staging, number)
+            checksummed[number].set()
+            return staging.file_range(number)[1]
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._stage_all, job, plan, staging, tail, ready, staged, comparing)
+            group.start_soon(PieceWriter(self._storage, job, file).write_staged, [*ready, staged], complete)
+        return table_crc
+
     async def _stage_all(
         self,
         job: SaveJob,
@@ -186,7 +216,7 @@ class WritePipeline:
             job.timeline.add("stage", began_s)
             segment = staging.layout.segments[number]
             job.log.report(staged=segment.stop - segment.start)
-            if segment.stop <= HEAD_START * staging.layout.tail:
+            if staging.layout.in_pieces or segment.stop <= HEAD_START * staging.layout.tail:
                 ready[number].set()
 
         def copy() -> None:
@@ -233,9 +263,12 @@ class WritePipeline:
     ) -> None:
         await ready.wait()
         async with self._turns:
-            with job.timeline.record("checksum"):
-                crcs[number] = await in_thread(self._threads.compute, staging.checksum, number, self._checksum)
+            crcs[number] = await self._checksum_segment(job, staging, number)
             await self._write(job, writer, *staging.file_range(number))
+
+    async def _checksum_segment(self, job: SaveJob, staging: Staging, number: int) -> list[int]:
+        with job.timeline.record("checksum"):
+            return await in_thread(self._threads.compute, staging.checksum, number, self._checksum)
 
     # --- a part of it at a time
 
@@ -278,6 +311,24 @@ class WritePipeline:
                         memory = await in_thread(self._threads.staging, bounded.put, number, piece)
                         job.log.report(staged=len(memory))
                         writing.start_soon(write, number, [(bounded.layout.tail + start, memory)])
+        return table_crc
+
+    async def _run_piece_windows(
+        self, job: SaveJob, plan: WritePlan, bounded: BoundedStaging, tail: Tail, file: str, comparing: _Comparing
+    ) -> int:
+        table_crc = 0
+
+        async def fill(number: int) -> list[FileRange]:
+            return await in_thread(self._threads.staging, self._fill, job, plan, bounded, number, comparing)
+
+        def finish() -> bytes:
+            nonlocal table_crc
+            job.log.report("write")
+            job.release_tensors()
+            rendered, table_crc = tail.render(bounded.crcs)
+            return rendered
+
+        await PieceWriter(self._storage, job, file).write_windows(len(bounded), bounded.slots, fill, finish)
         return table_crc
 
     def _fill(

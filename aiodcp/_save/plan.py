@@ -16,6 +16,7 @@ from .._format.layout import Layout
 from .._state.capture import Capture
 from .._state.sharding import holds_shards, shape_and_dtype
 from .comparison import Comparison
+from .cutting import Cut
 from .sharing import SharingPlan
 
 FROZEN_NBYTES = 1024  # about what a number takes with its framing
@@ -34,6 +35,8 @@ class LocalPlan:
         paths: fqn -> keys.
         containers: what dotted names do not say of them.
         planner_data: what the caller's own planner adds for its global plan.
+        cuts: of captured values, which are sources beyond them: large tensors, where files are pieces.
+        piece_nbytes: of tensors in one file, at most; None where each rank has one file.
     """
 
     items: list[WriteItem]
@@ -42,6 +45,8 @@ class LocalPlan:
     paths: dict[str, KeyPath]
     containers: Containers = field(default_factory=Containers)
     planner_data: Any = None
+    cuts: list[Cut] = field(default_factory=list)
+    piece_nbytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +96,8 @@ class WritePlan:
         items: of the caller's own planner's local plan.
         containers: what dotted names do not say of them.
         comparison: of what other ranks hold too.
+        cuts: of captured values, which are to be added to them.
+        piece_nbytes: of tensors in one file, at most; None where each rank has one file.
     """
 
     fqns: list[str]
@@ -103,9 +110,13 @@ class WritePlan:
     items: list[WriteItem] | None
     containers: Containers
     comparison: Comparison
+    cuts: list[Cut]
+    piece_nbytes: int | None
 
-    def fits(self, captured: Capture) -> bool:
+    def fits(self, captured: Capture, piece_nbytes: int | None) -> bool:
         """Whether a state dict has the structure that this plan was made for: names, kinds, dtypes, shapes."""
+        if self.piece_nbytes != piece_nbytes:
+            return False
         if self.fqns != captured.fqns or self.paths != captured.paths or self.containers != captured.containers:
             return False
         if self.items != (None if captured.planned is None else captured.planned.items):

@@ -67,18 +67,25 @@ class PlanCache:
         self._made = 0
         self._disagreed: set[str] = set()  # fqns on which the ranks disagree: reported once, on all ranks alike
 
-    def find(self, name: str | None, captured: Capture) -> dict[int, CachedPlan]:
+    def find(self, name: str | None, captured: Capture, piece_nbytes: int | None) -> dict[int, CachedPlan]:
         """Return the plans for what this rank has, by number: it may be the same while that of others differs."""
-        return {cached.number: cached for cached in self._kept.get(name, ()) if cached.plan.fits(captured)}
+        kept = self._kept.get(name, ())
+        return {cached.number: cached for cached in kept if cached.plan.fits(captured, piece_nbytes)}
 
     async def make(
-        self, operation: Operation, name: str | None, captured: Capture, planner: SavePlanner | None = None
+        self,
+        operation: Operation,
+        name: str | None,
+        captured: Capture,
+        planner: SavePlanner | None = None,
+        *,
+        piece_nbytes: int | None = None,
     ) -> CachedPlan:
-        """Plan anew, all ranks together, and keep the plan."""
+        """Plan anew, all ranks together, and keep the plan; `piece_nbytes` as for `plan_local`."""
         is_alone = operation.size == 1
 
         async def plan_here() -> tuple[LocalPlan, bytes]:
-            return await in_thread(self._threads.compute, _plan_here, captured, is_alone)
+            return await in_thread(self._threads.compute, _plan_here, captured, piece_nbytes, is_alone)
 
         (local, message), _ = await operation.run_phase("plan", plan_here)
         messages = [] if is_alone else await operation.gather(message)
@@ -186,9 +193,9 @@ def _warn(disagreed: Mapping[str, int]) -> None:
     )
 
 
-def _plan_here(captured: Capture, is_alone: bool) -> tuple[LocalPlan, bytes]:
+def _plan_here(captured: Capture, piece_nbytes: int | None, is_alone: bool) -> tuple[LocalPlan, bytes]:
     with _planning_errors():
-        local = plan_local(captured)
+        local = plan_local(captured, piece_nbytes)
         return local, b"" if is_alone else pickle.dumps(local)
 
 

@@ -26,12 +26,17 @@ from .._state.plain_tensors import PLAIN_TENSORS
 from .._state.sharding import ShardedTensor, holds_shards, local_tensor
 from ..errors import CaptureError
 from .comparison import Comparison
+from .cutting import Cut, cut_item
 from .plan import FROZEN_NBYTES, GlobalPlan, LocalPlan, Share, WritePlan, sharded_kind, tensor_kind
 from .sharing import Key, SharedItems, SharingPlan, nbytes_of, plan_sharing
 
 
-def plan_local(captured: Capture) -> LocalPlan:
+def plan_local(captured: Capture, piece_nbytes: int | None = None) -> LocalPlan:
     """Plan this rank's part with DCP's planner.
+
+    Args:
+        captured: the state.
+        piece_nbytes: of tensors in one file, at most; larger ones are cut. None where each rank has one file.
 
     Raises:
         CaptureError: two leaves have one name, or a leaf is of a kind that cannot be saved.
@@ -44,6 +49,7 @@ def plan_local(captured: Capture) -> LocalPlan:
             frozen=set(captured.frozen),
             paths={},
             planner_data=captured.planned.planner_data,
+            piece_nbytes=piece_nbytes,
         )
     leaves: dict[str, Any] = {}
     for index, fqn in enumerate(captured.fqns):
@@ -57,13 +63,15 @@ def plan_local(captured: Capture) -> LocalPlan:
     except Exception as error:
         raise _name_unplannable(leaves, error) from error
     index_of = {fqn: index for index, fqn in enumerate(captured.fqns)}
+    kept: list[WriteItem] = []
     sources: list[int] = []
+    cuts: list[Cut] = []
     frozen: set[int] = set()
     seen: dict[int, int] = {}
-    for number, item in enumerate(items):
+    for item in items:
         index = source = index_of[item.index.fqn]
         if index in captured.frozen:
-            frozen.add(number)
+            frozen.add(len(kept))
         elif index in captured.parts:  # the items of a ShardedTensor are in the order of its local shards
             source = captured.parts[index] + seen.get(index, 0)
             seen[index] = seen.get(index, 0) + 1
@@ -73,13 +81,22 @@ def plan_local(captured: Capture) -> LocalPlan:
                 problem = f"this rank's shard has shape {tuple(held.shape)}, but its placements imply {tuple(sizes)}"
                 raise CaptureError(item.index.fqn, problem)
             item.tensor_data.properties.dtype = held.dtype
-        sources.append(source)
+        parts = [] if piece_nbytes is None else cut_item(item, captured.values[source], piece_nbytes)
+        for smaller, part in parts:
+            kept.append(smaller)
+            sources.append(len(captured.values) + len(cuts))
+            cuts.append(Cut(source, part))
+        if not parts:
+            kept.append(item)
+            sources.append(source)
     return LocalPlan(
-        items=items,
+        items=kept,
         sources=sources,
         frozen=frozen,
         paths=dict(zip(captured.fqns, captured.paths, strict=True)),
         containers=captured.containers,
+        cuts=cuts,
+        piece_nbytes=piece_nbytes,
     )
 
 
@@ -105,6 +122,9 @@ def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner | None = 
     Raises:
         CaptureError: the ranks hold different tensors under one name, or parts that do not make up a whole.
     """
+    if len({local.piece_nbytes for local in locals_}) > 1:
+        problem = "the ranks cut files at different sizes: max_host_bytes and storage must be the same on all of them"
+        raise CaptureError("", problem)
     if planner is not None:
         return _plan_global_with(planner, locals_)
     holders = _find_holders(locals_)
@@ -239,7 +259,8 @@ def _refuse_different(
 def _make_share(local: LocalPlan, numbers: Sequence[int], items: Sequence[WriteItem]) -> Share:
     staged = [item for number, item in zip(numbers, items, strict=True) if number not in local.frozen]
     frozen = [item for number, item in zip(numbers, items, strict=True) if number in local.frozen]
-    return Share(staged=staged, frozen=frozen, layout=lay_out([chunk_of(item) for item in staged]))
+    layout = lay_out([chunk_of(item) for item in staged], local.piece_nbytes)
+    return Share(staged=staged, frozen=frozen, layout=layout)
 
 
 def finish_plan(
@@ -270,6 +291,8 @@ def finish_plan(
             whole=shared.whole,
             weights=shared.weights,
         ),
+        cuts=local.cuts,
+        piece_nbytes=local.piece_nbytes,
     )
 
 

@@ -21,10 +21,11 @@ from .._engine.threads import Threads
 from .._format.naming import METADATA_NAME, data_file
 from .._format.seal import seal
 from .._state.capture import Capture
-from ..storage.base import Storage
+from ..storage.base import Storage, object_limits
 from ..storage.error_mapping import write_errors
+from .bounded_staging import largest_piece
 from .commit import UncommittedFiles, commit, find_replaced, live, may_be_committed, remove_files, remove_if_empty
-from .manifest import ByteRange, ManifestTemplate
+from .manifest import ByteRange, ManifestTemplate, names_of
 from .pipeline import WritePipeline
 from .plan_cache import CachedPlan, PlanCache
 from .request import PartRequest, SaveJob, WrittenPart
@@ -52,6 +53,7 @@ class Saver:
         make_pipeline: Callable[[], WritePipeline],
         *,
         share_pipeline: bool,
+        max_host_nbytes: int | None,
         on_disagreement: OnDisagreement,
     ) -> None:
         """Begin.
@@ -61,27 +63,39 @@ class Saver:
             threads: the engine's.
             make_pipeline: makes host memory for one state.
             share_pipeline: whether the states of one checkpoint go through the same memory, one after the other.
+            max_host_nbytes: of that memory, for one state.
             on_disagreement: what to do where ranks hold different values of what is saved once.
         """
         self._on_disagreement = on_disagreement
         self._storage = storage
         self._make_pipeline = make_pipeline
         self._share_pipeline = share_pipeline
+        self._max_host_nbytes = max_host_nbytes
         self._pipelines: dict[str | None, WritePipeline] = {None: make_pipeline()}  # by the name of the state
         self._plans = PlanCache(threads)
         self._sharing = anyio.Semaphore(1)
 
-    async def prepare(self, operation: Operation, take: Callable[[], Awaitable[Capture]]) -> None:
+    def _piece_nbytes(self, checkpoint_id: str) -> int | None:
+        """Return how many bytes of tensors go into one file of a checkpoint; None where each rank has one file."""
+        limits = object_limits(self._storage, checkpoint_id)
+        if limits is None:
+            return None
+        if self._max_host_nbytes is None:
+            return limits.object_nbytes
+        return min(limits.object_nbytes, largest_piece(self._max_host_nbytes))
+
+    async def prepare(self, operation: Operation, checkpoint_id: str, take: Callable[[], Awaitable[Capture]]) -> None:
         """Plan, and have host memory ready, so that the first save is as quick as the others."""
+        piece_nbytes = self._piece_nbytes(checkpoint_id)
 
         async def begin() -> tuple[Capture, dict[int, CachedPlan]]:
             captured = await take()
-            return captured, self._plans.find(None, captured)
+            return captured, self._plans.find(None, captured, piece_nbytes)
 
         (captured, kept), (number, *_) = await operation.run_phase(
             "capture", begin, propose=lambda begun: PlanProposal(plans=[*begun[1]]).to_row(), agree=agree_on_plan
         )
-        cached = kept.get(number) or await self._plans.make(operation, None, captured)
+        cached = kept.get(number) or await self._plans.make(operation, None, captured, piece_nbytes=piece_nbytes)
 
         async def take_memory() -> None:
             tail, _ = lay_tail(cached, captured)
@@ -107,7 +121,7 @@ class Saver:
 
         async def begin() -> tuple[SaveJob, dict[int, CachedPlan]]:
             job = await take()
-            return job, self._plans.find(None, job.captured)
+            return job, self._plans.find(None, job.captured, self._piece_nbytes(job.checkpoint_id))
 
         (job, kept), agreed = await operation.run_phase(
             "capture",
@@ -199,7 +213,7 @@ class Saver:
         async def begin() -> tuple[SaveJob, dict[int, CachedPlan]]:
             await anyio.lowlevel.checkpoint()
             job = await take()
-            return job, self._plans.find(name, job.captured)
+            return job, self._plans.find(name, job.captured, self._piece_nbytes(job.checkpoint_id))
 
         (job, kept), (number, *_) = await operation.run_phase(
             PART,
@@ -263,7 +277,7 @@ class Saver:
             nonlocal voting
             tail, ranges = lay_tail(cached, job.captured)
             buffer = await pipeline.take_memory(cached.plan, tail.nbytes, pin_for=job.device_copies.first_device)
-            files.names.append(file)
+            files.names += names_of(file, cached.layout)
             files.are_written = False
             digest, table_crc = await pipeline.run(
                 job, cached.plan, buffer, tail, file, seed=seed if compares else None
@@ -272,7 +286,9 @@ class Saver:
             voting = time.perf_counter()
             return ranges, digest, table_crc
 
-        cached = kept or await self._plans.make(operation, name, job.captured, job.planner)
+        cached = kept or await self._plans.make(
+            operation, name, job.captured, job.planner, piece_nbytes=self._piece_nbytes(job.checkpoint_id)
+        )
         captured = job.timeline.between("capture")
         assert captured is not None
         job.timeline.add("plan", captured[1])

@@ -43,10 +43,11 @@ def lay_tail(cached: CachedPlan, captured: Capture) -> tuple[Tail, list[ByteRang
     pieces: list[bytes] = []
     crcs: list[int] = []
     items: list[ByteRange] = []
+    start = 0 if cached.layout.in_pieces else cached.layout.tail
     position = 0
     for index in cached.plan.frozen:
         data = captured.frozen[index].archive()
-        items.append(ByteRange(offset=cached.layout.tail + position, nbytes=len(data)))
+        items.append(ByteRange(offset=start + position, nbytes=len(data)))
         crcs.append(zlib.crc32(data))
         filled = round_up(len(data), ALIGNMENT)
         pieces.append(data.ljust(filled, b"\0"))

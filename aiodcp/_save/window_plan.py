@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from .._format.alignment import BLOCK
 from .._format.layout import Layout
+from ..errors import StageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,30 @@ class Window:
     stop: int = 0
     parts: list[Part] = field(default_factory=list)
     whole: list[int] = field(default_factory=list)
+
+
+def windows_of_segments(layout: Layout, slot_nbytes: int) -> list[Window]:
+    """Make a window of each segment, where each is stored as a file of its own.
+
+    Raises:
+        StageError: one is larger than a slot.
+    """
+    for segment in layout.segments:
+        if segment.stop - segment.start > slot_nbytes:
+            problem = (
+                f"a tensor of {segment.stop - segment.start} bytes cannot be cut, and is larger than a fourth of "
+                "max_host_bytes"
+            )
+            raise StageError(segment.stop - segment.start, problem)
+    return [
+        Window(
+            start=segment.start,
+            first=segment.start,
+            stop=segment.stop,
+            whole=list(range(segment.first, segment.stop_record)),
+        )
+        for segment in layout.segments
+    ]
 
 
 def plan_windows(layout: Layout, slot_nbytes: int) -> list[Window]:

@@ -23,6 +23,7 @@ class TearDetector:
 
     def __init__(self, captured: Capture) -> None:
         self._captured = captured
+        self._count = len(captured.values)  # parts of them may be added as values of their own
         self._whole = {index: value for index, value in captured.sharded.items() if isinstance(value, DTensor)}
         self._versions = self._read(captured.values) if captured.versions is None else captured.versions
         self._names_of_values = captured.names
@@ -38,7 +39,9 @@ class TearDetector:
         """Return the names of the tensors that have changed, in the order of the state dict."""
         if self._closed is not None:
             return self._closed
-        values = list(self._captured.values)  # emptied when all is staged, perhaps by another thread and just now
+        values = self._captured.values[
+            : self._count
+        ]  # emptied when all is staged, perhaps by another thread and just now
         now = self._read(values)
         if (now == self._versions and not self._stepping) or not values:
             return []

@@ -20,9 +20,9 @@ from .._load.report import LoadReport
 from .._log import SafeLogger
 from .._save.sharing import OnDisagreement
 from .._telemetry.progress_bar import NoBar
+from ..storage.auto import AutoStorage
 from ..storage.base import Storage
 from ..storage.error_mapping import write_errors
-from ..storage.local import LocalStorage
 from ..storage.retry import Retry
 from .arguments import CheckpointId, OnBusy, Options, default_copy_threads, metadata_encoder
 from .checkpoint import Checkpoint
@@ -45,7 +45,8 @@ class Checkpointer(SyncContext):
     `load_sync` and `prepare_sync`, and of what they return `staged.wait()` and `uploaded.wait()`.
 
     Args:
-        storage: where checkpoints live; by default directories of the local file system.
+        storage: where checkpoints live; by default where their ids say: a path is a directory, `s3://bucket/...`,
+            `gs://`, `az://` and the like are objects.
         process_group: the ranks that save and load together; by default all, if torch.distributed is initialized. Its
             members open the `Checkpointer` together, and call `save`, `load` and `prepare` in the same order. It says
             who they are; its connections are not used.
@@ -91,7 +92,7 @@ class Checkpointer(SyncContext):
     ) -> None:
         self._session = Session(
             Options(
-                storage=storage if storage is not None else LocalStorage(),
+                storage=storage if storage is not None else AutoStorage(),
                 process_group=process_group,
                 coordinator=coordinator,
                 no_dist=no_dist,
@@ -225,8 +226,13 @@ class Checkpointer(SyncContext):
         with write_errors(os.fspath(path)):
             Path(path).write_text(self._session.saves.trace.render(self._session.flows.world_rank))
 
-    async def prepare(self, state_dict: Mapping[str, Any]) -> None:
+    async def prepare(self, state_dict: Mapping[str, Any], checkpoint_id: CheckpointId | None = None) -> None:
         """Plan for states of this structure and have the host memory ready, so that the first save is quick too.
+
+        Args:
+            state_dict: as for `save`.
+            checkpoint_id: where it will be saved, or to some other place of its kind: plans for an object store are
+                other ones than for a directory, which is the default.
 
         Raises:
             CaptureError: a value cannot be saved; names it.
@@ -235,7 +241,7 @@ class Checkpointer(SyncContext):
 
         Cancellation: takes effect when the step under way is done.
         """
-        await self._session.saves.prepare(state_dict)
+        await self._session.saves.prepare(state_dict, checkpoint_id)
 
     # --- loading
 

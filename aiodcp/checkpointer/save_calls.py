@@ -73,6 +73,7 @@ class SaveCalls:
             threads,
             make_pipeline,
             share_pipeline=options.max_host_bytes is not None,
+            max_host_nbytes=options.max_host_bytes,
             on_disagreement=options.on_disagreement,
         )
         self._guards = Guards(self._on_step)
@@ -263,8 +264,9 @@ class SaveCalls:
 
     # --- ahead of a save, and while it is staged
 
-    async def prepare(self, state_dict: Mapping[str, Any]) -> None:
+    async def prepare(self, state_dict: Mapping[str, Any], checkpoint_id: CheckpointId | None) -> None:
         """Implement `Checkpointer.prepare`."""
+        path = "" if checkpoint_id is None else self._storage.resolve(check_id(checkpoint_id))
         flows = self._flows
         flows.check_open()
         flows.refuse_inside("prepare")
@@ -274,7 +276,7 @@ class SaveCalls:
         async def prepare_in_turn() -> None:
             async with flows.slot:
                 with flows.under_way(operation):
-                    await self._saver.prepare(operation, take)
+                    await self._saver.prepare(operation, path, take)
 
         await flows.run(prepare_in_turn, operation=operation)
 

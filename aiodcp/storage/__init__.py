@@ -1,7 +1,20 @@
 """Where checkpoint bytes live: the protocol, and the storages that come with the library."""
 
-from .base import WRITE_ALIGNMENT, Reader, Storage, Writer
+from .auto import AutoStorage
+from .base import WRITE_ALIGNMENT, ObjectLimits, Reader, Storage, WholeFileStorage, Writer
 from .local import LocalStorage
 from .memory import MemoryStorage
+from .object_store import ObjectStorage
 
-__all__ = ["WRITE_ALIGNMENT", "LocalStorage", "MemoryStorage", "Reader", "Storage", "Writer"]
+__all__ = [
+    "WRITE_ALIGNMENT",
+    "AutoStorage",
+    "LocalStorage",
+    "MemoryStorage",
+    "ObjectLimits",
+    "ObjectStorage",
+    "Reader",
+    "Storage",
+    "WholeFileStorage",
+    "Writer",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 WRITE_ALIGNMENT = 4096
@@ -123,3 +124,56 @@ class Storage(Protocol):
             create: whether a shared lock may write to `root`. Without it, for those who save below a directory that
                 is not their own, it is held only if one has been held before.
         """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectLimits:
+    """How a store wants to be used that takes files as wholes, answers late, and answers many requests at a time.
+
+    Attributes:
+        object_nbytes: of the tensors in one file, at most: larger ones are cut. One that cannot be cut has its own.
+        reads_at_once: requests under way.
+        gap_nbytes: bytes rather read for nothing than asked for apart.
+    """
+
+    object_nbytes: int
+    reads_at_once: int
+    gap_nbytes: int
+
+
+@runtime_checkable
+class WholeFileStorage(Storage, Protocol):
+    """A storage to which files are best written whole, several at once: an object store.
+
+    Where these methods are there, a rank's data is written as many files of a bounded size, each as soon as it is
+    staged, and never by `create`.
+    """
+
+    def limits(self, checkpoint_id: str) -> ObjectLimits | None:
+        """Return how this checkpoint is to be written and read; None as other storages do."""
+
+    async def put_new(self, checkpoint_id: str, name: str, data: memoryview) -> None:
+        """Make a file of `data` that must not exist yet, unless with the same content. It is durable at the end.
+
+        Raises:
+            FileExistsError: there is such a file with another content.
+
+        Cancellation: the file may be there or not, and the memory is free when this returns.
+        """
+
+    async def remove_all(self, checkpoint_id: str, names: Sequence[str]) -> None:
+        """Remove files, those that are there, with as few requests as there can be."""
+
+
+async def remove_all(storage: Storage, checkpoint_id: str, names: Sequence[str]) -> None:
+    """Remove files, those that are there."""
+    if isinstance(storage, WholeFileStorage):
+        await storage.remove_all(checkpoint_id, names)
+        return
+    for name in names:
+        await storage.remove(checkpoint_id, name)
+
+
+def object_limits(storage: Storage, checkpoint_id: str) -> ObjectLimits | None:
+    """Return how a storage wants files to be written whole; None if it does not."""
+    return storage.limits(checkpoint_id) if isinstance(storage, WholeFileStorage) else None

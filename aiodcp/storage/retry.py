@@ -18,7 +18,7 @@ import anyio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from ..errors import ArgumentError
-from .base import Reader, Storage, Writer
+from .base import ObjectLimits, Reader, Storage, WholeFileStorage, Writer, object_limits, remove_all
 
 T = TypeVar("T")
 
@@ -176,6 +176,9 @@ class RetryingStorage:
     def describe(self, checkpoint_id: str, name: str = "") -> str:
         return self._storage.describe(checkpoint_id, name)
 
+    def limits(self, checkpoint_id: str) -> ObjectLimits | None:
+        return object_limits(self._storage, checkpoint_id)
+
     @asynccontextmanager
     async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[Writer]:
         with self._doing(f"writing {self._storage.describe(checkpoint_id, name)}"):
@@ -195,6 +198,11 @@ class RetryingStorage:
     async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
         await self.retrying(lambda: self._storage.put(checkpoint_id, name, data), checkpoint_id, name)
 
+    async def put_new(self, checkpoint_id: str, name: str, data: memoryview) -> None:
+        storage = self._storage
+        assert isinstance(storage, WholeFileStorage)
+        await self.retrying(lambda: storage.put_new(checkpoint_id, name, data), checkpoint_id, name)
+
     async def get(self, checkpoint_id: str, name: str) -> bytes:
         return await self.retrying(lambda: self._storage.get(checkpoint_id, name), checkpoint_id, name)
 
@@ -206,6 +214,9 @@ class RetryingStorage:
 
     async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
         await self.retrying(lambda: self._storage.remove(checkpoint_id, name, durable=durable), checkpoint_id, name)
+
+    async def remove_all(self, checkpoint_id: str, names: Sequence[str]) -> None:
+        await self.retrying(lambda: remove_all(self._storage, checkpoint_id, names), checkpoint_id)
 
     async def remove_if_empty(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
         await self.retrying(

@@ -81,7 +81,7 @@ def _uncopyable(*_: object) -> None:
     raise RuntimeError("the copy engine is on fire")
 
 
-def _unplannable(taken: Any, *, alone: bool) -> Any:
+def _unplannable(taken: Any, *options: Any) -> Any:
     raise UnpicklableError
 
 

@@ -73,10 +73,10 @@ def _exchanged(rank: int, size: int, folder: Path, count: int) -> tuple[int, int
         plans = 0
         real = planning.plan_local
 
-        def plan(taken: Any) -> Any:
+        def plan(taken: Any, *options: Any) -> Any:
             nonlocal plans
             plans += 1
-            return real(taken)
+            return real(taken, *options)
 
         state = {f"w{n}": torch.ones(10) for n in range(count)} | {"lr": 0.1}
         with pytest.MonkeyPatch.context() as patch:
@@ -125,9 +125,9 @@ def _change(rank: int, size: int, path: Path) -> list[int]:
         ]
         with pytest.MonkeyPatch.context() as patch:
 
-            def plan(taken: Any) -> Any:
+            def plan(taken: Any, *options: Any) -> Any:
                 plans[-1] += 1
-                return real(taken)
+                return real(taken, *options)
 
             patch.setattr(plan_cache, "plan_local", plan)
             async with Checkpointer() as checkpointer:

@@ -97,9 +97,9 @@ async def test_a_later_save_of_the_same_structure_plans_nothing(monkeypatch: pyt
     plans = []
     real = planning.plan_local
 
-    def count(taken: Any) -> Any:
+    def count(taken: Any, *options: Any) -> Any:
         plans.append(taken)
-        return real(taken)
+        return real(taken, *options)
 
     monkeypatch.setattr(plan_cache, "plan_local", count)
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:

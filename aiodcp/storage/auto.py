@@ -1,0 +1,95 @@
+"""The storage of a checkpoint by its id: a path is a directory, a URL an object store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from urllib.parse import unquote, urlsplit
+
+from ..errors import ArgumentError
+from .base import ObjectLimits, Reader, Storage, Writer, object_limits, remove_all
+from .local import LocalStorage
+from .object_store import ObjectStorage
+from .object_urls import bucket_of, scheme_of
+
+
+class AutoStorage:
+    """Keep each checkpoint where its id says: what a `Checkpointer` has that is given no storage.
+
+    `s3://bucket/...`, `gs://`, `az://`, `abfs://` and `memory://` are objects, by `ObjectStorage`, one for each bucket;
+    a path, or `file://`, is a directory, by `LocalStorage`.
+    """
+
+    def __init__(self) -> None:
+        self._local = LocalStorage()
+        self._stores: dict[str, ObjectStorage] = {}  # by the bucket's URL
+
+    def __repr__(self) -> str:
+        return f"AutoStorage({', '.join(map(repr, (self._local, *self._stores.values())))})"
+
+    def find(self, checkpoint_id: str) -> Storage:
+        """Return the storage that has the checkpoints of this id.
+
+        Raises:
+            ArgumentError: there is none for such a URL; says why.
+        """
+        scheme = scheme_of(checkpoint_id)
+        if scheme is None or scheme == "file":
+            return self._local
+        bucket = bucket_of(checkpoint_id)
+        if bucket not in self._stores:
+            self._stores[bucket] = ObjectStorage.from_url(checkpoint_id)
+        return self._stores[bucket]
+
+    def resolve(self, checkpoint_id: str) -> str:
+        if scheme_of(checkpoint_id) == "file":
+            parts = urlsplit(checkpoint_id)
+            if parts.netloc not in ("", "localhost"):
+                raise ArgumentError("checkpoint_id", f"{checkpoint_id!r} is on another host: file:///path is expected")
+            return self._local.resolve(unquote(parts.path))
+        return self.find(checkpoint_id).resolve(checkpoint_id)
+
+    def describe(self, checkpoint_id: str, name: str = "") -> str:
+        return self.find(checkpoint_id).describe(checkpoint_id, name)
+
+    def limits(self, checkpoint_id: str) -> ObjectLimits | None:
+        return object_limits(self.find(checkpoint_id), checkpoint_id)
+
+    def create(self, checkpoint_id: str, name: str) -> AbstractAsyncContextManager[Writer]:
+        return self.find(checkpoint_id).create(checkpoint_id, name)
+
+    def open(self, checkpoint_id: str, name: str) -> AbstractAsyncContextManager[Reader]:
+        return self.find(checkpoint_id).open(checkpoint_id, name)
+
+    async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
+        await self.find(checkpoint_id).put(checkpoint_id, name, data)
+
+    async def put_new(self, checkpoint_id: str, name: str, data: memoryview) -> None:
+        await self._stores[bucket_of(checkpoint_id)].put_new(checkpoint_id, name, data)
+
+    async def get(self, checkpoint_id: str, name: str) -> bytes:
+        return await self.find(checkpoint_id).get(checkpoint_id, name)
+
+    async def list_files(self, checkpoint_id: str) -> list[str]:
+        return await self.find(checkpoint_id).list_files(checkpoint_id)
+
+    async def file_sizes(self, checkpoint_id: str) -> dict[str, int]:
+        return await self.find(checkpoint_id).file_sizes(checkpoint_id)
+
+    async def list_children(self, root: str) -> list[str]:
+        return await self.find(root).list_children(root)
+
+    async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
+        await self.find(checkpoint_id).remove(checkpoint_id, name, durable=durable)
+
+    async def remove_all(self, checkpoint_id: str, names: Sequence[str]) -> None:
+        await remove_all(self.find(checkpoint_id), checkpoint_id, names)
+
+    async def remove_if_empty(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
+        await self.find(checkpoint_id).remove_if_empty(checkpoint_id, made_by_anyone=made_by_anyone)
+
+    async def remove_tree(self, checkpoint_id: str) -> None:
+        await self.find(checkpoint_id).remove_tree(checkpoint_id)
+
+    def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
+        return self.find(root).lock(root, exclusive=exclusive, create=create)
