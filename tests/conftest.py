@@ -14,6 +14,7 @@ import pytest
 from aiodcp.testing import FaultyStorage
 
 from .support.devices import Driver, install
+from .support.object_servers import FaultProxy, S3Server, s3_server
 from .support.ranks import World
 
 HANGS_AFTER_S = 600.0  # no test takes a minute, on a machine that has time for it
@@ -42,6 +43,20 @@ def world() -> Iterator[World]:
     made = World()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A server of S3, for all tests: each uses a prefix of its own."""
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(s3: S3Server) -> Iterator[FaultProxy]:
+    """The same server behind a proxy that can be told what to do wrong."""
+    with FaultProxy(s3).running() as proxy:
+        yield proxy
 
 
 @pytest.fixture

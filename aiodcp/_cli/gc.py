@@ -11,7 +11,8 @@ from ..errors import ArgumentError
 from ..manager.retention import Retention
 from ..manager.steps import list_steps, remove_leftovers, remove_step, step_path
 from ..storage.base import Storage
-from .locations import refuse_checkpoint, storage_of_root
+from ..storage.object_urls import scheme_of
+from .locations import locate_root, refuse_checkpoint
 from .ls import rows_of
 
 
@@ -22,7 +23,7 @@ def collect(root: str, retention: Retention, *, dry_run: bool) -> dict[str, Any]
         ArgumentError: it is not a directory of steps, or a process that saves there is alive.
         OSError: a step cannot be removed.
     """
-    return anyio.run(_collect, storage_of_root(root), root, retention, dry_run)
+    return anyio.run(_collect, *locate_root(root), retention, dry_run)
 
 
 async def _collect(storage: Storage, root: str, retention: Retention, dry_run: bool) -> dict[str, Any]:
@@ -31,7 +32,10 @@ async def _collect(storage: Storage, root: str, retention: Retention, dry_run: b
         pass
     async with storage.lock(root, exclusive=True) as is_locked:
         if not is_locked:
-            raise ArgumentError("root", f"another process is saving below {root}, and removes steps itself")
+            problem = f"another process is saving below {root}, and removes steps itself"
+            if scheme_of(root) is not None:
+                problem += "; or one was killed a minute ago or less"
+            raise ArgumentError("root", problem)
         to_remove = retention.to_remove((await list_steps(storage, root)).steps)
         if dry_run:
             leftovers = [row["step"] for row in await rows_of(storage, root) if not row["complete"]]

@@ -5,32 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._format.naming import METADATA_NAME
+from .._log import SafeLogger
 from ..errors import ArgumentError
+from ..storage.auto import AutoStorage
 from ..storage.base import Storage
-from ..storage.local import LocalStorage
+from ..storage.object_urls import scheme_of
+from ..storage.retry import Attempt, Retry, RetryingStorage
+
+log = SafeLogger(__name__)
 
 
-def storage_of(location: str) -> Storage:
-    """Return the storage that a location is in.
+def locate(location: str) -> tuple[Storage, str]:
+    """Return the storage that a location is in, and its id there: a path as it is, a URL in full.
 
     Raises:
         ArgumentError: there is none for such a URL.
     """
-    storage = LocalStorage()
-    storage.resolve(location)
-    return storage
+    storage = AutoStorage()
+    checkpoint_id = storage.resolve(location)
+    if scheme_of(location) is None:
+        return storage, location
+    return RetryingStorage(storage, Retry(), _report), checkpoint_id
 
 
-def storage_of_root(root: str) -> Storage:
-    """Return the storage that a directory of steps is in.
+def _report(checkpoint_id: str, path: str, attempt: Attempt) -> None:
+    log.warning("%s: %s", path, attempt)
+
+
+def locate_root(root: str) -> tuple[Storage, str]:
+    """Return the storage that a directory of steps is in, and its id there.
 
     Raises:
         ArgumentError: it is not a directory, or a URL for which there is no storage.
     """
-    storage = storage_of(root)
-    if isinstance(storage, LocalStorage) and not Path(root).is_dir():
+    storage, path = locate(root)
+    if scheme_of(path) is None and not Path(path).is_dir():
         raise ArgumentError("root", f"{root} is not a directory")
-    return storage
+    return storage, path
 
 
 async def refuse_checkpoint(storage: Storage, root: str) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import anyio
 
+from .._engine.task_groups import single_error
 from .._format.naming import METADATA_NAME, is_leftover
 from .._load.read_custom_metadata import read_dated_custom_metadata
 from ..errors import LoadError, NotACheckpointError
-from ..manager.steps import metrics_of, step_of, step_path
+from ..manager.steps import LOOKS_AT_ONCE, metrics_of, step_of, step_path
 from ..storage.base import Storage
-from .locations import refuse_checkpoint, storage_of_root
+from .locations import locate_root, refuse_checkpoint
 from .text_tables import number, plural, size, table
 
 
@@ -22,34 +23,47 @@ def list_rows(root: str) -> list[dict[str, Any]]:
     Raises:
         ArgumentError: it is not a directory, or a checkpoint.
     """
-    return anyio.run(rows_of, storage_of_root(root), root)
+    return anyio.run(rows_of, *locate_root(root))
 
 
 async def rows_of(storage: Storage, root: str) -> list[dict[str, Any]]:
     """As `list_rows`, from a storage."""
     await refuse_checkpoint(storage, root)
     rows: list[dict[str, Any]] = []
-    for name in await storage.list_children(root):
-        step = step_of(name)
-        if step is None:
-            continue
-        sizes = await storage.file_sizes(step_path(root, step))
-        complete = METADATA_NAME in sizes
-        if sizes and not complete and not any(map(is_leftover, sizes)):
-            continue  # files of the user's own
-        row: dict[str, Any] = {
-            "step": step,
-            "complete": complete,
-            "saved_at": None,
-            "nbytes": sum(sizes.values()),
-            "files": len(sizes),
-            "metrics": {},
-            "problem": "",
-        }
-        rows.append(row)
-        if complete:
-            await _add_metadata(storage, step_path(root, step), row)
+    limit = anyio.Semaphore(LOOKS_AT_ONCE)
+
+    async def look(step: int) -> None:
+        async with limit:
+            row = await _row(storage, root, step)
+        if row is not None:
+            rows.append(row)
+
+    with single_error():
+        async with anyio.create_task_group() as group:
+            for name in await storage.list_children(root):
+                if (step := step_of(name)) is not None:
+                    group.start_soon(look, step)
     return sorted(rows, key=lambda row: row["step"])
+
+
+async def _row(storage: Storage, root: str, step: int) -> dict[str, Any] | None:
+    """Return what there is of a step; None if there are only files of the user's own."""
+    sizes = await storage.file_sizes(step_path(root, step))
+    complete = METADATA_NAME in sizes
+    if sizes and not complete and not any(map(is_leftover, sizes)):
+        return None
+    row: dict[str, Any] = {
+        "step": step,
+        "complete": complete,
+        "saved_at": None,
+        "nbytes": sum(sizes.values()),
+        "files": len(sizes),
+        "metrics": {},
+        "problem": "",
+    }
+    if complete:
+        await _add_metadata(storage, step_path(root, step), row)
+    return row
 
 
 async def _add_metadata(storage: Storage, path: str, row: dict[str, Any]) -> None:

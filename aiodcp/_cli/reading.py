@@ -19,7 +19,7 @@ from ..checkpointer.checkpointer import Checkpointer
 from ..errors import ArgumentError, CorruptError, NotACheckpointError
 from ..manager.steps import step_of, step_path
 from ..storage.base import Storage
-from .locations import storage_of
+from .locations import locate
 
 PIECE_NBYTES = 256 << 20  # of tensors held in memory at a time, from each of two checkpoints
 
@@ -32,7 +32,7 @@ def read(checkpoint_id: str) -> tuple[Metadata, Seal]:
         NotACheckpointError: there is none.
         CorruptError, UnsafeError: see `read_metadata`.
     """
-    return anyio.run(read_from, storage_of(checkpoint_id), checkpoint_id)
+    return anyio.run(read_from, *locate(checkpoint_id))
 
 
 async def read_from(storage: Storage, checkpoint_id: str) -> tuple[Metadata, Seal]:
@@ -82,7 +82,8 @@ def pieces(
 
 def make_checkpointer(checkpoint_id: str) -> Checkpointer:
     """Return a Checkpointer, still to be entered, that loads what is at `checkpoint_id`."""
-    return Checkpointer(storage=storage_of(checkpoint_id), no_dist=True)
+    storage, _ = locate(checkpoint_id)
+    return Checkpointer(storage=storage, no_dist=True)
 
 
 def load(

@@ -14,7 +14,7 @@ from .._load.decode import ItemDecoder
 from ..errors import ArgumentError
 from ..storage.base import Storage
 from ..storage.error_mapping import read_errors
-from .locations import storage_of
+from .locations import locate
 from .reading import name_of, nbytes_of, read_from
 from .text_tables import plural, size, table
 
@@ -25,7 +25,7 @@ def show(checkpoint_id: str, fqn: str | None = None) -> dict[str, Any]:
     Raises:
         ArgumentError: there is nothing of that name.
     """
-    return anyio.run(_show, storage_of(checkpoint_id), checkpoint_id, fqn)
+    return anyio.run(_show, *locate(checkpoint_id), fqn)
 
 
 async def _show(storage: Storage, checkpoint_id: str, fqn: str | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .._format.naming import METADATA_NAME
 from .._load.decode import check_records
 from ..errors import CorruptError
 from ..storage.base import Reader, Storage
-from .locations import storage_of
+from .locations import locate
 from .reading import read_from
 from .text_tables import plural
 
@@ -60,7 +60,7 @@ def verify(checkpoint_id: str, advance: Callable[[int], None], total: Callable[[
         UnsafeError: it leads out of its directory.
         PermissionError: it may not be read.
     """
-    return anyio.run(_verify, storage_of(checkpoint_id), checkpoint_id, advance, total)
+    return anyio.run(_verify, *locate(checkpoint_id), advance, total)
 
 
 async def _verify(

@@ -6,7 +6,7 @@ A data file is a row of items, each a zip archive as `torch.save` writes it, wit
     | header payload trailer . header payload trailer | header payload  |     | frozen values, back to back |
 
 A segment is what is staged, checksummed and written as one; it begins on a block, so that segments are independent.
-Where a store takes files whole, each segment is stored as a file of its own, a piece, and so is the tail.
+Where a store takes files whole, each segment is stored as a file of its own, a piece; the last one with the tail.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Layout:
         offsets: bytes, where each record's item begins.
         segments: in order, without gaps.
         tail: bytes, where the tail begins: a multiple of `BLOCK`.
-        in_pieces: whether segments and tail are stored as files of their own.
+        in_pieces: whether segments are stored as files of their own.
     """
 
     frames: tuple[Frame, ...]
@@ -53,6 +53,16 @@ class Layout:
     segments: tuple[Segment, ...]
     tail: int
     in_pieces: bool = False
+
+    @property
+    def pieces(self) -> int:
+        """How many segments are files of their own, besides the last, which has the data file's name and the tail."""
+        return max(len(self.segments) - 1, 0) if self.in_pieces else 0
+
+    @property
+    def last_piece(self) -> int:
+        """Byte at which the file begins that has the tail."""
+        return self.segments[-1].start if self.pieces else 0
 
 
 def lay_out(records: Sequence[tuple[torch.dtype, tuple[int, ...]]], piece_nbytes: int | None = None) -> Layout:

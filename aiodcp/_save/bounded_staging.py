@@ -31,6 +31,8 @@ SLOTS = 4  # one is filled, one is written, and neither has to wait for the othe
 
 MIN_NBYTES = 1 << 20
 
+TAIL_ROOM = 64 << 10  # bytes of a slot for frozen values behind the last piece
+
 _HELD_BLOCKS = 2  # the four bytes of a checksum may lie across the border of two
 
 FileRange = tuple[int, memoryview]
@@ -42,7 +44,7 @@ def _slot_nbytes(max_nbytes: int) -> int:
 
 def largest_piece(max_nbytes: int) -> int:
     """Return how many bytes of tensors a piece may have at most that fits a slot, with what is around them."""
-    return min(LAST_SEGMENT_NBYTES, _slot_nbytes(max_nbytes)) - 2 * BLOCK
+    return min(LAST_SEGMENT_NBYTES, _slot_nbytes(max_nbytes)) - 2 * BLOCK - TAIL_ROOM
 
 
 class BoundedStaging:
@@ -65,7 +67,7 @@ class BoundedStaging:
         held = _HELD_BLOCKS * BLOCK
         self.layout = layout
         if layout.in_pieces:
-            largest = max(segment.stop - segment.start for segment in layout.segments)
+            largest = max(segment.stop - segment.start for segment in layout.segments) + TAIL_ROOM
         self.slot_nbytes = min(largest, _slot_nbytes(max_nbytes))
         self.slots = max_nbytes // (self.slot_nbytes + 2 * held)
         self.arena = Arena(self.slots * (self.slot_nbytes + 2 * held))
@@ -209,6 +211,15 @@ class BoundedStaging:
     def holds(self, tail_nbytes: int) -> bool:
         """Whether a tail of so many bytes fits: it takes the slots as windows do."""
         return True
+
+    def append(self, number: int, memory: memoryview, data: bytes) -> memoryview:
+        """Return the last piece with the tail behind it: in its slot, if there is room, else in memory of its own."""
+        start = number % self.slots * self.slot_nbytes
+        stop = start + len(memory) + len(data)
+        if len(memory) + len(data) > self.slot_nbytes:
+            return memoryview(b"".join((memory, data)))
+        self.arena.memory[start + len(memory) : stop] = data
+        return self.arena.memory[start:stop]
 
     def put(self, number: int, data: bytes) -> memoryview:
         """Lay bytes that are no tensors' into the slot of window `number`; return them, filled up to a whole block."""

@@ -50,19 +50,13 @@ class ManifestTemplate:
             for rank, share in enumerate(plan.shares)
             if share.staged or share.frozen
         ]
-        self._pieces = [
-            len(layout.segments) if (layout := plans[part].shares[rank].layout).in_pieces else 0
-            for part, rank in self._writers
-        ]
-        self._named: list[bool] = []  # of all data files, whether it has an item; the last piece may have but a table
+        self._pieces = [plans[part].shares[rank].layout.pieces for part, rank in self._writers]
         files: list[Placeholder] = []  # the last of each rank's, which has its frozen values
         for (part, rank), pieces in zip(self._writers, self._pieces, strict=True):
-            share = plans[part].shares[rank]
             own = [Placeholder(len(used) + number, text=True) for number in range(pieces + 1)]
-            self._named += [True] * pieces + [bool(share.frozen or not pieces)]
-            used += own if self._named[-1] else own[:-1]
+            used += own
             files.append(own[-1])
-            _store_tensors(stored, share, own)
+            _store_tensors(stored, plans[part].shares[rank], own)
         for file, (part, rank) in zip(files, self._writers, strict=True):
             share = plans[part].shares[rank]
             for item in share.frozen:
@@ -85,7 +79,7 @@ class ManifestTemplate:
 
     def render(self, checkpoint_id: str, save_id: str, frozen: Sequence[Sequence[Sequence[ByteRange]]]) -> bytes:
         """Return `.metadata`'s content for one save, given the ranges of frozen values, by plan and by rank."""
-        files = [file for file, is_named in zip(self._files(save_id), self._named, strict=True) if is_named]
+        files = self._files(save_id)
         items = [item for part, rank in self._writers for item in frozen[part][rank]]
         numbers = [number for item in items for number in (item.offset, item.nbytes)]
         return self._template.render([checkpoint_id, save_id, *files, *numbers])
@@ -107,7 +101,7 @@ class ManifestTemplate:
 
 def names_of(file: str, layout: Layout) -> list[str]:
     """Return the names of the files that a rank's data file is stored as."""
-    return _names(file, len(layout.segments) if layout.in_pieces else 0)
+    return _names(file, layout.pieces)
 
 
 def _names(file: str, pieces: int) -> list[str]:

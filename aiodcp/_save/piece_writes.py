@@ -12,21 +12,18 @@ import anyio
 from anyio import Event
 
 from .._engine.broadcast import Signal
-from .._format.naming import piece_file
 from ..storage.error_mapping import write_errors
 from ..storage.retry import RetryingStorage
-from .bounded_staging import FileRange
 from .request import SaveJob
-from .tail import Tail
 
 
 class PieceWriter:
     """The pieces of one rank's data file, on their way to storage."""
 
-    def __init__(self, storage: RetryingStorage, job: SaveJob, file: str) -> None:
+    def __init__(self, storage: RetryingStorage, job: SaveJob, names: Sequence[str]) -> None:
         self._storage = storage
         self._job = job
-        self._file = file
+        self._names = names
 
     async def write_staged(
         self, ready: Sequence[Signal], complete: Callable[[int], Coroutine[Any, Any, memoryview]]
@@ -40,57 +37,35 @@ class PieceWriter:
 
         async def write(number: int, signal: Signal) -> None:
             await signal.wait()
-            await self._put(self._name(number, len(ready)), await complete(number))
+            await self._put(self._names[number], await complete(number))
 
         async with anyio.create_task_group() as group:
             for number, signal in enumerate(ready):
                 group.start_soon(write, number, signal)
 
-    async def write_windows(
-        self,
-        count: int,
-        slots: int,
-        fill: Callable[[int], Coroutine[Any, Any, list[FileRange]]],
-        finish: Callable[[], bytes],
-    ) -> None:
+    async def write_windows(self, slots: int, fill: Callable[[int], Coroutine[Any, Any, memoryview]]) -> None:
         """Write piece after piece from memory that has room for `slots` of them.
 
         Args:
-            count: of pieces, without the tail.
             slots: how many of them are in memory at a time.
-            fill: brings a piece into its slot, which is free, complete.
-            finish: called when all have been filled; returns the tail.
+            fill: brings a piece into its slot, which is free, complete; with the last, the tail.
         """
         free = [Event() for _ in range(slots)]
         for event in free:
             event.set()
 
         async def write(number: int, memory: memoryview) -> None:
-            await self._put(piece_file(self._file, number), memory)
+            await self._put(self._names[number], memory)
             free[number % slots].set()
 
         async with anyio.create_task_group() as group:
-            for number in range(count):
+            for number in range(len(self._names)):
                 await free[number % slots].wait()
                 free[number % slots] = Event()
-                [(_, memory)] = await fill(number)
-                group.start_soon(write, number, memory)
-            rendered = finish()
-            self._job.log.report(staged=len(rendered))
-            await self._put(self._file, memoryview(rendered))
-
-    def _name(self, number: int, count: int) -> str:
-        return piece_file(self._file, number) if number < count - 1 else self._file
+                group.start_soon(write, number, await fill(number))
 
     async def _put(self, name: str, data: memoryview) -> None:
         checkpoint_id = self._job.checkpoint_id
         with write_errors(self._storage.describe(checkpoint_id, name)), self._job.timeline.record("write"):
             await self._storage.put_new(checkpoint_id, name, data)
         self._job.log.report(written=data.nbytes)
-
-
-async def render_tail(tail: Tail, checksummed: Sequence[Event], crcs: Sequence[list[int]]) -> tuple[bytes, int]:
-    """Return the tail's bytes and its table's CRC32, once all pieces have their checksums."""
-    for event in checksummed:
-        await event.wait()
-    return tail.render([crc for each in crcs for crc in each])

@@ -28,7 +28,8 @@ from ..storage.retry import RetryingStorage
 from .bounded_staging import BoundedStaging, FileRange
 from .comparison import Comparison
 from .cutting import captured_cuts
-from .piece_writes import PieceWriter, render_tail
+from .manifest import names_of
+from .piece_writes import PieceWriter
 from .plan import WritePlan
 from .request import SaveJob
 from .staging import Staging, staging_nbytes
@@ -180,24 +181,29 @@ class WritePipeline:
     async def _run_pieces(
         self, job: SaveJob, plan: WritePlan, staging: Staging, tail: Tail, file: str, comparing: _Comparing
     ) -> int:
-        segments = len(staging.layout.segments)
-        crcs: list[list[int]] = [[] for _ in range(segments)]
-        checksummed = [Event() for _ in range(segments)]
-        ready, staged = [Signal() for _ in range(segments)], Signal()
+        layout = staging.layout
+        crcs: list[list[int]] = [[] for _ in layout.segments]
+        checksummed = [Event() for _ in layout.segments]
+        ready, staged = [Signal() for _ in layout.segments], Signal()
         table_crc = 0
 
         async def complete(number: int) -> memoryview:
             nonlocal table_crc
-            if number == segments:
-                rendered, table_crc = await render_tail(tail, checksummed, crcs)
-                return memoryview(rendered)
-            crcs[number] = await self._checksum_segment(job, staging, number)
-            checksummed[number].set()
-            return staging.file_range(number)[1]
+            if layout.segments:
+                crcs[number] = await self._checksum_segment(job, staging, number)
+                checksummed[number].set()
+            if number < layout.pieces:
+                return staging.file_range(number)[1]
+            for event in checksummed:
+                await event.wait()
+            rendered, table_crc = tail.render([crc for each in crcs for crc in each])
+            staging.put_tail(rendered)
+            return staging.arena.memory[layout.last_piece : layout.tail + len(rendered)]
 
         async with anyio.create_task_group() as group:
             group.start_soon(self._stage_all, job, plan, staging, tail, ready, staged, comparing)
-            group.start_soon(PieceWriter(self._storage, job, file).write_staged, [*ready, staged], complete)
+            writer = PieceWriter(self._storage, job, names_of(file, layout))
+            group.start_soon(writer.write_staged, [*ready[:-1], staged], complete)
         return table_crc
 
     async def _stage_all(
@@ -318,17 +324,17 @@ class WritePipeline:
     ) -> int:
         table_crc = 0
 
-        async def fill(number: int) -> list[FileRange]:
-            return await in_thread(self._threads.staging, self._fill, job, plan, bounded, number, comparing)
-
-        def finish() -> bytes:
+        async def fill(number: int) -> memoryview:
             nonlocal table_crc
-            job.log.report("write")
+            [(_, memory)] = await in_thread(self._threads.staging, self._fill, job, plan, bounded, number, comparing)
+            if number < bounded.layout.pieces:
+                return memory
+            job.log.report("write", staged=tail.nbytes)
             job.release_tensors()
             rendered, table_crc = tail.render(bounded.crcs)
-            return rendered
+            return await in_thread(self._threads.staging, bounded.append, number, memory, rendered)
 
-        await PieceWriter(self._storage, job, file).write_windows(len(bounded), bounded.slots, fill, finish)
+        await PieceWriter(self._storage, job, names_of(file, bounded.layout)).write_windows(bounded.slots, fill)
         return table_crc
 
     def _fill(

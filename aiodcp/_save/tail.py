@@ -43,7 +43,7 @@ def lay_tail(cached: CachedPlan, captured: Capture) -> tuple[Tail, list[ByteRang
     pieces: list[bytes] = []
     crcs: list[int] = []
     items: list[ByteRange] = []
-    start = 0 if cached.layout.in_pieces else cached.layout.tail
+    start = cached.layout.tail - cached.layout.last_piece
     position = 0
     for index in cached.plan.frozen:
         data = captured.frozen[index].archive()

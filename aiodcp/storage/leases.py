@@ -45,6 +45,10 @@ RENEWALS = 3  # in the time that a lease is held without one
 
 LOOK_AGAIN_S = 0.5
 
+REMOVALS = 3  # attempts
+
+_own: set[str] = set()  # leases that this process holds: what it could not remove is none
+
 
 class _Objects(Protocol):
     """What leases need of their storage."""
@@ -118,6 +122,7 @@ class Leases:
             await self._end(root, held)
 
     async def _begin(self, root: str, name: str) -> asyncio.Task[None]:
+        _own.add(name)
         await self._objects.put(_place(root), name, _who())
         return asyncio.create_task(self._renew(root, name), name=f"aiodcp lease {name}")
 
@@ -126,10 +131,14 @@ class Leases:
             if held.renewing is not None:
                 held.renewing.cancel()
                 await asyncio.wait([held.renewing])
-            try:
-                await self._objects.remove_all(_place(root), [held.name])
-            except OSError as error:  # it ends by itself
-                log.debug("%s/%s could not be removed: %s", _place(root), held.name, error)
+            _own.discard(held.name)
+            for attempt in range(REMOVALS):
+                try:
+                    await self._objects.remove_all(_place(root), [held.name])
+                    return
+                except OSError as error:  # it ends by itself, in time
+                    log.debug("%s/%s could not be removed: %s", _place(root), held.name, error)
+                await asyncio.sleep(attempt * LOOK_AGAIN_S / REMOVALS)
 
     async def _renew(self, root: str, name: str) -> None:
         renewed = time.monotonic()
@@ -168,9 +177,9 @@ class Leases:
         return sorted(live), sorted(dead)
 
     async def _is_of_dead(self, root: str, name: str) -> bool:
-        """Whether the holder was a process of this machine that is there no more: for a run begun anew at once."""
+        """Whether the holder was a process of this machine that is gone: of a run, say, that is begun anew at once."""
         try:
-            return _is_dead(await self._objects.get(_place(root), name))
+            return _is_dead(name, await self._objects.get(_place(root), name))
         except FileNotFoundError:  # released meanwhile
             return True
         except OSError:
@@ -211,10 +220,12 @@ def _who() -> bytes:
     ).encode()
 
 
-def _is_dead(content: bytes) -> bool:
+def _is_dead(name: str, content: bytes) -> bool:
     try:
         holder = json.loads(content)
         pid, started, machine = int(holder["pid"]), str(holder["started"]), str(holder["machine"])
     except (ValueError, KeyError, TypeError):
         return False
-    return bool(machine.strip() and started) and machine == _machine() and _started(pid) != started
+    if not machine.strip() or not started or machine != _machine():
+        return False
+    return name not in _own if pid == os.getpid() and started == _started(pid) else started != _started(pid)

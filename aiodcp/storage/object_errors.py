@@ -28,6 +28,10 @@ _SECRET = re.compile(
 
 _BEFORE_DEBUG = re.compile(r"\n+Debug source:.*", re.DOTALL)
 
+_REQUEST = re.compile(r"Generic \w+ error: |Error performing (?:list request: )?|[A-Z]+ https?://\S+ in \S+ - ")
+
+_ENDPOINT = re.compile(r"performing \w+ (https?://[^/\s?]+)")
+
 _AGAIN_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 _AGAIN_CODES = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling", "ServerBusy"}
@@ -101,8 +105,9 @@ def _words(text: str, status: int, code: str) -> str:
             short += " of the instance's metadata service, the last place where credentials were looked for"
         return _cleaned(f"{short} ({said})" if said else short)
     reasons = re.findall(r'message: "([^"]+)"', text) + re.findall(r'"((?:tcp|dns|tls)[^"]*error[^"]*)"', text)
-    first = _BEFORE_DEBUG.sub("", text).strip()
-    return _cleaned(": ".join([first, *dict.fromkeys(reasons)]))
+    first = _REQUEST.sub("", _BEFORE_DEBUG.sub("", text)).strip()
+    endpoint = f" at {found[1]}" if (found := _ENDPOINT.search(text)) else ""
+    return _cleaned(": ".join([f"{first}{endpoint}", *dict.fromkeys(reasons)]))
 
 
 def _cleaned(text: str) -> str:

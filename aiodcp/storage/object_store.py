@@ -378,7 +378,7 @@ class ObjectStorage:
         with anyio.move_on_after(limit_s) as scope:
             yield
         if scope.cancelled_caught:
-            raise TimeoutError(f"{verb} {url}: no answer within {limit_s:.0f} s")
+            raise TimeoutError(f"{verb} {url}: no answer within {limit_s:.3g} s")
 
 
 class _Writer:

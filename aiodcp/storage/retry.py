@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import (
-    AbstractAsyncContextManager,
     AbstractContextManager,
     AsyncExitStack,
     asynccontextmanager,
@@ -229,8 +228,14 @@ class RetryingStorage:
     async def list_children(self, root: str) -> list[str]:
         return await self.retrying(lambda: self._storage.list_children(root), root)
 
-    def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
-        return self._storage.lock(root, exclusive=exclusive, create=create)
+    @asynccontextmanager
+    async def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AsyncIterator[bool]:
+        async with AsyncExitStack() as stack:
+
+            async def enter() -> bool:
+                return await stack.enter_async_context(self._storage.lock(root, exclusive=exclusive, create=create))
+
+            yield await self.retrying(enter, root)
 
     async def retrying(self, function: Callable[[], Awaitable[T]], checkpoint_id: str, name: str = "") -> T:
         """Call `function`, which works on this file, until it succeeds or has failed too often."""

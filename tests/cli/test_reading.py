@@ -23,9 +23,9 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Storage:
             manager.save_sync(step, state, metrics={"loss": 1.0 / step}).wait()
     storage.files["run/step-3"]["__0_0_" + "0" * 32 + ".distcp"] = b"left over"
     for module in (show, verify, reading_module):
-        monkeypatch.setattr(module, "storage_of", lambda location: storage)
+        monkeypatch.setattr(module, "locate", lambda location: (storage, location))
     for module in (ls, gc):
-        monkeypatch.setattr(module, "storage_of_root", lambda root: storage)
+        monkeypatch.setattr(module, "locate_root", lambda root: (storage, root))
     return storage
 
 
