@@ -62,6 +62,11 @@ if TYPE_CHECKING:
     from .checkpointer import joint_checkpoint as joint_checkpoint
     from .manager import CheckpointManager as CheckpointManager
     from .manager import RestoredStep as RestoredStep
+    from .manager.lease import lease as lease
+    from .manager.lease import lease_sync as lease_sync
+    from .manager.watch import WatchedStep as WatchedStep
+    from .manager.watch import watch as watch
+    from .manager.watch import watch_sync as watch_sync
     from .storage import LocalStorage as LocalStorage
     from .storage import MemoryStorage as MemoryStorage
     from .storage import ObjectStorage as ObjectStorage
@@ -84,7 +89,12 @@ _LAZY = {
     "RestoredStep": "manager",
     "Retry": "storage.retry",
     "Storage": "storage",
+    "WatchedStep": "manager.watch",
     "joint_checkpoint": "checkpointer",
+    "lease": "manager.lease",
+    "lease_sync": "manager.lease",
+    "watch": "manager.watch",
+    "watch_sync": "manager.watch",
 }
 
 __all__ = [
@@ -141,8 +151,13 @@ __all__ = [
     "Timeline",
     "TornSnapshotError",
     "UnsafeError",
+    "WatchedStep",
     "WriteError",
     "joint_checkpoint",
+    "lease",
+    "lease_sync",
+    "watch",
+    "watch_sync",
 ]
 
 

@@ -7,13 +7,17 @@ from typing import Any
 import anyio
 
 from .._format.naming import is_leftover
+from .._log import SafeLogger
 from ..errors import ArgumentError
+from ..manager.lease import unless_leased
 from ..manager.retention import Retention
 from ..manager.steps import list_steps, remove_leftovers, remove_step, step_path
 from ..storage.base import Storage
 from ..storage.object_urls import scheme_of
 from .locations import locate_root, refuse_checkpoint
 from .ls import rows_of
+
+log = SafeLogger(__name__)
 
 
 def collect(root: str, retention: Retention, *, dry_run: bool) -> dict[str, Any]:
@@ -41,6 +45,11 @@ async def _collect(storage: Storage, root: str, retention: Retention, dry_run: b
             leftovers = [row["step"] for row in await rows_of(storage, root) if not row["complete"]]
         else:
             leftovers = await remove_leftovers(storage, root, lambda name: False, is_leftover)
-            for step in to_remove:
-                await remove_step(storage, step_path(root, step), set())
+            for step in list(to_remove):
+                async with unless_leased(storage, step_path(root, step)) as is_free:
+                    if is_free:
+                        await remove_step(storage, step_path(root, step), set())
+                    else:
+                        log.warning("step %d is leased by a process that reads it, and is kept", step)
+                        to_remove.remove(step)
     return {"removed": to_remove, "leftovers": leftovers}

@@ -15,6 +15,7 @@ from .._engine.milestone import MilestoneSource
 from .._log import SafeLogger
 from ..errors import ClosedError, LoadError, NotACheckpointError, ReadError
 from ..storage.base import Storage
+from .lease import unless_leased
 from .retention import Retention
 from .steps import Step, in_order, list_steps, read_step, remove_leftovers, remove_step, step_path
 
@@ -253,8 +254,14 @@ class StepCatalog:
 
     async def _remove(self, step: int, seen: set[str], report: Callable[[int, OSError | None], None]) -> None:
         await anyio.lowlevel.checkpoint()
+        path = step_path(self.root, step)
         try:
-            await remove_step(self.storage, step_path(self.root, step), seen)
+            async with unless_leased(self.storage, path) as is_free:
+                if not is_free and not seen:  # what is half removed is no step any more
+                    log.debug("%s is leased, and is removed later", path)
+                    await self._put_back(step, seen)
+                    return
+                await remove_step(self.storage, path, seen)
         except OSError as error:
             await self._put_back(step, seen)
             report(step, error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, overload
@@ -29,6 +29,7 @@ from .step_restores import RestoredStep, StepRestores
 from .step_saves import StepSaves
 from .steps import step_path
 from .stopping import Stopping
+from .watch import After, WatchedStep, sync_iterator
 
 CLEAR_UP_S = 1.0  # of the time that preemption leaves: to remove what was written of a save that is given up
 
@@ -292,6 +293,10 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         """Iterate over what happens from now on, until the manager is left."""
         return self._reporter.follow()
 
+    def watch(self, *, after: After = None, poll_s: float | None = None) -> AsyncGenerator[WatchedStep, None]:
+        """Iterate over steps as they are committed, by any process, until the manager is left: see `aiodcp.watch`."""
+        return self._restores.watch(after, poll_s)
+
     async def refresh(self) -> list[int]:
         """List the complete steps again, since other processes may save there, and return them. All ranks call it.
 
@@ -461,4 +466,5 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
     save_sync: Final = sync_method(save)
     restore_sync: Final = sync_method(restore)
     refresh_sync: Final = sync_method(refresh)
+    watch_sync: Final = sync_iterator(watch)
     close: Final = sync_method(aclose)

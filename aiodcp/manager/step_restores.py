@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import AsyncGenerator, MutableMapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch.distributed.checkpoint.planner import LoadPlanner
@@ -15,6 +16,7 @@ from .arguments import check_step
 from .catalog import StepCatalog
 from .reporter import Reporter
 from .steps import step_path
+from .watch import After, StepFollower, WatchedStep, check_watch, follow
 
 
 class RestoredStep(int):
@@ -50,6 +52,18 @@ class StepRestores:
         """Look again which steps are complete, and know the same on all ranks."""
         since = self._catalog.change_count()
         self._catalog.update(await self._session.flows.ask("list steps", self._catalog.list_complete), since)
+
+    def watch(self, after: After, poll_s: float | None) -> AsyncGenerator[WatchedStep, None]:
+        """Implement `CheckpointManager.watch`."""
+        check_watch(after, poll_s)
+        self._session.flows.check_open()
+        follower = StepFollower(self._session.storage, self._catalog.root, after)
+
+        async def look(*, at_all: bool) -> list[WatchedStep]:
+            self._session.flows.check_open()
+            return await self._session.flows.run(partial(follower.look, at_all=at_all))
+
+        return follow(follower, look, poll_s)
 
     async def restore(
         self,

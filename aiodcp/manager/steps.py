@@ -71,14 +71,16 @@ class Found:
     Attributes:
         steps: the complete ones, in order.
         unreadable: those whose `.metadata` is there and cannot be read, and why.
+        numbers: all that there are, complete or not, also those that were not looked at.
     """
 
     steps: list[Step]
     unreadable: dict[int, str]
+    numbers: frozenset[int]
 
 
-async def list_steps(storage: Storage, root: str, *, exclude: Collection[int] = ()) -> Found:
-    """Look which steps are complete, of all but those to `exclude`.
+async def list_steps(storage: Storage, root: str, *, exclude: Collection[int] = (), newest: int | None = None) -> Found:
+    """Look which steps are complete, of all but those to `exclude`; of these only the `newest` so many.
 
     Raises:
         ReadError: storage does not list the root.
@@ -96,8 +98,14 @@ async def list_steps(storage: Storage, root: str, *, exclude: Collection[int] = 
             except LoadError as error:  # one bad sector is not the end of a run
                 unreadable[step] = str(error)
 
-    await _for_each(look, [step for step in await _numbers(storage, root) if step not in exclude])
-    return Found(steps=sorted(found, key=lambda each: each.step), unreadable=dict(sorted(unreadable.items())))
+    numbers = await _numbers(storage, root)
+    wanted = [step for step in numbers if step not in exclude]
+    await _for_each(look, wanted if newest is None else wanted[-newest:])
+    return Found(
+        steps=sorted(found, key=lambda each: each.step),
+        unreadable=dict(sorted(unreadable.items())),
+        numbers=frozenset(numbers),
+    )
 
 
 async def read_step(storage: Storage, root: str, step: int) -> Step:

@@ -15,6 +15,9 @@ from typing import Protocol, runtime_checkable
 WRITE_ALIGNMENT = 4096
 """Bytes. Writers are given offsets that are multiples of this and buffers that start at such an address."""
 
+INTERNAL_DIRECTORY = ".aiodcp"
+"""Below a root or a checkpoint: what is this library's own, and no file or child of it."""
+
 
 class Writer(Protocol):
     """A file that is being written."""

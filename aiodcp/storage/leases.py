@@ -1,9 +1,10 @@
-"""Locks in a store that has none: objects that whoever holds one writes again and again.
+"""Locks where the system has none: small files that whoever holds one writes again and again.
 
-    root/.aiodcp/lease-shared-<id>       a process saves, or reads, below root
+    root/.aiodcp/lease-shared-<id>       a process saves below root
     root/.aiodcp/lease-exclusive-<id>    a process removes what is left there
+    root/step-10/.aiodcp/lease-...       likewise, a process reads that step, or removes it
 
-An object's time is the store's, so ages need no clock of ours: a lease is held while its object is younger than a
+A file's time is the storage's, so ages need no clock of ours: a lease is held while its file is younger than a
 bound, compared with the lease that the asker has just written. Who wants to remove writes an exclusive lease, looks,
 and gives way to any other one; who wants to save writes a shared one, looks, and waits for exclusive ones to end. Each
 writes before it looks, and stores list what has been written before: of two, one sees the other.
@@ -24,22 +25,19 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from anyio import CancelScope
 from anyio.lowlevel import RunVar
 
 from .._log import SafeLogger
-
-if TYPE_CHECKING:
-    from obstore import ObjectMeta
+from .base import INTERNAL_DIRECTORY, Storage, remove_all
 
 log: SafeLogger = SafeLogger(__name__)
 
-INTERNAL_DIRECTORY = ".aiodcp"
-"""Below a root or a checkpoint: what is this library's own, and no file or child of it."""
-
 _SHARED, _EXCLUSIVE = "lease-shared-", "lease-exclusive-"
+
+LEASE_S = 60.0  # by default
 
 RENEWALS = 3  # in the time that a lease is held without one
 
@@ -50,13 +48,40 @@ REMOVALS = 3  # attempts
 _own: set[str] = set()  # leases that this process holds: what it could not remove is none
 
 
-class _Objects(Protocol):
+class DatedFiles(Protocol):
     """What leases need of their storage."""
 
     async def put(self, checkpoint_id: str, name: str, data: bytes) -> None: ...
     async def get(self, checkpoint_id: str, name: str) -> bytes: ...
-    async def list_below(self, checkpoint_id: str) -> tuple[Sequence[ObjectMeta], Sequence[str]]: ...
+    async def dates(self, checkpoint_id: str) -> dict[str, float]: ...
     async def remove_all(self, checkpoint_id: str, names: Sequence[str]) -> None: ...
+
+
+class AnyDatedFiles:
+    """The same of any storage."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
+        await self._storage.put(checkpoint_id, name, data)
+
+    async def get(self, checkpoint_id: str, name: str) -> bytes:
+        return await self._storage.get(checkpoint_id, name)
+
+    async def dates(self, checkpoint_id: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name in await self._storage.list_files(checkpoint_id):
+            try:
+                async with self._storage.open(checkpoint_id, name) as reader:
+                    found[name] = reader.modified_at if reader.modified_at is not None else time.time()
+            except FileNotFoundError:  # removed meanwhile
+                continue
+        return found
+
+    async def remove_all(self, checkpoint_id: str, names: Sequence[str]) -> None:
+        await remove_all(self._storage, checkpoint_id, names)
+        await self._storage.remove_if_empty(checkpoint_id, made_by_anyone=True)
 
 
 @dataclass(slots=True)
@@ -71,10 +96,10 @@ class _Held:
 
 
 class Leases:
-    """The leases of one storage object."""
+    """The leases of one storage."""
 
-    def __init__(self, objects: _Objects, *, lease_s: float) -> None:
-        self._objects = objects
+    def __init__(self, files: DatedFiles, *, lease_s: float = LEASE_S) -> None:
+        self._files = files
         self._lease_s = lease_s
         self._shared: RunVar[dict[str, _Held]] = RunVar("leases")  # by root, for each event loop
 
@@ -116,14 +141,14 @@ class Leases:
             held.renewing = await self._begin(root, held.name)
             live, dead = await self._others(root, held.name)
             if not live and dead:
-                await self._objects.remove_all(_place(root), dead)
+                await self._files.remove_all(_place(root), dead)
             yield not live
         finally:
             await self._end(root, held)
 
     async def _begin(self, root: str, name: str) -> asyncio.Task[None]:
         _own.add(name)
-        await self._objects.put(_place(root), name, _who())
+        await self._files.put(_place(root), name, _who())
         return asyncio.create_task(self._renew(root, name), name=f"aiodcp lease {name}")
 
     async def _end(self, root: str, held: _Held) -> None:
@@ -134,7 +159,7 @@ class Leases:
             _own.discard(held.name)
             for attempt in range(REMOVALS):
                 try:
-                    await self._objects.remove_all(_place(root), [held.name])
+                    await self._files.remove_all(_place(root), [held.name])
                     return
                 except OSError as error:  # it ends by itself, in time
                     log.debug("%s/%s could not be removed: %s", _place(root), held.name, error)
@@ -146,7 +171,7 @@ class Leases:
         while True:
             await asyncio.sleep(wait_s)
             try:
-                await self._objects.put(_place(root), name, _who())
+                await self._files.put(_place(root), name, _who())
             except OSError as error:
                 lost_s = time.monotonic() - renewed
                 say = log.error if lost_s > self._lease_s else log.warning
@@ -165,21 +190,20 @@ class Leases:
 
     async def _others(self, root: str, own: str) -> tuple[list[str], list[str]]:
         """Return the names of the leases of others that are held, and of those that are not any more."""
-        objects, _ = await self._objects.list_below(_place(root))
-        times = {each["path"].rpartition("/")[2]: each["last_modified"] for each in objects}
+        times = await self._files.dates(_place(root))
         leases = {name: at for name, at in times.items() if name.startswith((_SHARED, _EXCLUSIVE)) and name != own}
         now = times.get(own) or max(times.values(), default=None)
         live: list[str] = []
         dead: list[str] = []
         for name, at in leases.items():
-            is_old = now is not None and (now - at).total_seconds() > self._lease_s
+            is_old = now is not None and now - at > self._lease_s
             (dead if is_old or await self._is_of_dead(root, name) else live).append(name)
         return sorted(live), sorted(dead)
 
     async def _is_of_dead(self, root: str, name: str) -> bool:
         """Whether the holder was a process of this machine that is gone: of a run, say, that is begun anew at once."""
         try:
-            return _is_dead(name, await self._objects.get(_place(root), name))
+            return _is_dead(name, await self._files.get(_place(root), name))
         except FileNotFoundError:  # released meanwhile
             return True
         except OSError:

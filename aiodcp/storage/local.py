@@ -26,6 +26,7 @@ from anyio import CancelScope
 
 from .._log import SafeLogger
 from ..errors import ArgumentError
+from .base import INTERNAL_DIRECTORY
 from .file_access import check_inside_async, open_direct, open_regular
 from .file_io import (
     file_sizes,
@@ -151,7 +152,7 @@ class LocalStorage:
             found = await aiofiles.os.listdir(checkpoint_id)
         except FileNotFoundError:
             return []
-        return sorted(name for name in found if name not in _temporaries)
+        return sorted(name for name in found if name not in _temporaries and name != INTERNAL_DIRECTORY)
 
     async def file_sizes(self, checkpoint_id: str) -> dict[str, int]:
         return await file_sizes(checkpoint_id, await self.list_files(checkpoint_id))

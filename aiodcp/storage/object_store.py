@@ -18,8 +18,8 @@ from anyio.lowlevel import RunVar
 
 from .._log import SafeLogger
 from ..errors import ArgumentError
-from .base import ObjectLimits
-from .leases import INTERNAL_DIRECTORY, Leases
+from .base import INTERNAL_DIRECTORY, ObjectLimits
+from .leases import LEASE_S, Leases
 from .object_errors import object_errors
 from .object_urls import check_url, keeps_buffers, make_store, path_below, url_of
 
@@ -78,7 +78,7 @@ class ObjectStorage:
         object_bytes: int = OBJECT_NBYTES,
         concurrency: int = 16,
         request_timeout: float = 20.0,
-        lease_s: float = 60.0,
+        lease_s: float = LEASE_S,
     ) -> None:
         for name, number in (("object_bytes", object_bytes), ("concurrency", concurrency)):
             if type(number) is not int or number < 1:
@@ -311,15 +311,20 @@ class ObjectStorage:
         return sorted(await self.file_sizes(checkpoint_id))
 
     async def file_sizes(self, checkpoint_id: str) -> dict[str, int]:
-        objects, _ = await self.list_below(checkpoint_id)
+        objects, _ = await self._list_below(checkpoint_id)
         return dict(sorted((each["path"].rpartition("/")[2], each["size"]) for each in objects))
 
+    async def dates(self, checkpoint_id: str) -> dict[str, float]:
+        """Return when each file was written, in seconds of the store's clock, by name."""
+        objects, _ = await self._list_below(checkpoint_id)
+        return {each["path"].rpartition("/")[2]: each["last_modified"].timestamp() for each in objects}
+
     async def list_children(self, root: str) -> list[str]:
-        _, prefixes = await self.list_below(root)
+        _, prefixes = await self._list_below(root)
         names = {prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes}
         return sorted(names - {INTERNAL_DIRECTORY})
 
-    async def list_below(self, checkpoint_id: str) -> tuple[Sequence[ObjectMeta], Sequence[str]]:
+    async def _list_below(self, checkpoint_id: str) -> tuple[Sequence[ObjectMeta], Sequence[str]]:
         """Return the objects and the prefixes right below one."""
         url, prefix = self.describe(checkpoint_id), self._key(checkpoint_id)
         with self._in_time("LIST", url), object_errors("LIST", url):

@@ -779,12 +779,14 @@ async def test_small_facts_are_committed_with_a_step(tmp_path: Path) -> None:
 async def test_a_url_is_no_directory_and_a_tilde_is_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with pytest.raises(ArgumentError, match=r"root: 's3://bucket/run' is a URL.*storage="):
-        CheckpointManager("s3://bucket/run")
-    async with Checkpointer() as checkpointer:
-        for call in (checkpointer.save, checkpointer.load):
-            with pytest.raises(ArgumentError, match="storage="):
-                await call({"w": torch.ones(1)}, "gs://bucket/run")
+    for storage, problem in ((LocalStorage(), r"root: 's3://bucket/run' is a URL.*storage="), (None, "of no scheme")):
+        root = "s3://bucket/run" if storage else "hdfs://bucket/run"
+        with pytest.raises(ArgumentError, match=problem):
+            CheckpointManager(root, checkpointer=Checkpointer(storage=storage))
+        async with Checkpointer(storage=storage) as checkpointer:
+            for call in (checkpointer.save, checkpointer.load):
+                with pytest.raises(ArgumentError, match=problem.rpartition("*")[2]):
+                    await call({"w": torch.ones(1)}, root)
     async with CheckpointManager("~/run") as manager:
         await (await manager.save(1, {"w": torch.ones(1)}))
     assert (tmp_path / "home" / "run" / "step-1" / ".metadata").exists()
