@@ -19,7 +19,7 @@ from .._format.naming import METADATA_NAME, is_our_leftover, save_id_of
 from .._load.read_custom_metadata import read_dated_custom_metadata
 from .._log import SafeLogger
 from ..errors import LoadError, NotACheckpointError, ReadError
-from ..storage.base import Storage
+from ..storage.base import INTERNAL_DIRECTORY, Storage, remove_all
 
 log: SafeLogger = SafeLogger(__name__)
 
@@ -186,8 +186,7 @@ async def remove_step(storage: Storage, checkpoint_id: str, seen: set[str]) -> N
         if seen.issuperset(names):
             await storage.remove_tree(checkpoint_id)
             return
-        for name in seen.intersection(names):
-            await storage.remove(checkpoint_id, name)
+        await remove_all(storage, checkpoint_id, sorted(seen.intersection(names)))
 
 
 async def _own_names(storage: Storage, checkpoint_id: str) -> set[str]:
@@ -239,9 +238,8 @@ async def remove_leftovers(
 async def _remove_data(
     storage: Storage, checkpoint_id: str, names: Sequence[str], is_old: Callable[[str], bool]
 ) -> None:
-    for name in names:
-        if is_old(name):
-            await storage.remove(checkpoint_id, name)
+    await remove_all(storage, checkpoint_id, [name for name in names if is_old(name)])
+    await storage.remove_tree(f"{checkpoint_id}/{INTERNAL_DIRECTORY}")  # leases of who has died removing it
     await storage.remove_if_empty(checkpoint_id, made_by_anyone=True)
 
 
