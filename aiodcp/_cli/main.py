@@ -97,30 +97,30 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_ls(commands: _Commands) -> None:
     ls = commands.add("ls", _ls, "list the steps in a root directory, complete or not")
-    ls.add_argument("root", help="directory that contains the step-<n> directories")
+    ls.add_argument("root", help="directory or URL that contains the step-<n> directories")
 
 
 def _add_show(commands: _Commands) -> None:
     show = commands.add("show", _show, "show what a checkpoint holds: names, shapes, dtypes, sizes, files")
-    show.add_argument("checkpoint", help="checkpoint directory")
+    show.add_argument("checkpoint", help="checkpoint directory or URL")
     show.add_argument("fqn", nargs="?", help="show only this value and everything below it")
     show.add_argument("--chunks", action="store_true", help="also show where the chunks of each tensor are stored")
 
 
 def _add_verify(commands: _Commands) -> None:
     text = "read a whole checkpoint and verify its coverage, its files, and the CRC32 of every item"
-    commands.add("verify", _verify, text).add_argument("checkpoint", help="checkpoint directory")
+    commands.add("verify", _verify, text).add_argument("checkpoint", help="checkpoint directory or URL")
 
 
 def _add_diff(commands: _Commands) -> None:
     diff = commands.add("diff", _diff, "compare two checkpoints: what changed, and by how much")
-    diff.add_argument("a", help="checkpoint directory")
-    diff.add_argument("b", help="checkpoint directory to compare it with")
+    diff.add_argument("a", help="checkpoint directory or URL")
+    diff.add_argument("b", help="checkpoint directory or URL to compare it with")
 
 
 def _add_gc(commands: _Commands) -> None:
     gc = commands.add("gc", _gc, "remove steps that the options do not keep, and leftovers of interrupted saves")
-    gc.add_argument("root", help="directory that contains the step-<n> directories")
+    gc.add_argument("root", help="directory or URL that contains the step-<n> directories")
     gc.add_argument("--keep-last", type=_positive_int, metavar="N", help="keep the newest N steps (default: all)")
     gc.add_argument(
         "--keep-every", type=_positive_int, metavar="N", help="also keep every step that is a multiple of N"
@@ -132,7 +132,7 @@ def _add_gc(commands: _Commands) -> None:
 
 def _add_export(commands: _Commands) -> None:
     export = commands.add("export", _export, "write a checkpoint in another format")
-    export.add_argument("checkpoint", help="checkpoint directory")
+    export.add_argument("checkpoint", help="checkpoint directory or URL")
     export.add_argument("--to", choices=["safetensors", "torch"], required=True, help="the format")
     export.add_argument("out", help="a file for torch, a directory for safetensors")
     export.add_argument(
@@ -145,7 +145,7 @@ def _add_export(commands: _Commands) -> None:
 def _add_bench(commands: _Commands) -> None:
     text = "measure saving and loading on this machine, or under torchrun, against DCP; takes minutes"
     bench = commands.add("bench", _bench, text)
-    where = "directory on the file system to measure; created if it does not exist (default: .)"
+    where = "directory on the file system to measure, created if it does not exist; or s3://bucket/prefix (default: .)"
     bench.add_argument("directory", nargs="?", default=".", help=where)
     bench.add_argument("--gib", type=_positive_float, default=1.0, help="size of the state in 64 tensors (default: 1)")
     small = "number of tensors in the other state, of 4 KiB, on a device of 16 KiB (default: 10000)"
@@ -258,6 +258,12 @@ def _bench(options: argparse.Namespace) -> int:
         from .bench import planning
 
         planning.run(options.plan, as_json=options.json)
+    elif "://" in options.directory and not options.directory.startswith("file:"):
+        from .bench import store
+
+        store.run(
+            options.directory, gib=options.gib, tensors=options.tensors, repeat=options.repeat, as_json=options.json
+        )
     elif options.device != "cpu":
         from .bench import device
 

@@ -64,6 +64,23 @@ def overlapping(reads: Sequence[TensorRead]) -> set[int]:
     return {id(reads[number]) for number in tied}
 
 
+def group_reads(reads: Sequence[TensorRead], gap_nbytes: int) -> list[list[TensorRead]]:
+    """Group reads that go straight into their places and lie close together in one file: one request for each group."""
+    groups: list[list[TensorRead]] = []
+    for read in sorted(reads, key=attrgetter("file", "offset")):
+        if groups:
+            first, last = groups[-1][0], groups[-1][-1]
+            if (
+                read.file == last.file
+                and 0 <= read.offset - (last.offset + last.nbytes) <= gap_nbytes
+                and read.offset + read.nbytes - first.offset <= SPAN_NBYTES
+            ):
+                groups[-1].append(read)
+                continue
+        groups.append([read])
+    return groups
+
+
 def coalesce_reads(reads: Iterable[Any], gap_nbytes: int = GAP_NBYTES) -> list[ReadSpan]:
     """Group reads that lie close together in one file, at most `gap_nbytes` apart."""
     spans: list[ReadSpan] = []

@@ -24,10 +24,19 @@ from .._format.archive_reader import StoredTensor, find_tensor
 from .._format.item_tables import ItemTables
 from .._telemetry.progress_bar import Bar
 from ..errors import CorruptError, ReadError
-from ..storage.base import Reader, Storage, object_limits
+from ..storage.base import ObjectLimits, Reader, Storage, object_limits
 from ..storage.error_mapping import read_errors
 from .chunk_index import read_rows
-from .coalesce import DIRECT_NBYTES, GAP_NBYTES, SPAN_NBYTES, ReadSpan, coalesce_reads, overlapping, reads_direct
+from .coalesce import (
+    DIRECT_NBYTES,
+    GAP_NBYTES,
+    SPAN_NBYTES,
+    ReadSpan,
+    coalesce_reads,
+    group_reads,
+    overlapping,
+    reads_direct,
+)
 from .decode import ItemDecoder
 from .large_reads import LargeRead, in_windows
 from .plan import ReadPlan, TensorRead, ValueRead
@@ -205,16 +214,16 @@ class FileReads:
             CorruptError: what is stored is not what was saved.
             OSError: storage failed.
         """
-        ways = _Routes.choose(reads, stored, self._gap_nbytes)
+        ways = _Routes.choose(reads, stored, self._limits)
         bar.total(ways.nbytes)
         readers, decoder = self._readers, self._decoder
         scratch = Scratch(self._threads, pin_for=device_copies.first_device)
         limit = anyio.Semaphore(self._at_once)
 
-        async def read_direct(read: TensorRead) -> None:
+        async def read_direct(group: Sequence[TensorRead]) -> None:
             async with limit:
-                await self._read_direct(read)
-                bar.advance(read.nbytes)
+                await self._read_direct(group)
+                bar.advance(sum(read.nbytes for read in group))
 
         async def read_span(span: ReadSpan) -> None:
             async with limit, scratch.take(span.stop - span.start) as arena:
@@ -235,8 +244,8 @@ class FileReads:
 
         with single_error():
             async with anyio.create_task_group() as group:
-                for read in ways.direct:
-                    group.start_soon(read_direct, read)
+                for direct in ways.direct:
+                    group.start_soon(read_direct, direct)
                 for span in ways.spans:
                     group.start_soon(read_span, span)
                 for each in ways.large:
@@ -245,16 +254,31 @@ class FileReads:
                     for number in range(len(each.windows)):
                         group.start_soon(read_window, each, number)
 
-    async def _read_direct(self, read: TensorRead) -> None:
-        assert read.frame is not None
-        reader, payload = self._readers[read.file], memory_of(read.into)
-        torch.autograd.graph.increment_version(read.into)
-        if read.bare:
-            await reader.read_into(read.offset, [payload])
-            return
-        header = memoryview(bytearray(len(read.frame.header)))
-        await reader.read_into(read.offset, [header, payload])
-        await in_thread(self._threads.compute, self._decoder.framed, read, read.frame.header_crc, header, payload)
+    async def _read_direct(self, group: Sequence[TensorRead]) -> None:
+        """Read tensors that lie one after the other straight into their places, and check them."""
+        buffers: list[memoryview] = []
+        framed: list[tuple[TensorRead, memoryview, memoryview]] = []
+        position = group[0].offset
+        for read in group:
+            assert read.frame is not None
+            torch.autograd.graph.increment_version(read.into)
+            buffers.append(memoryview(bytearray(read.offset - position)))  # what lies between
+            payload = memory_of(read.into)
+            position = read.offset + payload.nbytes
+            if not read.bare:
+                header = memoryview(bytearray(len(read.frame.header)))
+                buffers.append(header)
+                framed.append((read, header, payload))
+                position += header.nbytes
+            buffers.append(payload)
+        await self._readers[group[0].file].read_into(group[0].offset, buffers)
+        if framed:
+            await in_thread(self._threads.compute, self._check_framed, framed)
+
+    def _check_framed(self, framed: Sequence[tuple[TensorRead, memoryview, memoryview]]) -> None:
+        for read, header, payload in framed:
+            assert read.frame is not None
+            self._decoder.framed(read, read.frame.header_crc, header, payload)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,17 +286,20 @@ class _Routes:
     """In which way each part of a tensor is read.
 
     Attributes:
-        direct: straight into its place.
+        direct: straight into its place; with those that one request is for.
         spans: with its neighbours, by way of scratch memory.
         large: a window at a time, likewise.
     """
 
-    direct: list[TensorRead]
+    direct: list[list[TensorRead]]
     spans: list[ReadSpan]
     large: list[LargeRead]
 
     @classmethod
-    def choose(cls, reads: Sequence[TensorRead], stored: dict[int, StoredTensor], gap_nbytes: int) -> _Routes:
+    def choose(
+        cls, reads: Sequence[TensorRead], stored: dict[int, StoredTensor], limits: ObjectLimits | None
+    ) -> _Routes:
+        gap_nbytes = limits.gap_nbytes if limits else GAP_NBYTES
         with gc_paused():
             large_or_direct = [read for read in reads if read.nbytes > SPAN_NBYTES or reads_direct(read)]
             tied = overlapping(reads) if large_or_direct else set()
@@ -288,13 +315,14 @@ class _Routes:
             ]
             apart |= {id(each.read) for each in large}
             spans = coalesce_reads([read for read in reads if id(read) not in apart] if apart else reads, gap_nbytes)
-            return cls(direct=direct, spans=spans, large=large)
+            groups = [[read] for read in direct] if limits is None else group_reads(direct, gap_nbytes)
+            return cls(direct=groups, spans=spans, large=large)
 
     @property
     def nbytes(self) -> int:
         """Bytes to be read."""
         return (
-            sum(read.nbytes for read in self.direct)
+            sum(read.nbytes for group in self.direct for read in group)
             + sum(span.stop - span.start for span in self.spans)
             + sum(window.nbytes for each in self.large for window in each.windows)
         )

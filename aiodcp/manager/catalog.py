@@ -229,11 +229,11 @@ class StepCatalog:
             self._add(found)
         return True
 
-    async def clear_up(self, is_live: Callable[[str], bool]) -> list[int]:
-        """Remove leftovers of interrupted saves, unless another process may be saving; return these steps."""
+    async def clear_up(self, is_live: Callable[[str], bool]) -> list[int] | None:
+        """Remove leftovers of interrupted saves, and return these steps; None if another process may be saving."""
         try:
             async with self.storage.lock(self.root, exclusive=True) as alone:
-                return await remove_leftovers(self.storage, self.root, is_live) if alone else []
+                return await remove_leftovers(self.storage, self.root, is_live) if alone else None
         except OSError as error:  # they cost space, and no more
             log.warning("%s: leftovers of interrupted saves could not be removed: %s", self.root, error)
             return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..checkpointer.joint import JointSave, joint_save
 from ..checkpointer.session import Session
 from ..errors import BusyError, SaveCancelled
 from ..storage.error_mapping import write_errors
+from ..storage.leases import LEASE_S
 from .arguments import check_metrics, check_own_custom_metadata, check_step
 from .catalog import StepCatalog
 from .deadline import Deadline
@@ -26,6 +27,9 @@ from .reporter import Reporter, SaveRecord
 from .steps import step_path
 
 log: SafeLogger = SafeLogger(__name__)
+
+
+CLEAR_AGAIN_S = 1.5 * LEASE_S
 
 
 class StepSaves:
@@ -45,11 +49,14 @@ class StepSaves:
         self._reporter = reporter
         self._deadline = deadline
         self._warns = warns
-        self._is_locked = False  # the root, against removal by other processes
+        self._lock: AsyncExitStack | None = None  # holds the root, against removal by other processes
+        self._clears_at = (
+            0.0  # by `time.monotonic()`: when to look again for leftovers, once others are not alive any more
+        )
 
     def close(self) -> None:
         """Note that what was kept until close has been released."""
-        self._is_locked = False
+        self._lock = None
 
     async def save(
         self,
@@ -137,11 +144,8 @@ class StepSaves:
         own = {"step": check_step(step), "metrics": numbers}
         own.update(json.loads(check_custom_metadata(check_own_custom_metadata(custom_metadata))))  # as it is now
         flows = self._session.flows
-        if flows.is_coordinator and not self._is_locked:  # until it is left: no other process removes leftovers
-            await flows.run(self._clear_up)  # and not sooner: a manager that only reads removes nothing
-            with write_errors(self._session.storage.describe(self._catalog.root)):
-                await flows.keep_until_close(self._session.storage.lock(self._catalog.root, exclusive=False))
-            self._is_locked = True
+        if flows.is_coordinator:
+            await self._lock_root()
         await self._catalog.until_removed(step)
         if flows.is_coordinator:
             await flows.run(self._catalog.note_other_steps)
@@ -151,9 +155,33 @@ class StepSaves:
 
         return encode
 
-    async def _clear_up(self) -> None:
-        for step in await self._catalog.clear_up(self._session.is_saving):
+    async def _lock_root(self) -> None:
+        """Hold the root until the manager is left, so that no other process removes what is being saved there.
+
+        First what interrupted saves have left is removed, and not sooner: a manager that only reads removes nothing.
+        Where another process seemed to be alive it is tried again: in a store one counts as such for a while after its
+        death.
+        """
+        flows, lock = self._session.flows, self._lock or AsyncExitStack()
+        if self._lock is not None and time.monotonic() < self._clears_at:
+            return
+        self._clears_at = 0.0
+        if self._lock is not None:
+            await flows.run(lock.aclose)
+        is_clear = await flows.run(self._clear_up)
+        with write_errors(self._session.storage.describe(self._catalog.root)):
+            await flows.run(lock.enter_async_context, self._session.storage.lock(self._catalog.root, exclusive=False))
+        if self._lock is None:
+            await flows.keep_until_close(lock)
+            self._lock = lock
+        self._clears_at = float("inf") if is_clear else time.monotonic() + CLEAR_AGAIN_S
+
+    async def _clear_up(self) -> bool:
+        """Remove what interrupted saves have left; return whether that could be known."""
+        cleared = await self._catalog.clear_up(self._session.is_saving)
+        for step in cleared or ():
             self._reporter.cleared(step)
+        return cleared is not None
 
     def _note_end(
         self, record: SaveRecord, metrics: Mapping[str, float], states: list[SaveState], error: Exception | None

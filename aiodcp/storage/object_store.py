@@ -33,7 +33,7 @@ OBJECT_NBYTES = 64 << 20  # a PUT of it takes a second at what a store gives one
 
 RANGE_NBYTES = 16 << 20  # of one GET: larger reads are several at once, for the same reason
 
-CHUNK_NBYTES = 4 << 20  # of a GET's body that Python sees at once: each holds the GIL for less than a millisecond
+CHUNK_NBYTES = 1 << 20  # of a GET's body that Python sees at once: each holds the GIL for a fraction of a millisecond
 
 TAIL_NBYTES = 4 << 10  # of a file that is opened: its size and its last bytes are one request
 

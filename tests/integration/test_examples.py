@@ -141,6 +141,16 @@ def test_a_plain_loop_goes_on_where_it_was_and_stops_when_asked(tmp_path: Path) 
     assert f"going on after {step}" in run(*loop, "--steps", step)
 
 
+def test_a_run_in_an_object_store_is_killed_and_goes_on_while_an_evaluator_follows() -> None:
+    output = run(sys.executable, "-u", "examples/object_store.py")
+    assert "trainer: killed" in output
+    assert re.search(r"trainer: going on after step (16|20)\n", output)
+    seen = [int(step) for step in re.findall(r"^evaluator: step (\d+), loss", output, re.MULTILINE)]
+    removed = [int(step) for step in re.findall(r"^evaluator: step (\d+) was removed", output, re.MULTILINE)]
+    assert seen[-1] == 40
+    assert {4, 8, 12, 16, 24, 28, 32, 36, 40} - {*removed} <= {*seen} or len(seen) >= 5
+
+
 def test_an_orchestrator_that_is_killed_goes_on_with_every_episode_once(tmp_path: Path) -> None:
     controller = [sys.executable, "-u", "examples/orchestrator.py", "--out", str(tmp_path), "--save-every", "3"]
     steps = 0

@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 
-from aiodcp import Checkpointer, CheckpointManager, ObjectStorage
+from aiodcp import Checkpointer, CheckpointManager, LeftoverRemoved, ObjectStorage
+from aiodcp.manager import step_saves
 from aiodcp.storage import leases
 from aiodcp.storage.base import INTERNAL_DIRECTORY
 from tests.support.object_servers import FaultProxy, S3Server, always
@@ -136,4 +137,27 @@ async def test_a_manager_leaves_no_lease_and_hides_its_own(s3: S3Server) -> None
         await (await manager.save(1, {"w": torch.ones(1)})).uploaded
         assert any(INTERNAL_DIRECTORY in key for key in s3.keys(url))
         assert await s3.storage().list_children(url) == ["step-1"]
+    assert not any(INTERNAL_DIRECTORY in key for key in s3.keys(url))
+
+
+async def test_leftovers_of_a_process_elsewhere_are_removed_once_its_lease_is_old(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed just before the next one began, on another machine: the first save cannot know that."""
+    monkeypatch.setattr(step_saves, "CLEAR_AGAIN_S", 0.5)
+    url, storage = s3.url(), s3.storage(lease_s=1.0)
+    lease = json.dumps({"pid": 1, "started": "1", "machine": "another one"}).encode()
+    await storage.put(f"{url}/{INTERNAL_DIRECTORY}", "lease-shared-of-the-dead", lease)
+    leftover = f"__0_0_{'0' * 32}.distcp"
+    await storage.put(f"{url}/step-7", leftover, b"half of it")
+    events: list[object] = []
+    manager = CheckpointManager(url, checkpointer=Checkpointer(storage=storage), on_event=events.append)
+    async with manager:
+        await (await manager.save(1, {"w": torch.ones(1)})).uploaded
+        assert f"step-7/{leftover}" in s3.keys(url)
+        while f"step-7/{leftover}" in s3.keys(url):
+            await asyncio.sleep(0.3)
+            await (await manager.save(1, {"w": torch.ones(1)})).uploaded
+        assert not await _is_exclusive(s3.storage(), url)  # the manager holds the root again
+    assert [event.step for event in events if isinstance(event, LeftoverRemoved)] == [7]
     assert not any(INTERNAL_DIRECTORY in key for key in s3.keys(url))

@@ -10,11 +10,13 @@ import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import obstore.store
 import pytest
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 import aiodcp.storage.object_store as module
 from aiodcp import (
@@ -28,12 +30,15 @@ from aiodcp import (
     Retried,
     Retry,
     SaveCancelled,
+    StageError,
     Storage,
     WriteError,
+    joint_checkpoint,
 )
 from aiodcp.storage import AutoStorage, LocalStorage
 from aiodcp.storage.object_urls import scheme_of
 from aiodcp.testing import StorageSuite
+from tests.support.devices import Driver
 from tests.support.object_servers import (
     KEY_ID,
     SECRET,
@@ -96,7 +101,7 @@ class TestOnAzure(_ObjectSuite):
         self.store = azure
 
 
-def _state(seed: int = 0) -> dict[str, object]:
+def _state(seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     return {
         "large": torch.randn(3, 700_000, generator=generator),
@@ -107,7 +112,7 @@ def _state(seed: int = 0) -> dict[str, object]:
     }
 
 
-def _blank() -> dict[str, object]:
+def _blank() -> dict[str, Any]:
     return {
         "large": torch.zeros(3, 700_000),
         "rows": torch.zeros(1000, 500),
@@ -117,11 +122,8 @@ def _blank() -> dict[str, object]:
     }
 
 
-def _same(one: dict[str, object], other: dict[str, object]) -> bool:
-    flat = [
-        [each["large"], each["rows"], each["empty"], *each["small"]]  # type: ignore[misc]
-        for each in (one, other)
-    ]
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    flat = [[each["large"], each["rows"], each["empty"], *each["small"]] for each in (one, other)]
     return one["step"] == other["step"] and all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
 
 
@@ -521,3 +523,48 @@ def test_without_the_extra_a_url_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
     with pytest.raises(ArgumentError, match=r"s3:// needs obstore: pip install 'aiodcp\[object\]'"):
         AutoStorage().resolve("s3://bucket/x")
+
+
+# --- what else is saved
+
+
+async def test_a_joint_checkpoint_is_committed_as_one(s3: S3Server) -> None:
+    url = s3.url()
+    async with Checkpointer(storage=s3.storage(object_bytes=1 << 20)) as checkpointer:
+        async with joint_checkpoint(checkpointer, url) as ckpt:
+            ckpt.add("one", _state(1))
+            ckpt.add("other", lambda: _state(2))
+        loaded: dict[str, Any] = {"one": _blank(), "other": _blank()}
+        await checkpointer.load(loaded, url)
+    assert _same(loaded["one"], _state(1))
+    assert _same(loaded["other"], _state(2))
+
+
+class _Planner(DefaultSavePlanner):
+    """A caller's own planner: its items are not cut."""
+
+
+async def test_a_callers_own_planner_decides_what_an_object_holds(s3: S3Server) -> None:
+    url = s3.url()
+    for max_host_bytes in (None, 64 << 20):
+        async with Checkpointer(storage=s3.storage(object_bytes=1 << 20), max_host_bytes=max_host_bytes) as one:
+            await (await one.save(_state(1), url, planner=_Planner())).uploaded
+            loaded = _blank()
+            await one.load(loaded, url)
+            assert _same(loaded, _state(1))
+    async with Checkpointer(storage=s3.storage(object_bytes=1 << 20), max_host_bytes=4 << 20) as one:
+        ckpt = await one.save(_state(1), url, planner=_Planner())
+        with pytest.raises(StageError, match="cannot be cut, and is larger than a fourth of max_host_bytes"):
+            await ckpt.uploaded
+
+
+@pytest.mark.parametrize("max_host_bytes", [None, 4 << 20])
+async def test_tensors_of_devices_go_to_a_store_and_back(devices: Driver, max_host_bytes: int | None) -> None:
+    storage = ObjectStorage(obstore.store.MemoryStore(), object_bytes=1 << 20)
+    whole = torch.randn(3, 700_000)
+    async with Checkpointer(storage=storage, max_host_bytes=max_host_bytes, no_dist=True) as checkpointer:
+        on_device = {"w": devices.put(whole), "rows": devices.put(torch.ones(10))}
+        await (await checkpointer.save(on_device, "run")).uploaded
+        into = {"w": devices.put(torch.zeros(3, 700_000)), "rows": devices.put(torch.zeros(10))}
+        await checkpointer.load(into, "run")
+    assert torch.equal(torch.zeros(3, 700_000).copy_(into["w"]), whole)

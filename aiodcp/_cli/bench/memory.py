@@ -34,18 +34,23 @@ async def measure_memory(name: str, shape: Shape, directory: Path) -> float:
     system = SYSTEMS[name]()
     for number in range(6):
         if number == 1:  # what the first save of anything imports is not counted
-            before = _begin_peak()
+            before = begin_peak()
         _, uploaded = await system.save(small if number == 0 else state, str(directory / f"memory-{number}"))
         await uploaded()
         clear(directory)
     await system.close()
-    return (_status_kib("VmHWM") - before) / 1024
+    return (peak_kib() - before) / 1024
 
 
-def _begin_peak() -> int:
+def begin_peak() -> int:
     """Let the process's peak memory begin anew, and return what it has now, in KiB. Source: proc(5)."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status_kib("VmRSS")
+
+
+def peak_kib() -> int:
+    """Return the process's peak memory since then, in KiB."""
+    return _status_kib("VmHWM")
 
 
 def _status_kib(name: str) -> int:
