@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -16,6 +17,7 @@ from ..storage.base import Storage
 from ..storage.object_urls import scheme_of
 from .locations import locate_root, refuse_checkpoint
 from .ls import rows_of
+from .text_tables import plural, size
 
 log = SafeLogger(__name__)
 
@@ -42,14 +44,25 @@ async def _collect(storage: Storage, root: str, retention: Retention, dry_run: b
             raise ArgumentError("root", problem)
         to_remove = retention.to_remove((await list_steps(storage, root)).steps)
         if dry_run:
-            leftovers = [row["step"] for row in await rows_of(storage, root) if not row["complete"]]
-        else:
-            leftovers = await remove_leftovers(storage, root, lambda name: False, is_leftover)
-            for step in list(to_remove):
-                async with unless_leased(storage, step_path(root, step)) as is_free:
-                    if is_free:
-                        await remove_step(storage, step_path(root, step), set())
-                    else:
-                        log.warning("step %d is leased by a process that reads it, and is kept", step)
-                        to_remove.remove(step)
+            return _explain(to_remove, await rows_of(storage, root))
+        leftovers = await remove_leftovers(storage, root, lambda name: False, is_leftover)
+        for step in list(to_remove):
+            async with unless_leased(storage, step_path(root, step)) as is_free:
+                if is_free:
+                    await remove_step(storage, step_path(root, step), set())
+                else:
+                    log.warning("step %d is leased by a process that reads it, and is kept", step)
+                    to_remove.remove(step)
     return {"removed": to_remove, "leftovers": leftovers}
+
+
+def _explain(to_remove: Sequence[int], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what would be removed, with the reason of each by its step."""
+    why: dict[int, str] = {}
+    for row in rows:
+        held = f"{plural(row['files'], 'file')}, {size(row['nbytes'])}"
+        if row["step"] in to_remove:
+            why[row["step"]] = f"{held}; the options do not keep it"
+        elif not row["complete"]:
+            why[row["step"]] = f"{held}; it has no .metadata, and no process that saves here is alive"
+    return {"removed": list(to_remove), "leftovers": sorted(why.keys() - set(to_remove)), "why": why}

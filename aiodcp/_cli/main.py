@@ -182,8 +182,10 @@ def _gc(options: argparse.Namespace) -> int:
 
     def summary() -> str:
         what = "would remove" if options.dry_run else "removed"
-        lines = [f"{what} step {step}" for step in result["removed"]]
-        lines += [f"{what} leftovers of an interrupted save of step {step}" for step in result["leftovers"]]
+        why = {step: f": {text}" for step, text in result.get("why", {}).items()}
+        lines = [f"{what} step {step}{why.get(step, '')}" for step in result["removed"]]
+        leftovers = f"{what} leftovers of an interrupted save of step"
+        lines += [f"{leftovers} {step}{why.get(step, '')}" for step in result["leftovers"]]
         return "\n".join(lines) or "nothing to remove"
 
     _print(options, result, summary)

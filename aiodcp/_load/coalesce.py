@@ -17,6 +17,8 @@ SPAN_NBYTES = 16 << 20  # bytes read in one go: as in saving, enough that the tu
 
 GAP_NBYTES = 64 << 10  # bytes read for nothing rather than asked for apart: 30 us at 2 GB/s, the price of a request
 
+WASTED = 0.1  # of a span at most, in gaps over `GAP_NBYTES`: links and stores are shared with others
+
 DIRECT_NBYTES = 1 << 20  # bytes from which a tensor is read straight into its place
 
 
@@ -70,9 +72,10 @@ def group_reads(reads: Sequence[TensorRead], gap_nbytes: int) -> list[list[Tenso
     for read in sorted(reads, key=attrgetter("file", "offset")):
         if groups:
             first, last = groups[-1][0], groups[-1][-1]
+            stop = last.offset + last.nbytes
             if (
                 read.file == last.file
-                and 0 <= read.offset - (last.offset + last.nbytes) <= gap_nbytes
+                and 0 <= read.offset - stop <= max(GAP_NBYTES, min(gap_nbytes, WASTED * (stop - first.offset)))
                 and read.offset + read.nbytes - first.offset <= SPAN_NBYTES
             ):
                 groups[-1].append(read)
@@ -82,7 +85,7 @@ def group_reads(reads: Sequence[TensorRead], gap_nbytes: int) -> list[list[Tenso
 
 
 def coalesce_reads(reads: Iterable[Any], gap_nbytes: int = GAP_NBYTES) -> list[ReadSpan]:
-    """Group reads that lie close together in one file, at most `gap_nbytes` apart."""
+    """Group reads that lie close together in one file, at most `gap_nbytes` apart; see `WASTED`."""
     spans: list[ReadSpan] = []
     for read in sorted(reads, key=attrgetter("file", "offset")):
         start, stop = read.offset // ALIGNMENT * ALIGNMENT, read.offset + read.nbytes
@@ -90,7 +93,7 @@ def coalesce_reads(reads: Iterable[Any], gap_nbytes: int = GAP_NBYTES) -> list[R
             last = spans[-1]
             if (
                 read.file == last.file
-                and start <= last.stop + gap_nbytes
+                and start - last.stop <= max(GAP_NBYTES, min(gap_nbytes, WASTED * (last.stop - last.start)))
                 and max(stop, last.stop) - last.start <= SPAN_NBYTES
             ):
                 last.stop = max(stop, last.stop)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import UnsupportedOperation
 
 _STATUS = re.compile(r"status code: (\d{3})(?: ([A-Za-z][A-Za-z ]*[A-Za-z]))?")
 
@@ -32,6 +33,8 @@ _REQUEST = re.compile(r"Generic \w+ error: |Error performing (?:list request: )?
 
 _ENDPOINT = re.compile(r"performing \w+ (https?://[^/\s?]+)")
 
+_METADATA_SERVICE = re.compile(r"/latest/(api/token|meta-data/)|/computeMetadata/|/metadata/identity/")
+
 _AGAIN_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 _AGAIN_CODES = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling", "ServerBusy"}
@@ -52,6 +55,7 @@ def object_errors(verb: str, url: str) -> Iterator[None]:
         FileExistsError: there is one, and it was to be made.
         PermissionError: the store does not allow it.
         ConnectionError, TimeoutError: the same request may well succeed a little later.
+        UnsupportedOperation: the object, or the store, has no such range.
         OSError: all else.
     """
     from obstore.exceptions import BaseError
@@ -66,6 +70,7 @@ def _translated(verb: str, url: str, error: Exception) -> OSError:
     from obstore.exceptions import (
         AlreadyExistsError,
         InvalidPathError,
+        NotSupportedError,
         PermissionDeniedError,
         PreconditionError,
         UnauthenticatedError,
@@ -74,6 +79,9 @@ def _translated(verb: str, url: str, error: Exception) -> OSError:
     text = str(error)
     code = found[1] if (found := _CODE.search(text)) else ""
     status = int(found[1]) if (found := _STATUS.search(text)) else 0
+    if _METADATA_SERVICE.search(text):
+        said = f"no credentials: none in the environment, and the instance's metadata service gave none: {text}"
+        return PermissionError(f"{verb} {url}: {_cleaned(_BEFORE_DEBUG.sub('', said))}")
     what = f"{verb} {url}: {_words(text, status, code)}"
     if isinstance(error, AlreadyExistsError | PreconditionError):
         return FileExistsError(what)
@@ -81,6 +89,8 @@ def _translated(verb: str, url: str, error: Exception) -> OSError:
         return OSError(f"{what}; there is no such bucket, or not in this region or at this endpoint")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(what)
+    if isinstance(error, NotSupportedError) or status == 416 or "non-partial response" in text:
+        return UnsupportedOperation(what)
     if isinstance(error, InvalidPathError | ValueError):
         return OSError(what)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403):
@@ -101,8 +111,6 @@ def _words(text: str, status: int, code: str) -> str:
         phrase = found[2] if (found := _STATUS.search(text)) and found[2] else ""
         said = ": ".join(filter(None, (code, message.strip())))
         short = " ".join(filter(None, (str(status), phrase)))
-        if "169.254." in text:
-            short += " of the instance's metadata service, the last place where credentials were looked for"
         return _cleaned(f"{short} ({said})" if said else short)
     reasons = re.findall(r'message: "([^"]+)"', text) + re.findall(r'"((?:tcp|dns|tls)[^"]*error[^"]*)"', text)
     first = _REQUEST.sub("", _BEFORE_DEBUG.sub("", text)).strip()

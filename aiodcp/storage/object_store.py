@@ -10,6 +10,7 @@ import errno
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from io import UnsupportedOperation
 from typing import TYPE_CHECKING, Literal
 
 import anyio
@@ -246,9 +247,7 @@ class ObjectStorage:
         url, key = self.describe(checkpoint_id, name), self._key(checkpoint_id, name)
         try:
             meta, tail = await self._get(url, key, {"range": {"suffix": TAIL_NBYTES}})
-        except (FileNotFoundError, PermissionError, ConnectionError, TimeoutError):
-            raise
-        except OSError:  # Azure knows no suffix, and an empty object has none
+        except UnsupportedOperation:  # Azure knows no suffix, and an empty object has none
             meta, tail = await self._head(checkpoint_id, name), b""
         yield _Reader(self, url, key, meta, tail)
 
@@ -279,8 +278,11 @@ class ObjectStorage:
         if stop == start:
             return
         async with self._slot():
-            with self._in_time("GET", url), object_errors("GET", url):
-                found = await self._store.get_async(key, options={"range": (start, stop)})
+            try:
+                with self._in_time("GET", url), object_errors("GET", url):
+                    found = await self._store.get_async(key, options={"range": (start, stop)})
+            except UnsupportedOperation as error:
+                raise EOFError(str(error)) from error
             if found.range != (start, stop):
                 raise EOFError(f"{found.meta['size']} bytes, {stop} wanted")
             await self._fill(found.stream(CHUNK_NBYTES).__aiter__(), url, buffers)

@@ -70,6 +70,8 @@ def test_diff_and_export(storage: Storage, tmp_path: Any) -> None:
 def test_gc(storage: Storage) -> None:
     retention = Retention(keep_last=1)
     expected = {"removed": [1], "leftovers": [3]}
-    assert gc.collect("run", retention, dry_run=True) == expected
+    dry = gc.collect("run", retention, dry_run=True)
+    assert {1, 3} == dry.pop("why").keys()
+    assert dry == expected
     assert gc.collect("run", retention, dry_run=False) == expected
     assert [row["step"] for row in ls.list_rows("run")] == [2]

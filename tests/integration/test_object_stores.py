@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from aiodcp import Checkpointer, CheckpointManager, CorruptError, RankError
 from aiodcp._cli.main import main
-from tests.support.object_servers import KEY_ID, SECRET, FaultProxy, S3Server, nth
+from tests.support.object_servers import KEY_ID, SECRET, FaultProxy, Request, S3Server, nth
 from tests.support.ranks import World
 
 KILLS = int(os.environ.get("AIODCP_CAMPAIGN", "3"))
@@ -131,6 +132,39 @@ def test_ranks_save_and_load_resharded_in_a_store(world: World, s3: S3Server) ->
     assert all(key.startswith("step-2/") for key in names)
     assert {key[len("step-2/__")] for key in names} == {"0", "1"}
     assert len(names) >= 2 * 600_000 * 4 // (1 << 18)
+
+
+def _load_halves(rank: int, size: int, endpoint: str, url: str) -> int:
+    async def main() -> int:
+        mesh = init_device_mesh("cpu", (size,))
+        blank = {name: torch.zeros_like(whole) for name, whole in _wholes().items()}
+        state = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in blank.items()}
+        async with Checkpointer(storage=S3Server(endpoint).storage()) as checkpointer:
+            await checkpointer.load(state, url)
+        for name, whole in _wholes().items():
+            assert torch.equal(state[name].to_local(), whole.chunk(size)[rank])
+        return sum(tensor.to_local().nbytes for tensor in state.values())
+
+    return asyncio.run(main())
+
+
+def _wholes() -> dict[str, torch.Tensor]:
+    return {f"w{number}": torch.arange(300_000.0).view(1000, 300) + number for number in range(12)}
+
+
+def test_ranks_that_load_their_parts_read_little_more_than_they_need(world: World, proxy: FaultProxy) -> None:
+    url = proxy.server.url()
+    with Checkpointer(storage=proxy.upstream.storage(), no_dist=True) as checkpointer:
+        checkpointer.save_sync(_wholes(), url).uploaded.wait()
+    wanted = sum(world.run(2, _load_halves, proxy.server.endpoint, url))
+    read = [_range_nbytes(request) for request in proxy.requests if "range" in request.headers]
+    assert sum(read) <= 1.1 * wanted
+    assert sum("/.metadata" in request.path for request in proxy.requests) == 1  # one rank reads it, for all
+
+
+def _range_nbytes(request: Request) -> int:
+    first, _, last = request.headers["range"].removeprefix("bytes=").partition("-")
+    return int(last) - int(first) + 1 if first else int(last)
 
 
 def _one_rank_fails(rank: int, size: int, endpoint: str, good: str, url: str) -> str:
@@ -250,7 +284,10 @@ def test_the_command_line_takes_urls(
     assert "step" in run("diff", f"{root}/step-1", f"{root}/step-2", status=1)
     run("export", f"{root}/step-2", "--to", "torch", str(tmp_path / "out.pt"))
     _assert_loaded(torch.load(tmp_path / "out.pt") | {"step": 7})
-    assert run("gc", root, "--keep-last", "1", "--dry-run") == "would remove step 1\n"
+    assert re.fullmatch(
+        r"would remove step 1: 4 files, \d.* MiB; the options do not keep it\n",
+        run("gc", root, "--keep-last", "1", "--dry-run"),
+    )
     assert run("gc", root, "--keep-last", "1") == "removed step 1\n"
     assert [row["step"] for row in json.loads(run("ls", root, "--json"))] == [2]
     assert "no such bucket" in run("ls", "s3://no-such-bucket/x", status=2)

@@ -148,23 +148,6 @@ async def test_a_save_is_objects_of_a_bounded_size_and_a_load_fills_the_tensors(
     assert _same(loaded, _state(2))
 
 
-async def test_a_part_of_a_tensor_reads_little_more_than_it_needs(proxy: FaultProxy) -> None:
-    url = proxy.server.url()
-    async with Checkpointer(storage=proxy.server.storage(object_bytes=1 << 20)) as checkpointer:
-        await (await checkpointer.save({"w": torch.arange(4_000_000.0)}, url)).uploaded
-        mesh_part = torch.zeros(4_000_000)
-        proxy.requests.clear()
-        await checkpointer.load({"w": mesh_part}, url)
-    assert torch.equal(mesh_part, torch.arange(4_000_000.0))
-    wanted = sum(_range_nbytes(request) for request in proxy.requests if "Range".lower() in request.headers)
-    assert wanted <= 1.1 * 16_000_000
-
-
-def _range_nbytes(request: Request) -> int:
-    first, _, last = request.headers["range"].removeprefix("bytes=").partition("-")
-    return int(last) - int(first) + 1 if first else int(last)
-
-
 async def test_objects_go_up_while_the_rest_is_staged(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second object is staged only when the first has been sent."""
     sent = asyncio.Event()
@@ -303,6 +286,8 @@ async def test_a_bucket_that_is_not_there_is_no_missing_checkpoint(s3: S3Server)
     async with Checkpointer(storage=storage) as checkpointer:
         with pytest.raises(ReadError, match=r"GET s3://no-such-bucket/x/\.metadata.*NoSuchBucket.*no such bucket"):
             await checkpointer.load({"w": torch.ones(1)}, "s3://no-such-bucket/x")
+        with pytest.raises(ReadError, match="no such bucket"):
+            await checkpointer.read_custom_metadata("x")
         ckpt = await checkpointer.save({"w": torch.ones(1)}, "x")
         with pytest.raises(WriteError, match=r"PUT s3://no-such-bucket/.*no such bucket"):
             await ckpt.uploaded
@@ -568,3 +553,30 @@ async def test_tensors_of_devices_go_to_a_store_and_back(devices: Driver, max_ho
         into = {"w": devices.put(torch.zeros(3, 700_000)), "rows": devices.put(torch.zeros(10))}
         await checkpointer.load(into, "run")
     assert torch.equal(torch.zeros(3, 700_000).copy_(into["w"]), whole)
+
+
+async def test_without_credentials_the_error_says_so(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.endpoint)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    async with Checkpointer(retry=Retry(attempts=1)) as checkpointer:
+        with pytest.raises(ReadError, match=r"GET s3://bucket/x/\.metadata: no credentials: none in the environment"):
+            await checkpointer.load({"w": torch.ones(1)}, "s3://bucket/x")
+
+
+async def test_two_managers_on_one_root_know_of_each_others_steps(s3: S3Server) -> None:
+    root = s3.url()
+    one = CheckpointManager(root, checkpointer=Checkpointer(storage=s3.storage()))
+    other = CheckpointManager(root, checkpointer=Checkpointer(storage=s3.storage()), keep_last=3)
+    async with one, other:
+        for number, manager in enumerate((one, other, one, other), start=1):
+            await (await manager.save(number, _state(number))).uploaded
+        assert await one.refresh() == [1, 2, 3, 4]
+        assert one.latest == 4
+        loaded = _blank()
+        assert await other.restore(loaded) == 4
+    assert _same(loaded, _state(4))

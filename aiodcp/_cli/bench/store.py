@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from ..._engine.host_memory import Arena, memory_of
+from ...errors import ArgumentError
 from ...storage.auto import AutoStorage
 from ...storage.object_store import OBJECT_NBYTES, RANGE_NBYTES, ObjectStorage
 from ...storage.object_urls import make_store
@@ -236,6 +237,8 @@ def run(url: str, *, gib: float, tensors: int, repeat: int, as_json: bool) -> No
         repeat: rounds that count.
         as_json: print JSON instead of tables.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ArgumentError("directory", f"{url} is measured by one process: run it without torchrun")
     warnings.filterwarnings("ignore")  # DCP warns of having no process group, on every save
     shapes = [
         Shape(name=f"{gib:g} GiB in 64 tensors", tensors=64, elements=int(gib * (1 << 30)) // 256),
