@@ -67,7 +67,7 @@ class BoundedStaging:
         held = _HELD_BLOCKS * BLOCK
         self.layout = layout
         if layout.in_pieces:
-            largest = max(segment.stop - segment.start for segment in layout.segments) + TAIL_ROOM
+            largest = max((segment.stop - segment.start for segment in layout.segments), default=0) + TAIL_ROOM
         self.slot_nbytes = min(largest, _slot_nbytes(max_nbytes))
         self.slots = max_nbytes // (self.slot_nbytes + 2 * held)
         self.arena = Arena(self.slots * (self.slot_nbytes + 2 * held))

@@ -326,7 +326,10 @@ class WritePipeline:
 
         async def fill(number: int) -> memoryview:
             nonlocal table_crc
-            [(_, memory)] = await in_thread(self._threads.staging, self._fill, job, plan, bounded, number, comparing)
+            memory = bounded.arena.memory[:0]
+            if bounded.layout.segments:
+                fill = partial(self._fill, job, plan, bounded, number, comparing)
+                [(_, memory)] = await in_thread(self._threads.staging, fill)
             if number < bounded.layout.pieces:
                 return memory
             job.log.report("write", staged=tail.nbytes)

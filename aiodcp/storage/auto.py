@@ -10,7 +10,7 @@ from ..errors import ArgumentError
 from .base import ObjectLimits, Reader, Storage, Writer, object_limits, remove_all
 from .local import LocalStorage
 from .object_store import ObjectStorage
-from .object_urls import bucket_of, scheme_of
+from .object_urls import bucket_of, refuse_collapsed, scheme_of
 
 
 class AutoStorage:
@@ -42,6 +42,7 @@ class AutoStorage:
         return self._stores[bucket]
 
     def resolve(self, checkpoint_id: str) -> str:
+        refuse_collapsed(checkpoint_id)
         if scheme_of(checkpoint_id) == "file":
             parts = urlsplit(checkpoint_id)
             if parts.netloc not in ("", "localhost"):

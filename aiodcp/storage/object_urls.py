@@ -27,6 +27,8 @@ SCHEMES = (*S3, *GCS, *AZURE, *MEMORY)
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
+_COLLAPSED = re.compile(rf"(?:{'|'.join((*SCHEMES, 'file'))}):/(?!/)", re.IGNORECASE)
+
 _memory: dict[str, ObjectStore] = {}  # by URL: one process has one
 
 
@@ -34,6 +36,13 @@ def scheme_of(location: str) -> str | None:
     """Return the scheme of a URL, in lower case; None if it is a path."""
     found = _URL.match(location)
     return found[1].lower() if found else None
+
+
+def refuse_collapsed(location: str) -> None:
+    """Raise `ArgumentError` for a URL that went through `pathlib.Path`, which leaves one slash of two."""
+    found = _COLLAPSED.match(location)
+    if found:
+        raise ArgumentError("checkpoint_id", f"{location!r} was a URL before pathlib took a slash from it: pass a str")
 
 
 def bucket_of(url: str) -> str:
@@ -61,6 +70,7 @@ def path_below(base: str, checkpoint_id: str) -> str:
     """
     scheme = scheme_of(checkpoint_id)
     if scheme is None:
+        refuse_collapsed(checkpoint_id)
         return _path(checkpoint_id, checkpoint_id)
     given = f"{scheme}{checkpoint_id[len(scheme) :]}"
     if given != base and not given.startswith(f"{base}/"):

@@ -397,6 +397,7 @@ async def test_a_missing_or_shortened_object_is_found_before_anything_changes(s3
         ("run/../secret", r'has a "\." or "\.\."'),
         ("s3://bucket/./run", r'has a "\." or "\.\."'),
         ("run\n", r"control character"),
+        (str(Path("s3://bucket/run")), r"pathlib took a slash"),
         ("run/\udcff", r"not UTF-8"),
     ],
 )
@@ -474,6 +475,7 @@ def test_a_scheme_is_found_by_its_name() -> None:
         ("foo://x/y", r"is of no scheme that is known: s3://"),
         ("s3:///x", r"names no bucket"),
         ("file://host/x", r"is on another host"),
+        (str(Path("s3://bucket/x")), r"pathlib took a slash"),
     ):
         with pytest.raises(ArgumentError, match=problem):
             storage.resolve(bad)
@@ -541,6 +543,17 @@ async def test_a_callers_own_planner_decides_what_an_object_holds(s3: S3Server) 
         ckpt = await one.save(_state(1), url, planner=_Planner())
         with pytest.raises(StageError, match="cannot be cut, and is larger than a fourth of max_host_bytes"):
             await ckpt.uploaded
+
+
+async def test_values_that_are_no_tensors_may_be_larger_than_the_host_memory_for_tensors(s3: S3Server) -> None:
+    url = s3.url()
+    state: dict[str, Any] = {"text": "x" * (3 << 20), "w": torch.ones(5)}
+    async with Checkpointer(storage=s3.storage(object_bytes=1 << 20), max_host_bytes=2 << 20) as checkpointer:
+        for saved in (state, {"text": state["text"]}):
+            await (await checkpointer.save(saved, url)).uploaded
+            loaded: dict[str, Any] = {"text": "", **({"w": torch.zeros(5)} if "w" in saved else {})}
+            await checkpointer.load(loaded, url)
+            assert loaded["text"] == state["text"]
 
 
 @pytest.mark.parametrize("max_host_bytes", [None, 4 << 20])
