@@ -237,11 +237,10 @@ def _machine() -> str:
 
 
 def _who() -> bytes:
-    """Return who holds a lease, for people and for `_is_dead`."""
+    """Return who holds a lease, for people and for `_is_dead`; never twice the same: a PUT is known by its content."""
     pid = os.getpid()
-    return json.dumps(
-        {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "machine": _machine()}
-    ).encode()
+    holder = {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "machine": _machine()}
+    return json.dumps({**holder, "renewal": uuid.uuid4().hex}).encode()
 
 
 def _is_dead(name: str, content: bytes) -> bool:

@@ -93,6 +93,7 @@ class ObjectStorage:
         self._concurrency = concurrency
         self._timeout_s = float(request_timeout)
         self._slots: RunVar[anyio.Semaphore] = RunVar("slots")  # one for each event loop
+        self._probing: RunVar[anyio.Lock] = RunVar("probing")
         self._copies = keeps_buffers(store)
         self._honours_create: bool | None = None  # not known yet
         self._leases = Leases(self, lease_s=float(lease_s))
@@ -141,12 +142,11 @@ class ObjectStorage:
             log.debug("%s: the answer to a PUT was lost, and it had taken effect", self.describe(checkpoint_id, name))
 
     async def put_new(self, checkpoint_id: str, name: str, data: memoryview) -> None:
-        if self._honours_create is None:
-            self._honours_create = await self._probe(checkpoint_id)
+        honours_create = await self._creates_conditionally(checkpoint_id)
         try:
-            if not self._honours_create:
+            if not honours_create:
                 await self._refuse_existing(checkpoint_id, name)
-            await self._put(checkpoint_id, name, data, "create" if self._honours_create else "overwrite")
+            await self._put(checkpoint_id, name, data, "create" if honours_create else "overwrite")
         except FileExistsError:  # perhaps by an attempt of ours whose answer was lost
             if not await self._holds(checkpoint_id, name, data):
                 raise
@@ -192,8 +192,20 @@ class ObjectStorage:
                 await anyio.sleep(0.001)
                 waited_s += 0.001
 
+    async def _creates_conditionally(self, checkpoint_id: str) -> bool:
+        """Whether the store refuses to make an object that exists, found out once."""
+        if self._honours_create is None:
+            probing = self._probing.get(None)
+            if probing is None:
+                probing = anyio.Lock()
+                self._probing.set(probing)
+            async with probing:
+                if self._honours_create is None:
+                    self._honours_create = await self._probe(checkpoint_id)
+        return self._honours_create
+
     async def _probe(self, checkpoint_id: str) -> bool:
-        """Find out whether the store refuses to make an object that exists: some ignore that they are asked to."""
+        """Try it: some stores ignore that they are asked to."""
         name = f"{INTERNAL_DIRECTORY}/probe-{uuid.uuid4().hex}"
         try:
             await self._put(checkpoint_id, name, memoryview(b"1"), "create")
@@ -226,7 +238,7 @@ class ObjectStorage:
                 for start in range(0, data.nbytes, CHUNK_NBYTES):
                     part = piece[: min(len(piece), data.nbytes - start)]
                     await reader.read_into(start, [part])
-                    if part != data[start : start + len(part)]:
+                    if part != data.cast("B")[start : start + len(part)]:
                         return False
         except (OSError, EOFError):
             return False

@@ -242,8 +242,7 @@ async def test_an_object_of_the_same_name_with_other_content_is_refused(s3: S3Se
 async def test_a_probe_finds_out_whether_conditions_are_honoured_once(proxy: FaultProxy) -> None:
     storage = proxy.server.storage()
     path = storage.resolve(proxy.server.url())
-    for number in range(3):
-        await storage.put_new(path, f"file{number}", memoryview(b"1"))
+    await asyncio.gather(*(storage.put_new(path, f"file{number}", memoryview(b"1")) for number in range(3)))
     assert sum("probe" in request.path and request.verb == "PUT" for request in proxy.requests) == 2
     assert sum(request.verb == "HEAD" for request in proxy.requests) == 0
     assert proxy.upstream.keys(path) == ["file0", "file1", "file2"]
