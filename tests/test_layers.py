@@ -144,6 +144,7 @@ PRIVATE = {
 
 # Private modules and names of torch that are imported: where each is.
 PRIVATE_IMPORTS = {
+    "_cli.bench.store": {"torch.distributed.checkpoint._fsspec_filesystem"},
     "_distributed.channel": {"torch._C._distributed_c10d"},
     "_format.dcp": {
         "torch.distributed.checkpoint.filesystem._StorageInfo",

@@ -10,6 +10,7 @@ import errno
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from functools import partial
 from io import UnsupportedOperation
 from typing import TYPE_CHECKING, Literal
 
@@ -22,17 +23,16 @@ from ..errors import ArgumentError
 from .base import INTERNAL_DIRECTORY, ObjectLimits
 from .leases import LEASE_S, Leases
 from .object_errors import object_errors
+from .object_files import Filling, ObjectReader, WholeWriter
 from .object_urls import check_url, keeps_buffers, make_store, path_below, url_of
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, ObjectMeta
+    from obstore import GetOptions, GetResult, ObjectMeta
     from obstore.store import ObjectStore
 
 log: SafeLogger = SafeLogger(__name__)
 
 OBJECT_NBYTES = 64 << 20  # a PUT of it takes a second at what a store gives one connection (about 85 MB/s)
-
-RANGE_NBYTES = 16 << 20  # of one GET: larger reads are several at once, for the same reason
 
 CHUNK_NBYTES = 1 << 20  # of a GET's body that Python sees at once: each holds the GIL for a fraction of a millisecond
 
@@ -43,8 +43,6 @@ GAP_NBYTES = 1 << 20  # 12 ms of one connection, less than a store takes to answ
 SLOWEST = 256 << 10  # bytes per second of one PUT: what is slower does not move
 
 SINGLE_PUT_NBYTES = 4 << 30  # S3 refuses more than 5 GiB, Azure 5000 MiB
-
-RANGES_AT_ONCE = 4  # of one read
 
 
 class ObjectStorage:
@@ -245,23 +243,23 @@ class ObjectStorage:
         return True
 
     @asynccontextmanager
-    async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[_Writer]:
+    async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[WholeWriter]:
         """Keep what is written in memory until the block is left. Saves use `put_new`, which copies nothing."""
         await self._refuse_existing(checkpoint_id, name)
-        writer = _Writer()
+        writer = WholeWriter()
         yield writer
         await self.put_new(checkpoint_id, name, memoryview(writer.content))
 
     # --- reading
 
     @asynccontextmanager
-    async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[_Reader]:
+    async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[ObjectReader]:
         url, key = self.describe(checkpoint_id, name), self._key(checkpoint_id, name)
         try:
             meta, tail = await self._get(url, key, {"range": {"suffix": TAIL_NBYTES}})
         except UnsupportedOperation:  # Azure knows no suffix, and an empty object has none
             meta, tail = await self._head(checkpoint_id, name), b""
-        yield _Reader(self, url, key, meta, tail)
+        yield ObjectReader(partial(self._read_range, url, key), meta, tail)
 
     async def get(self, checkpoint_id: str, name: str) -> bytes:
         _, content = await self._get(self.describe(checkpoint_id, name), self._key(checkpoint_id, name), {})
@@ -272,7 +270,7 @@ class ObjectStorage:
             found = await self._store.get_async(key, options=options)
         start, stop = found.range
         content = bytearray(stop - start)
-        await self._fill(found.stream(CHUNK_NBYTES).__aiter__(), url, [memoryview(content)])
+        await self._fill(found, url, [memoryview(content)])
         return found.meta, bytes(content)
 
     async def _head(self, checkpoint_id: str, name: str) -> ObjectMeta:
@@ -280,7 +278,7 @@ class ObjectStorage:
         with self._in_time("HEAD", url), object_errors("HEAD", url):
             return await self._store.head_async(self._key(checkpoint_id, name))
 
-    async def read_range(self, url: str, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+    async def _read_range(self, url: str, key: str, start: int, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers`, one after the other, with the bytes of an object from `start` on, by one request.
 
         Raises:
@@ -297,27 +295,20 @@ class ObjectStorage:
                 raise EOFError(str(error)) from error
             if found.range != (start, stop):
                 raise EOFError(f"{found.meta['size']} bytes, {stop} wanted")
-            await self._fill(found.stream(CHUNK_NBYTES).__aiter__(), url, buffers)
+            await self._fill(found, url, buffers)
 
-    async def _fill(self, chunks: AsyncIterator[object], url: str, buffers: Sequence[memoryview]) -> None:
+    async def _fill(self, found: GetResult, url: str, buffers: Sequence[memoryview]) -> None:
         """Bring a body into `buffers`, which are as large; each chunk must come in time."""
-        rest = [buffer for buffer in buffers if len(buffer)]
+        filling, chunks = Filling(buffers), aiter(found.stream(CHUNK_NBYTES))
         while True:
             with self._in_time("GET", url), object_errors("GET", url):
                 chunk = await anext(chunks, None)
             if chunk is None:
                 break
-            piece = memoryview(chunk)  # type: ignore[arg-type]
-            while len(piece):
-                if not rest:
-                    raise ConnectionError(f"GET {url}: more bytes came than were asked for")
-                count = min(len(piece), len(rest[0]))
-                rest[0][:count] = piece[:count]
-                piece, rest[0] = piece[count:], rest[0][count:]
-                if not len(rest[0]):
-                    rest.pop(0)
-        if rest:
-            raise ConnectionError(f"GET {url}: the body ended {sum(map(len, rest))} bytes early")
+            if not filling.take(memoryview(chunk)):
+                raise ConnectionError(f"GET {url}: more bytes came than were asked for")
+        if filling.missing:
+            raise ConnectionError(f"GET {url}: the body ended {filling.missing} bytes early")
 
     # --- listing and removing
 
@@ -398,77 +389,3 @@ class ObjectStorage:
             yield
         if scope.cancelled_caught:
             raise TimeoutError(f"{verb} {url}: no answer within {limit_s:.3g} s")
-
-
-class _Writer:
-    def __init__(self) -> None:
-        self.content = bytearray()
-
-    async def write(self, offset: int, data: memoryview) -> None:
-        stop = offset + data.nbytes
-        if len(self.content) < stop:
-            self.content.extend(bytes(stop - len(self.content)))
-        self.content[offset:stop] = data.cast("B")
-
-
-class _Reader:
-    """An object, of which the last bytes are here already."""
-
-    def __init__(self, storage: ObjectStorage, url: str, key: str, meta: ObjectMeta, tail: bytes) -> None:
-        self.nbytes: int = meta["size"]
-        self.modified_at: float | None = meta["last_modified"].timestamp()
-        self._storage = storage
-        self._url = url
-        self._key = key
-        self._tail = memoryview(tail)
-
-    async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        views = [buffer.cast("B") for buffer in buffers]
-        stop = offset + sum(map(len, views))
-        if stop > self.nbytes:
-            raise EOFError(f"{self.nbytes} bytes, {stop} wanted")
-        have_from = self.nbytes - len(self._tail)
-        if offset >= have_from:
-            for view in views:
-                view[:] = self._tail[offset - have_from : offset - have_from + len(view)]
-                offset += len(view)
-            return
-        limit = anyio.Semaphore(RANGES_AT_ONCE)
-
-        async def read(start: int, parts: Sequence[memoryview]) -> None:
-            async with limit:
-                await self._storage.read_range(self._url, self._key, start, parts)
-
-        ranges = list(_cut(offset, views))
-        if len(ranges) == 1:
-            await read(*ranges[0])
-            return
-        errors: list[Exception] = []
-
-        async def read_or_stop(scope: CancelScope, start: int, parts: Sequence[memoryview]) -> None:
-            try:
-                await read(start, parts)
-            except Exception as error:
-                errors.append(error)
-                scope.cancel()
-
-        async with anyio.create_task_group() as group:
-            for start, parts in ranges:
-                group.start_soon(read_or_stop, group.cancel_scope, start, parts)
-        if errors:
-            raise errors[0]
-
-
-def _cut(offset: int, views: Sequence[memoryview]) -> list[tuple[int, list[memoryview]]]:
-    """Cut what is to be read into ranges; each with the pieces of the buffers that it fills."""
-    ranges: list[tuple[int, list[memoryview]]] = [(offset, [])]
-    room = RANGE_NBYTES
-    for view in views:
-        while len(view):
-            if not room:
-                ranges.append((offset, []))
-                room = RANGE_NBYTES
-            piece = view[:room]
-            ranges[-1][1].append(piece)
-            offset, room, view = offset + len(piece), room - len(piece), view[len(piece) :]
-    return ranges

@@ -27,7 +27,7 @@ from aiodcp._cli.main import main
 from tests.support.object_servers import KEY_ID, SECRET, FaultProxy, Request, S3Server, nth
 from tests.support.ranks import World
 
-KILLS = int(os.environ.get("AIODCP_CAMPAIGN", "3"))
+KILLS = int(os.environ.get("AIODCP_CAMPAIGN", "2"))
 
 
 @pytest.fixture

@@ -67,10 +67,10 @@ async def test_a_lock_holds_against_other_processes_and_ends_with_them(s3: S3Ser
 async def test_a_holder_elsewhere_is_dead_when_it_has_not_renewed_by_the_stores_clock(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, storage = s3.url(), s3.storage(lease_s=3.0)
-    async with another_process(s3, url, lease_s=3.0) as process:
+    url, storage = s3.url(), s3.storage(lease_s=2.5)
+    async with another_process(s3, url, lease_s=2.5) as process:
         monkeypatch.setattr(leases, "_machine", lambda: "another one")
-        for _ in range(3):
+        for _ in range(2):
             await asyncio.sleep(1.5)  # longer than it would be held without being renewed
             assert not await _is_exclusive(storage, url)
         process.send_signal(signal.SIGSTOP)

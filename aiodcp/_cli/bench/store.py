@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from ..._engine.host_memory import Arena, memory_of
 from ...errors import ArgumentError
 from ...storage.auto import AutoStorage
-from ...storage.object_store import OBJECT_NBYTES, RANGE_NBYTES, ObjectStorage
+from ...storage.object_files import RANGE_NBYTES
+from ...storage.object_store import OBJECT_NBYTES, ObjectStorage
 from ...storage.object_urls import make_store
 from .measure import Lag, Measured, time_save
 from .memory import begin_peak, peak_kib
