@@ -4,15 +4,18 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from aiodcp._cli.bench import device, measure, single
+from aiodcp._cli.bench import device, measure, single, store
 from aiodcp._cli.bench.memory import extra_memory
+from aiodcp._cli.bench.systems import System
 from aiodcp._cli.bench.workload import Shape
 from aiodcp._cli.main import main
+from tests.support.object_servers import S3Server
 
 
 def test_help_tells_of_the_commands() -> None:
@@ -126,3 +129,43 @@ def test_the_bench_of_a_device_needs_one(
         main(["bench", str(tmp_path_factory.mktemp("bench")), "--device", "cuda"])
     assert caught.value.code == 2
     assert "no accelerator" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_a_store_compares_with_the_bare_client_and_dcp_through_fsspec(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    systems = {name: make for name, make in store.SYSTEMS.items() if name != "s3torchconnector"}
+
+    def absent() -> System:
+        raise ImportError("no module named absent")
+
+    monkeypatch.setattr(store, "SYSTEMS", systems | {"absent": absent})
+    monkeypatch.setattr(store, "extra_memory", lambda name, shape, url: 7.0)
+    url = s3.url()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of botocore and s3fs
+        main(["bench", url, "--gib", "0.02", "--tensors", "50", "--repeat", "1", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    for shape in result["shapes"]:
+        assert shape["rows"].keys() == {"aiodcp", "dcp + fsspec"}
+        assert shape["absent"] == {"absent": "no module named absent"}
+        assert min(shape["floors"].values()) > 0
+        for row in shape["rows"].values():
+            assert 0 < row["held_s"] <= row["staged_s"] <= row["durable_s"]
+            assert row["load_warm_s"] > 0
+        text = store.format_result(shape)
+        assert "durable / bare PUTs" in text
+        assert re.search("absent +not measured: no module named absent", text)
+    assert s3.keys(url) == []
+
+
+def test_the_memory_of_a_save_to_a_store_is_measured_in_a_process_of_its_own(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    shape = Shape(name="small", tensors=16, elements=1 << 20)
+    extra = store.extra_memory("aiodcp", shape, s3.url()) - shape.nbytes / (1 << 20)
+    assert -16 < extra < 64

@@ -164,7 +164,7 @@ async def run_shape(shape: Shape, url: str, repeat: int) -> dict[str, Any]:
             await system.close()
     table = {name: median_row(each) for name, each in rows.items()}
     for name, row in table.items():
-        row.extra_mib = _extra_memory(name, shape, f"{url}/memory")
+        row.extra_mib = extra_memory(name, shape, f"{url}/memory")
     return {
         "shape": asdict(shape) | {"nbytes": shape.nbytes},
         "floors": floors.medians(),
@@ -206,7 +206,7 @@ async def _clear(url: str) -> None:
     await storage.remove_tree(storage.resolve(url))
 
 
-def _extra_memory(name: str, shape: Shape, url: str) -> float:
+def extra_memory(name: str, shape: Shape, url: str) -> float:
     """Return MiB by which the process grew at most over three saves, in a fresh process."""
     command = [sys.executable, "-m", "aiodcp._cli.bench.store", name, str(shape.tensors), str(shape.elements), url]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
@@ -291,7 +291,7 @@ def _main(arguments: Sequence[str]) -> Awaitable[float]:
     return _measure_memory(name, Shape(name="memory", tensors=int(count), elements=int(size)), url)
 
 
-if __name__ == "__main__":  # one system's memory: see _extra_memory
+if __name__ == "__main__":  # one system's memory: see extra_memory
     warnings.filterwarnings("ignore")
 
     async def main() -> float:
