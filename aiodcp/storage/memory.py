@@ -29,10 +29,10 @@ class MemoryStorage:
         return f"memory:{checkpoint_id}/{name}" if name else f"memory:{checkpoint_id}"
 
     @asynccontextmanager
-    async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[_MemoryWriter]:
+    async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[MemoryWriter]:
         if name in self.files[checkpoint_id]:
             raise FileExistsError(self.describe(checkpoint_id, name))
-        writer = _MemoryWriter()
+        writer = MemoryWriter()
         yield writer
         self._keep(checkpoint_id, name, writer.content)
 
@@ -79,7 +79,9 @@ class MemoryStorage:
         return self._locks.hold(root, exclusive=exclusive)
 
 
-class _MemoryWriter:
+class MemoryWriter:
+    """Keeps what is written, at whatever offsets, in memory."""
+
     def __init__(self) -> None:
         self.content = bytearray()
 
@@ -87,7 +89,7 @@ class _MemoryWriter:
         stop = offset + data.nbytes
         if len(self.content) < stop:
             self.content.extend(bytes(stop - len(self.content)))
-        self.content[offset:stop] = data
+        self.content[offset:stop] = data.cast("B")
 
 
 class _MemoryReader:

@@ -1,4 +1,4 @@
-"""Objects as files: read by several ranges at once, written as wholes."""
+"""Objects as files: read by several ranges at once."""
 
 from __future__ import annotations
 
@@ -42,19 +42,6 @@ class Filling:
             if not len(rest[0]):
                 rest.pop(0)
         return True
-
-
-class WholeWriter:
-    """Keeps what is written, at whatever offsets, in memory."""
-
-    def __init__(self) -> None:
-        self.content = bytearray()
-
-    async def write(self, offset: int, data: memoryview) -> None:
-        stop = offset + data.nbytes
-        if len(self.content) < stop:
-            self.content.extend(bytes(stop - len(self.content)))
-        self.content[offset:stop] = data.cast("B")
 
 
 class ObjectReader:

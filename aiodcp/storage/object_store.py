@@ -22,8 +22,9 @@ from .._log import SafeLogger
 from ..errors import ArgumentError
 from .base import INTERNAL_DIRECTORY, ObjectLimits
 from .leases import LEASE_S, Leases
+from .memory import MemoryWriter
 from .object_errors import object_errors
-from .object_files import Filling, ObjectReader, WholeWriter
+from .object_files import Filling, ObjectReader
 from .object_urls import check_url, keeps_buffers, make_store, path_below, url_of
 
 if TYPE_CHECKING:
@@ -243,10 +244,10 @@ class ObjectStorage:
         return True
 
     @asynccontextmanager
-    async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[WholeWriter]:
+    async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[MemoryWriter]:
         """Keep what is written in memory until the block is left. Saves use `put_new`, which copies nothing."""
         await self._refuse_existing(checkpoint_id, name)
-        writer = WholeWriter()
+        writer = MemoryWriter()
         yield writer
         await self.put_new(checkpoint_id, name, memoryview(writer.content))
 

@@ -18,6 +18,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -36,7 +37,7 @@ from ...storage.object_store import OBJECT_NBYTES, ObjectStorage
 from ...storage.object_urls import make_store
 from .measure import Lag, Measured, time_save
 from .memory import begin_peak, peak_kib
-from .systems import Aiodcp, Dcp, System, Waiter
+from .systems import Aiodcp, Dcp, System
 from .tables import median_row, ms
 from .workload import Shape, State
 
@@ -50,17 +51,8 @@ class DcpByWriter(Dcp):
         self._writer = writer
         self._reader = reader
 
-    async def save(self, state: State, path: str) -> tuple[Waiter, Waiter]:
-        response = dcp_async_save(state, storage_writer=self._writer(path))
-        assert not isinstance(response, AsyncSaveResponse)
-
-        async def staged() -> None:
-            return
-
-        async def uploaded() -> None:
-            await asyncio.wrap_future(response)
-
-        return staged, uploaded
+    def begin(self, state: State, path: str) -> Future[Any] | AsyncSaveResponse:
+        return dcp_async_save(state, storage_writer=self._writer(path))
 
     async def load(self, state: State, path: str) -> None:
         dcp_load(dict(state), storage_reader=self._reader(path))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from contextlib import AsyncExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -78,8 +79,11 @@ class Aiodcp:
 class Dcp:
     """`dcp.async_save` as it comes: staging is done when it returns."""
 
+    def begin(self, state: State, path: str) -> Future[Any] | AsyncSaveResponse:
+        return dcp_async_save(state, checkpoint_id=path)
+
     async def save(self, state: State, path: str) -> tuple[Waiter, Waiter]:
-        response = dcp_async_save(state, checkpoint_id=path)
+        response = self.begin(state, path)
         assert not isinstance(response, AsyncSaveResponse)
 
         async def staged() -> None:
