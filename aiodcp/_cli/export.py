@@ -14,6 +14,7 @@ from .._format.dcp import KeyPath, Metadata, TensorStorageMetadata
 from .._format.extension import containers_of
 from .._state.structure import int_keys_of, rebuild
 from ..errors import ArgumentError, WriteError
+from ..storage.object_urls import scheme_of
 from .reading import load, make_checkpointer, nbytes_of, pieces, read
 
 SHARD_NBYTES = 5_000_000_000
@@ -29,6 +30,7 @@ def export_torch(checkpoint_id: str, out: str) -> dict[str, Any]:
         LoadError: the checkpoint cannot be read.
         WriteError: the file exists, or cannot be written.
     """
+    _refuse_url(out)
     metadata, _ = read(checkpoint_id)
     _refuse_existing(Path(out))
     with make_checkpointer(checkpoint_id) as checkpointer:
@@ -82,6 +84,7 @@ def export_safetensors(
         from safetensors.torch import save_file
     except ImportError as error:
         raise ArgumentError("to", "safetensors is not installed: pip install 'aiodcp[export]'") from error
+    _refuse_url(out)
     metadata, _ = read(checkpoint_id)
     if prefix and not prefix.endswith("."):
         prefix += "."
@@ -141,6 +144,11 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _refuse_url(out: str) -> None:
+    if scheme_of(out) is not None:
+        raise ArgumentError("out", f"{out} is a URL: export to a directory, and copy it from there")
 
 
 def _refuse_existing(path: Path) -> None:

@@ -10,10 +10,10 @@ import anyio
 from .._format.naming import is_leftover
 from .._log import SafeLogger
 from ..errors import ArgumentError
-from ..manager.lease import unless_leased
 from ..manager.retention import Retention
 from ..manager.steps import list_steps, remove_leftovers, remove_step, step_path
 from ..storage.base import Storage
+from ..storage.leases import unless_leased
 from ..storage.object_urls import scheme_of
 from .locations import locate_root, refuse_checkpoint
 from .ls import rows_of

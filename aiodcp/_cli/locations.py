@@ -46,5 +46,8 @@ def locate_root(root: str) -> tuple[Storage, str]:
 
 async def refuse_checkpoint(storage: Storage, root: str) -> None:
     """Raise `ArgumentError` if `root` is not a directory of steps but a checkpoint."""
-    if METADATA_NAME in await storage.list_files(root):
-        raise ArgumentError("root", f"{root} is a checkpoint, not a directory of steps: see `aiodcp show`")
+    try:
+        async with storage.open(root, METADATA_NAME):
+            raise ArgumentError("root", f"{root} is a checkpoint, not a directory of steps: see `aiodcp show`")
+    except (FileNotFoundError, NotADirectoryError):
+        return

@@ -38,7 +38,7 @@ def cut_item(item: WriteItem, value: Any, nbytes: int) -> list[tuple[WriteItem, 
     if data is None or type(value) not in PLAIN_TENSORS or value.layout is not torch.strided:
         return []
     sizes, itemsize = tuple(data.chunk.sizes), data.properties.dtype.itemsize
-    if prod(sizes) * itemsize <= nbytes:
+    if not sizes or prod(sizes) * itemsize <= nbytes:
         return []
     found = []
     for starts, lengths in _parts(sizes, max(1, nbytes // itemsize)):

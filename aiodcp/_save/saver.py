@@ -240,8 +240,13 @@ class Saver:
             async with AsyncExitStack() as stack:
                 stack.enter_context(live(save_id))
                 if operation.is_coordinator and above:  # where a manager may clear up
+                    lock = self._storage.lock(above, exclusive=False, create=False)
                     with write_errors(self._storage.describe(above)):
-                        await stack.enter_async_context(self._storage.lock(above, exclusive=False, create=False))
+                        is_locked = await stack.enter_async_context(lock)
+                    if not is_locked:
+                        lock = self._storage.lock(checkpoint_id, exclusive=False)
+                        with write_errors(self._storage.describe(checkpoint_id)):
+                            await stack.enter_async_context(lock)
                 yield files
         except BaseException:
             if not operation.is_failure_agreed:

@@ -15,7 +15,7 @@ from .._engine.milestone import MilestoneSource
 from .._log import SafeLogger
 from ..errors import ClosedError, LoadError, NotACheckpointError, ReadError
 from ..storage.base import Storage
-from .lease import unless_leased
+from ..storage.leases import unless_leased
 from .retention import Retention
 from .steps import Step, in_order, list_steps, read_step, remove_leftovers, remove_step, step_path
 

@@ -13,7 +13,7 @@ from ..errors import ArgumentError, NotACheckpointError, ReadError
 from ..storage.auto import AutoStorage
 from ..storage.base import Storage
 from ..storage.error_mapping import write_errors
-from ..storage.leases import LEASE_S, AnyDatedFiles, Leases
+from ..storage.leases import LEASE_S, Leases
 from .watch import WatchedStep
 
 
@@ -53,7 +53,7 @@ async def lease(
     storage = storage or AutoStorage()
     path = storage.resolve(os.fsdecode(step))
     await _look(storage, path)
-    leases = Leases(AnyDatedFiles(storage), lease_s=float(lease_s))
+    leases = Leases(storage, lease_s=float(lease_s))
     async with AsyncExitStack() as stack:
         with write_errors(storage.describe(path)):
             await stack.enter_async_context(leases.hold(path, exclusive=False))
@@ -69,13 +69,6 @@ def lease_sync(
     with start_blocking_portal("asyncio", name="aiodcp lease") as portal:
         with portal.wrap_async_context_manager(lease(step, storage=storage, lease_s=lease_s)) as path:
             yield path
-
-
-@asynccontextmanager
-async def unless_leased(storage: Storage, path: str) -> AsyncIterator[bool]:
-    """Hold off new leases of a checkpoint while the block removes it; its value is False if it is leased."""
-    async with Leases(AnyDatedFiles(storage)).hold(path, exclusive=True) as is_free:
-        yield is_free
 
 
 async def _look(storage: Storage, path: str) -> None:

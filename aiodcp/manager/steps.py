@@ -19,7 +19,8 @@ from .._format.naming import METADATA_NAME, is_our_leftover, save_id_of
 from .._load.read_custom_metadata import read_dated_custom_metadata
 from .._log import SafeLogger
 from ..errors import LoadError, NotACheckpointError, ReadError
-from ..storage.base import INTERNAL_DIRECTORY, Storage, remove_all
+from ..storage.base import Storage, remove_all
+from ..storage.leases import unless_leased
 
 log: SafeLogger = SafeLogger(__name__)
 
@@ -225,7 +226,11 @@ async def remove_leftovers(
                 if METADATA_NAME in names or any(map(is_live, names)) or (names and not any(map(is_old, names))):
                     return
                 with CancelScope(shield=True):
-                    await _remove_data(storage, checkpoint_id, names, is_old)
+                    async with unless_leased(storage, checkpoint_id) as is_free:
+                        if not is_free:
+                            return
+                        await remove_all(storage, checkpoint_id, [name for name in names if is_old(name)])
+                    await storage.remove_if_empty(checkpoint_id, made_by_anyone=True)
             except OSError as error:
                 log.warning("%s: leftovers of an interrupted save cannot be removed: %s", checkpoint_id, error)
                 return
@@ -233,14 +238,6 @@ async def remove_leftovers(
 
     await _for_each(look, await _numbers(storage, root))
     return sorted(removed)
-
-
-async def _remove_data(
-    storage: Storage, checkpoint_id: str, names: Sequence[str], is_old: Callable[[str], bool]
-) -> None:
-    await remove_all(storage, checkpoint_id, [name for name in names if is_old(name)])
-    await storage.remove_tree(f"{checkpoint_id}/{INTERNAL_DIRECTORY}")  # leases of who has died removing it
-    await storage.remove_if_empty(checkpoint_id, made_by_anyone=True)
 
 
 async def _numbers(storage: Storage, root: str) -> list[int]:

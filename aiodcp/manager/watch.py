@@ -180,7 +180,7 @@ async def follow(follower: StepFollower, look: Look, poll_s: float | None) -> As
     is_store = object_limits(follower.storage, follower.root) is not None
     longest_s = float(poll_s or (STORE_POLL_S if is_store else POLL_S))
     changes = _Changes(None if is_store else follower.root, longest_s)
-    wait_s, looks = longest_s * FIRST_POLL, 0
+    wait_s, looks, is_down = longest_s * FIRST_POLL, 0, False
     try:
         while True:
             try:
@@ -190,8 +190,11 @@ async def follow(follower: StepFollower, look: Look, poll_s: float | None) -> As
             except ReadError as error:
                 if not (isinstance(error.__cause__, OSError) and is_transient(error.__cause__)):
                     raise
-                log.warning("%s: cannot look for new steps, trying again: %s", follower.root, error)
-                steps = []
+                say = log.debug if is_down else log.warning  # once, until it answers again
+                say("%s: cannot look for new steps, trying again: %s", follower.root, error)
+                steps, is_down = [], True
+            else:
+                is_down = False
             looks += 1
             for step in steps:
                 yield step

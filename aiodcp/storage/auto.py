@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from ..errors import ArgumentError
-from .base import ObjectLimits, Reader, Storage, Writer, object_limits, remove_all
+from .base import ObjectLimits, Reader, Storage, Writer, file_dates, object_limits, remove_all
 from .local import LocalStorage
 from .object_store import ObjectStorage
 from .object_urls import bucket_of, refuse_collapsed, scheme_of
@@ -44,10 +44,10 @@ class AutoStorage:
     def resolve(self, checkpoint_id: str) -> str:
         refuse_collapsed(checkpoint_id)
         if scheme_of(checkpoint_id) == "file":
-            parts = urlsplit(checkpoint_id)
-            if parts.netloc not in ("", "localhost"):
-                raise ArgumentError("checkpoint_id", f"{checkpoint_id!r} is on another host: file:///path is expected")
-            return self._local.resolve(unquote(parts.path))
+            host, slash, path = checkpoint_id[len("file://") :].partition("/")
+            if host not in ("", "localhost") or not path:
+                raise ArgumentError("checkpoint_id", f"{checkpoint_id!r} is no path of this host: file:///path is one")
+            return self._local.resolve(slash + unquote(path))
         return self.find(checkpoint_id).resolve(checkpoint_id)
 
     def describe(self, checkpoint_id: str, name: str = "") -> str:
@@ -85,6 +85,9 @@ class AutoStorage:
 
     async def remove_all(self, checkpoint_id: str, names: Sequence[str]) -> None:
         await remove_all(self.find(checkpoint_id), checkpoint_id, names)
+
+    async def dates(self, checkpoint_id: str) -> dict[str, float]:
+        return await file_dates(self.find(checkpoint_id), checkpoint_id)
 
     async def remove_if_empty(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
         await self.find(checkpoint_id).remove_if_empty(checkpoint_id, made_by_anyone=made_by_anyone)

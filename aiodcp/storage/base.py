@@ -7,6 +7,7 @@ All coroutines run on one event loop, not on the caller's. Failures are `OSError
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class Storage(Protocol):
             root: below which checkpoints are saved and removed.
             exclusive: whether no other lock may be held.
             create: whether a shared lock may write to `root`. Without it, for those who save below a directory that
-                is not their own, it is held only if one has been held before.
+                is not their own, it is held only if one has been held before; a store may say False then.
         """
 
 
@@ -167,6 +168,9 @@ class WholeFileStorage(Storage, Protocol):
     async def remove_all(self, checkpoint_id: str, names: Sequence[str]) -> None:
         """Remove files, those that are there, with as few requests as there can be."""
 
+    async def dates(self, checkpoint_id: str) -> dict[str, float]:
+        """Return when each file was written, in seconds of the store's clock, by name."""
+
 
 async def remove_all(storage: Storage, checkpoint_id: str, names: Sequence[str]) -> None:
     """Remove files, those that are there."""
@@ -175,6 +179,20 @@ async def remove_all(storage: Storage, checkpoint_id: str, names: Sequence[str])
         return
     for name in names:
         await storage.remove(checkpoint_id, name)
+
+
+async def file_dates(storage: Storage, checkpoint_id: str) -> dict[str, float]:
+    """Return when each file was written, in seconds, by name; now, if the storage does not know."""
+    if isinstance(storage, WholeFileStorage):
+        return await storage.dates(checkpoint_id)
+    dates: dict[str, float] = {}
+    for name in await storage.list_files(checkpoint_id):
+        try:
+            async with storage.open(checkpoint_id, name) as reader:
+                dates[name] = reader.modified_at if reader.modified_at is not None else time.time()
+        except FileNotFoundError:  # removed meanwhile
+            continue
+    return dates
 
 
 def object_limits(storage: Storage, checkpoint_id: str) -> ObjectLimits | None:

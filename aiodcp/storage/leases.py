@@ -21,17 +21,16 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from anyio import CancelScope
 from anyio.lowlevel import RunVar
 
 from .._log import SafeLogger
-from .base import INTERNAL_DIRECTORY, Storage, remove_all
+from .base import INTERNAL_DIRECTORY, Storage, file_dates, remove_all
 
 log: SafeLogger = SafeLogger(__name__)
 
@@ -45,63 +44,91 @@ LOOK_AGAIN_S = 0.5
 
 REMOVALS = 3  # attempts
 
+PROBE = "probe-"  # what a store was tried with, and what may be left of that
+
 _own: set[str] = set()  # leases that this process holds: what it could not remove is none
 
 
-class DatedFiles(Protocol):
-    """What leases need of their storage."""
+class _Lease:
+    """One file, written again and again until it is released."""
 
-    async def put(self, checkpoint_id: str, name: str, data: bytes) -> None: ...
-    async def get(self, checkpoint_id: str, name: str) -> bytes: ...
-    async def dates(self, checkpoint_id: str) -> dict[str, float]: ...
-    async def remove_all(self, checkpoint_id: str, names: Sequence[str]) -> None: ...
-
-
-class AnyDatedFiles:
-    """The same of any storage."""
-
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, root: str, kind: str, lease_s: float) -> None:
+        self.name = f"{kind}{uuid.uuid4().hex}"
         self._storage = storage
+        self._root = root
+        self._lease_s = lease_s
+        self._released = asyncio.Event()
+        self._renewing: asyncio.Task[None] | None = None
 
-    async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
-        await self._storage.put(checkpoint_id, name, data)
+    async def take(self) -> None:
+        _own.add(self.name)
+        await _to_its_end(self._write())
+        self._renewing = asyncio.create_task(self._renew(), name=f"aiodcp lease {self.name}")
 
-    async def get(self, checkpoint_id: str, name: str) -> bytes:
-        return await self._storage.get(checkpoint_id, name)
+    async def release(self) -> None:
+        await _to_its_end(self._release())
 
-    async def dates(self, checkpoint_id: str) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name in await self._storage.list_files(checkpoint_id):
+    async def _write(self) -> None:
+        await self._storage.put(_place(self._root), self.name, _who(self._lease_s))
+
+    async def _release(self) -> None:
+        self._released.set()
+        if self._renewing is not None:
+            await self._renewing  # one that is under way, if any: it would bring the file back
+        _own.discard(self.name)
+        place = _place(self._root)
+        for attempt in range(REMOVALS):
             try:
-                async with self._storage.open(checkpoint_id, name) as reader:
-                    found[name] = reader.modified_at if reader.modified_at is not None else time.time()
-            except FileNotFoundError:  # removed meanwhile
-                continue
-        return found
+                await remove_all(self._storage, place, [self.name])
+                await self._storage.remove_if_empty(place, made_by_anyone=True)
+                return
+            except OSError as error:  # it ends by itself, in time
+                log.debug("%s/%s could not be removed: %s", place, self.name, error)
+            await asyncio.sleep(attempt * LOOK_AGAIN_S / REMOVALS)
 
-    async def remove_all(self, checkpoint_id: str, names: Sequence[str]) -> None:
-        await remove_all(self._storage, checkpoint_id, names)
-        await self._storage.remove_if_empty(checkpoint_id, made_by_anyone=True)
+    async def _renew(self) -> None:
+        renewed, is_lost = time.monotonic(), False
+        wait_s = self._lease_s / RENEWALS
+        while not await self._is_released_within(wait_s):
+            try:
+                await self._write()
+            except OSError as error:
+                lost_s = time.monotonic() - renewed
+                if wait_s == self._lease_s / RENEWALS:
+                    log.warning("%s: the lease could not be renewed, trying again: %s", self._root, error)
+                elif not is_lost and lost_s > self._lease_s:
+                    is_lost = True
+                    log.error("%s: the lease is lost, after %.0f s without a renewal: %s", self._root, lost_s, error)
+                wait_s = self._lease_s / RENEWALS / 4
+            else:
+                renewed, is_lost, wait_s = time.monotonic(), False, self._lease_s / RENEWALS
+
+    async def _is_released_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._released.wait()
+        except TimeoutError:
+            return False
+        return True
 
 
-@dataclass(slots=True)
-class _Held:
-    """A lease of this process, on one loop."""
+class _Shared:
+    """A lease that several holders of this process share, on one loop."""
 
-    name: str
-    renewing: asyncio.Task[None] | None = None
-    holders: int = 0
-    is_ready: bool = False
-    begun: asyncio.Lock = field(default_factory=asyncio.Lock)
+    def __init__(self, lease: _Lease) -> None:
+        self.lease = lease
+        self.holders = 0
+        self.is_ready = False
+        self.beginning = asyncio.Lock()
 
 
 class Leases:
     """The leases of one storage."""
 
-    def __init__(self, files: DatedFiles, *, lease_s: float = LEASE_S) -> None:
-        self._files = files
+    def __init__(self, storage: Storage, *, lease_s: float = LEASE_S) -> None:
+        self._storage = storage
         self._lease_s = lease_s
-        self._shared: RunVar[dict[str, _Held]] = RunVar("leases")  # by root, for each event loop
+        self._shared: RunVar[dict[str, _Shared]] = RunVar("leases")  # by root, for each event loop
 
     @asynccontextmanager
     async def hold(self, root: str, *, exclusive: bool) -> AsyncIterator[bool]:
@@ -111,23 +138,28 @@ class Leases:
                 yield is_held
             return
         known = self._known()
-        held = known.setdefault(root, _Held(f"{_SHARED}{uuid.uuid4().hex}"))
-        held.holders += 1
+        if root not in known:
+            known[root] = _Shared(_Lease(self._storage, root, _SHARED, self._lease_s))
+        shared = known[root]
+        shared.holders += 1
         try:
-            async with held.begun:
-                if held.renewing is None:
-                    held.renewing = await self._begin(root, held.name)
-                if not held.is_ready:
-                    await self._wait_for_exclusive(root, held.name)
-                    held.is_ready = True
+            async with shared.beginning:
+                if not shared.is_ready:
+                    await shared.lease.take()
+                    await self._wait_for_exclusive(root, shared.lease.name)
+                    shared.is_ready = True
             yield True
         finally:
-            held.holders -= 1
-            if not held.holders:
+            shared.holders -= 1
+            if not shared.holders:
                 known.pop(root, None)
-                await self._end(root, held)
+                await shared.lease.release()
 
-    def _known(self) -> dict[str, _Held]:
+    def is_held(self, root: str) -> bool:
+        """Whether this process holds a shared lease on `root`, on this loop."""
+        return root in self._known() and self._known()[root].is_ready
+
+    def _known(self) -> dict[str, _Shared]:
         known = self._shared.get(None)
         if known is None:
             known = {}
@@ -136,49 +168,15 @@ class Leases:
 
     @asynccontextmanager
     async def _hold_exclusive(self, root: str) -> AsyncIterator[bool]:
-        held = _Held(f"{_EXCLUSIVE}{uuid.uuid4().hex}")
+        lease = _Lease(self._storage, root, _EXCLUSIVE, self._lease_s)
         try:
-            held.renewing = await self._begin(root, held.name)
-            live, dead = await self._others(root, held.name)
+            await lease.take()
+            live, dead = await self._others(root, lease.name)
             if not live and dead:
-                await self._files.remove_all(_place(root), dead)
+                await remove_all(self._storage, _place(root), dead)
             yield not live
         finally:
-            await self._end(root, held)
-
-    async def _begin(self, root: str, name: str) -> asyncio.Task[None]:
-        _own.add(name)
-        await self._files.put(_place(root), name, _who())
-        return asyncio.create_task(self._renew(root, name), name=f"aiodcp lease {name}")
-
-    async def _end(self, root: str, held: _Held) -> None:
-        with CancelScope(shield=True):
-            if held.renewing is not None:
-                held.renewing.cancel()
-                await asyncio.wait([held.renewing])
-            _own.discard(held.name)
-            for attempt in range(REMOVALS):
-                try:
-                    await self._files.remove_all(_place(root), [held.name])
-                    return
-                except OSError as error:  # it ends by itself, in time
-                    log.debug("%s/%s could not be removed: %s", _place(root), held.name, error)
-                await asyncio.sleep(attempt * LOOK_AGAIN_S / REMOVALS)
-
-    async def _renew(self, root: str, name: str) -> None:
-        renewed = time.monotonic()
-        wait_s = self._lease_s / RENEWALS
-        while True:
-            await asyncio.sleep(wait_s)
-            try:
-                await self._files.put(_place(root), name, _who())
-            except OSError as error:
-                lost_s = time.monotonic() - renewed
-                say = log.error if lost_s > self._lease_s else log.warning
-                say("%s: the lease could not be renewed for %.0f s: %s", root, lost_s, error)
-                wait_s = self._lease_s / RENEWALS / 4
-            else:
-                renewed, wait_s = time.monotonic(), self._lease_s / RENEWALS
+            await lease.release()
 
     async def _wait_for_exclusive(self, root: str, own: str) -> None:
         waited = False
@@ -190,24 +188,49 @@ class Leases:
 
     async def _others(self, root: str, own: str) -> tuple[list[str], list[str]]:
         """Return the names of the leases of others that are held, and of those that are not any more."""
-        times = await self._files.dates(_place(root))
-        leases = {name: at for name, at in times.items() if name.startswith((_SHARED, _EXCLUSIVE)) and name != own}
-        now = times.get(own) or max(times.values(), default=None)
+        dates = await file_dates(self._storage, _place(root))
+        now = max(dates.values(), default=0.0)  # of `own`, most likely: it has just been written
         live: list[str] = []
         dead: list[str] = []
-        for name, at in leases.items():
-            is_old = now is not None and now - at > self._lease_s
-            (dead if is_old or await self._is_of_dead(root, name) else live).append(name)
+        for name, at in dates.items():
+            if name.startswith((_SHARED, _EXCLUSIVE)) and name != own:
+                (live if await self._is_live(root, name, now - at) else dead).append(name)
+            elif name.startswith(PROBE) and now - at > self._lease_s:
+                dead.append(name)
         return sorted(live), sorted(dead)
 
-    async def _is_of_dead(self, root: str, name: str) -> bool:
-        """Whether the holder was a process of this machine that is gone: of a run, say, that is begun anew at once."""
+    async def _is_live(self, root: str, name: str, age_s: float) -> bool:
+        """Whether a lease of that age is held: for as long as its holder has said, and while that one may be alive."""
         try:
-            return _is_dead(name, await self._files.get(_place(root), name))
+            holder = _holder(await self._storage.get(_place(root), name))
         except FileNotFoundError:  # released meanwhile
-            return True
-        except OSError:
             return False
+        except OSError:
+            holder = {}
+        bound_s = holder.get("lease_s")
+        if age_s > (bound_s if isinstance(bound_s, int | float) else self._lease_s):
+            return False
+        return not _is_dead(name, holder)
+
+
+@asynccontextmanager
+async def unless_leased(storage: Storage, checkpoint_id: str) -> AsyncIterator[bool]:
+    """Hold off new leases of a checkpoint while the block removes it; its value is False if it is leased."""
+    async with Leases(storage).hold(checkpoint_id, exclusive=True) as is_free:
+        yield is_free
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Wait until `work` is done, also if the caller is cancelled: a request that is given up may take effect later."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with CancelScope(shield=True):
+            await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.debug("after the caller was cancelled: %s", error)
+        raise
 
 
 def _place(root: str) -> str:
@@ -236,19 +259,26 @@ def _machine() -> str:
     return f"{_read('/proc/sys/kernel/random/boot_id').strip()} {pids}"
 
 
-def _who() -> bytes:
-    """Return who holds a lease, for people and for `_is_dead`; never twice the same: a PUT is known by its content."""
+def _who(lease_s: float) -> bytes:
+    """Return who holds a lease, and for how long; never twice the same: a PUT is known by its content."""
     pid = os.getpid()
     holder = {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "machine": _machine()}
-    return json.dumps({**holder, "renewal": uuid.uuid4().hex}).encode()
+    return json.dumps({**holder, "lease_s": lease_s, "renewal": uuid.uuid4().hex}).encode()
 
 
-def _is_dead(name: str, content: bytes) -> bool:
+def _holder(content: bytes) -> dict[str, Any]:
     try:
         holder = json.loads(content)
-        pid, started, machine = int(holder["pid"]), str(holder["started"]), str(holder["machine"])
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_dead(name: str, holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that is gone: of a run, say, that is begun anew at once."""
+    pid, started, machine = holder.get("pid"), holder.get("started"), holder.get("machine")
+    if type(pid) is not int or not started or machine != _machine() or not str(machine).strip():
         return False
-    if not machine.strip() or not started or machine != _machine():
-        return False
-    return name not in _own if pid == os.getpid() and started == _started(pid) else started != _started(pid)
+    if pid == os.getpid() and started == _started(pid):
+        return name not in _own
+    return bool(started != _started(pid))

@@ -22,6 +22,8 @@ _JSON_MESSAGE = re.compile(r'"message": *"([^"]{1,1000})"')  # GCS
 
 _QUERY = re.compile(r"\?[^\s,)]*")
 
+_USER = re.compile(r"://[^/\s@]+@")
+
 _SECRET = re.compile(
     r"(?i)(AKIA|ASIA)[A-Z0-9]{12,}|\b(sig|signature|x-amz-[a-z-]*|AWSAccessKeyId|AccountKey|SharedAccessSignature"
     r"|authorization|bearer)\b[=: ]\s*\S+"
@@ -29,7 +31,7 @@ _SECRET = re.compile(
 
 _BEFORE_DEBUG = re.compile(r"\n+Debug source:.*", re.DOTALL)
 
-_REQUEST = re.compile(r"Generic \w+ error: |Error performing (?:list request: )?|[A-Z]+ https?://\S+ in \S+ - ")
+_REQUEST = re.compile(r"Generic \w+ error: |Error performing (?:list request: )?|[A-Z]+ \S+ in \S+ - ")
 
 _ENDPOINT = re.compile(r"performing \w+ (https?://[^/\s?]+)")
 
@@ -119,4 +121,4 @@ def _words(text: str, status: int, code: str) -> str:
 
 
 def _cleaned(text: str) -> str:
-    return _SECRET.sub("(removed)", _QUERY.sub("", " ".join(text.split())))[:2000]
+    return _SECRET.sub("(removed)", _USER.sub("://", _QUERY.sub("", " ".join(text.split()))))[:2000]

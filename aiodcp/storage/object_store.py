@@ -21,7 +21,7 @@ from anyio.lowlevel import RunVar
 from .._log import SafeLogger
 from ..errors import ArgumentError
 from .base import INTERNAL_DIRECTORY, ObjectLimits
-from .leases import LEASE_S, Leases
+from .leases import LEASE_S, PROBE, Leases
 from .memory import MemoryWriter
 from .object_errors import object_errors
 from .object_files import Filling, ObjectReader
@@ -41,9 +41,44 @@ TAIL_NBYTES = 4 << 10  # of a file that is opened: its size and its last bytes a
 
 GAP_NBYTES = 1 << 20  # 12 ms of one connection, less than a store takes to answer
 
+GRACE_S = 1.0
+
+LIST_PAGE = 1000  # objects: as many as a store lists in one answer
+
 SLOWEST = 256 << 10  # bytes per second of one PUT: what is slower does not move
 
 SINGLE_PUT_NBYTES = 4 << 30  # S3 refuses more than 5 GiB, Azure 5000 MiB
+
+
+@asynccontextmanager
+async def _grace() -> AsyncIterator[None]:
+    """Let the block go on for `GRACE_S` when it is cancelled: a PUT that is given up may take effect afterwards.
+
+    What the caller then removes comes back. By `CancelScope`s; a native `task.cancel()` ends the block at once.
+    """
+    failure: Exception | None = None
+    async with anyio.create_task_group() as group:
+        with CancelScope(shield=True) as scope:
+
+            async def limit() -> None:
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    scope.deadline = min(scope.deadline, anyio.current_time() + GRACE_S)
+
+            group.start_soon(limit)
+            try:
+                yield
+            except Exception as error:  # out of the group, which would make a group of it
+                failure = error
+        group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+@asynccontextmanager
+async def _not_held() -> AsyncIterator[bool]:
+    yield False
 
 
 class ObjectStorage:
@@ -95,6 +130,7 @@ class ObjectStorage:
         self._probing: RunVar[anyio.Lock] = RunVar("probing")
         self._copies = keeps_buffers(store)
         self._honours_create: bool | None = None  # not known yet
+        self._locked: set[str] = set()  # roots
         self._leases = Leases(self, lease_s=float(lease_s))
 
     @classmethod
@@ -164,7 +200,7 @@ class ObjectStorage:
             data = memoryview(bytes(data))
         view = data.cast("B")[:]
         try:
-            async with self._slot():
+            async with self._slot(), _grace():
                 with self._in_time("PUT", url, data.nbytes), object_errors("PUT", url):
                     await self._store.put_async(
                         self._key(checkpoint_id, name),
@@ -201,31 +237,32 @@ class ObjectStorage:
             async with probing:
                 if self._honours_create is None:
                     self._honours_create = await self._probe(checkpoint_id)
-        return self._honours_create
+        return bool(self._honours_create)
 
-    async def _probe(self, checkpoint_id: str) -> bool:
-        """Try it: some stores ignore that they are asked to."""
-        name = f"{INTERNAL_DIRECTORY}/probe-{uuid.uuid4().hex}"
+    async def _probe(self, checkpoint_id: str) -> bool | None:
+        """Try it: some stores ignore that they are asked to. Return None if it cannot be told now."""
+        name = f"{INTERNAL_DIRECTORY}/{PROBE}{uuid.uuid4().hex}"
         try:
             await self._put(checkpoint_id, name, memoryview(b"1"), "create")
             await self._put(checkpoint_id, name, memoryview(b"2"), "create")
         except FileExistsError:
             return True
-        except (ConnectionError, TimeoutError, PermissionError):
-            raise
-        except OSError as error:  # 501, 400: it says so
+        except OSError as error:  # 501 or 400, which says so; or for the moment, which the PUT to come will meet, too
             log.debug("%s does not create objects conditionally: %s", self.url, error)
-            return False
+            return None if isinstance(error, ConnectionError | TimeoutError | PermissionError) else False
         finally:
             with CancelScope(shield=True):
-                await self._quietly_remove(checkpoint_id, name)
+                await self._remove_probe(checkpoint_id, name)
         return False
 
-    async def _quietly_remove(self, checkpoint_id: str, name: str) -> None:
-        try:
-            await self.remove(checkpoint_id, name)
-        except OSError as error:
-            log.debug("%s could not be removed: %s", self.describe(checkpoint_id, name), error)
+    async def _remove_probe(self, checkpoint_id: str, name: str) -> None:
+        for attempt in range(3):
+            try:
+                await self.remove(checkpoint_id, name)
+                return
+            except OSError as error:  # who clears up here later removes it
+                log.debug("%s could not be removed: %s", self.describe(checkpoint_id, name), error)
+            await anyio.sleep(0.1 * attempt)
 
     async def _holds(self, checkpoint_id: str, name: str, data: memoryview) -> bool:
         """Whether an object has this content."""
@@ -317,26 +354,38 @@ class ObjectStorage:
         return sorted(await self.file_sizes(checkpoint_id))
 
     async def file_sizes(self, checkpoint_id: str) -> dict[str, int]:
-        objects, _ = await self._list_below(checkpoint_id)
+        objects = await self._list_files(checkpoint_id)
         return dict(sorted((each["path"].rpartition("/")[2], each["size"]) for each in objects))
 
     async def dates(self, checkpoint_id: str) -> dict[str, float]:
         """Return when each file was written, in seconds of the store's clock, by name."""
-        objects, _ = await self._list_below(checkpoint_id)
+        objects = await self._list_files(checkpoint_id)
         return {each["path"].rpartition("/")[2]: each["last_modified"].timestamp() for each in objects}
 
     async def list_children(self, root: str) -> list[str]:
-        _, prefixes = await self._list_below(root)
-        names = {prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes}
+        url = self.describe(root)
+        with self._in_time("LIST", url), object_errors("LIST", url):
+            found = await self._store.list_with_delimiter_async(self._key(root) or None)
+        names = {prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]}
         return sorted(names - {INTERNAL_DIRECTORY})
 
-    async def _list_below(self, checkpoint_id: str) -> tuple[Sequence[ObjectMeta], Sequence[str]]:
-        """Return the objects and the prefixes right below one."""
+    async def _list_files(self, checkpoint_id: str) -> list[ObjectMeta]:
+        """Return the objects right below a prefix, of all that are below it: in a checkpoint they are almost all."""
+        prefix = self._key(checkpoint_id)
+        found = await self._list_tree(checkpoint_id)
+        return [each for each in found if each["path"].rpartition("/")[0] == prefix]
+
+    async def _list_tree(self, checkpoint_id: str) -> list[ObjectMeta]:
+        """Return all objects below a prefix, page by page: each must come in time."""
         url, prefix = self.describe(checkpoint_id), self._key(checkpoint_id)
-        with self._in_time("LIST", url), object_errors("LIST", url):
-            found = await self._store.list_with_delimiter_async(prefix or None)
-        objects = [each for each in found["objects"] if each["path"].rpartition("/")[0] == prefix]
-        return objects, found["common_prefixes"]
+        pages = aiter(self._store.list(f"{prefix}/" if prefix else None, chunk_size=LIST_PAGE))
+        found: list[ObjectMeta] = []
+        while True:
+            with self._in_time("LIST", url), object_errors("LIST", url):
+                page = await anext(pages, None)
+            if page is None:
+                return found
+            found += page
 
     async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
         await self.remove_all(checkpoint_id, [name])
@@ -360,15 +409,21 @@ class ObjectStorage:
         """Do nothing: a prefix is there while something is below it."""
 
     async def remove_tree(self, checkpoint_id: str) -> None:
-        url = self.describe(checkpoint_id)
-        with self._in_time("LIST", url), object_errors("LIST", url):
-            found = await self._store.list(f"{self._key(checkpoint_id)}/").collect_async()
-        await self._delete(url, [each["path"] for each in found])
+        found = await self._list_tree(checkpoint_id)
+        await self._delete(self.describe(checkpoint_id), [each["path"] for each in found])
 
     # --- locks
 
     def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
-        """By leases, which are renewed while the block runs: see `leases`. They leave nothing behind."""
+        """By leases, which are renewed while the block runs: see `leases`. They leave nothing behind.
+
+        Without `create` a shared one is held only below a root on which this object has held one before: it may be that
+        nothing may be written elsewhere. Else the value is False, and the caller locks what is its own.
+        """
+        if exclusive or create:
+            self._locked.add(root)
+        elif root not in self._locked:
+            return _not_held()
         return self._leases.hold(root, exclusive=exclusive)
 
     # --- requests

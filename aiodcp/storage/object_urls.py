@@ -9,12 +9,13 @@ memory                     this process's memory
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
-from functools import partial
+import time
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from ..errors import ArgumentError
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 S3, GCS, AZURE, MEMORY = ("s3", "s3a"), ("gs", "gcs"), ("az", "azure", "abfs", "abfss"), ("memory",)
 
 SCHEMES = (*S3, *GCS, *AZURE, *MEMORY)
+
+_BUCKET = re.compile(r"[A-Za-z0-9._-]*")
+
+_ENDPOINT = re.compile(r"https?://[^/\s@]+(/|$)")
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -46,9 +51,17 @@ def refuse_collapsed(location: str) -> None:
 
 
 def bucket_of(url: str) -> str:
-    """Return the part of a URL that names the bucket: what a client is made for."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"
+    """Return the part of a URL that names the bucket: what a client is made for.
+
+    Raises:
+        ArgumentError: it has what no bucket's name has, such as a user or a port.
+    """
+    scheme, _, rest = url.partition("://")
+    scheme, bucket = scheme.lower(), rest.partition("/")[0]
+    container, at, account = bucket.rpartition("@")
+    if (at and (scheme not in AZURE or ":" in container)) or not _BUCKET.fullmatch(account):
+        raise ArgumentError("checkpoint_id", f"a URL of {scheme}:// has no bucket's name before its path")
+    return f"{scheme}://{bucket}"
 
 
 def check_url(url: str) -> str:
@@ -59,7 +72,8 @@ def check_url(url: str) -> str:
     """
     if scheme_of(url) is None:
         raise ArgumentError("url", f"must be a URL such as s3://bucket/prefix, got {url!r}")
-    return "/".join(filter(None, (bucket_of(url), _path(urlsplit(url).path, url))))
+    bucket = bucket_of(url)
+    return "/".join(filter(None, (bucket, _path(url[len(bucket) :], url))))
 
 
 def path_below(base: str, checkpoint_id: str) -> str:
@@ -132,7 +146,18 @@ def import_obstore(what: str) -> Any:
     except ImportError as error:
         problem = f"{what} needs obstore: pip install 'aiodcp[object]'"
         raise ArgumentError("checkpoint_id" if "://" in what else "storage", problem) from error
+    _let_threads_settle()
     return obstore
+
+
+@cache
+def _let_threads_settle() -> None:
+    """Wait a moment when the interpreter ends, so that obstore's threads have let go of Python's objects by then.
+
+    A process that ends just after a request aborts else: 12 of 40 that listed and read two objects with obstore alone,
+    none of 40 that waited for 20 ms.
+    """
+    atexit.register(time.sleep, 0.05)
 
 
 def make_store(url: str) -> tuple[ObjectStore, str]:
@@ -146,8 +171,8 @@ def make_store(url: str) -> tuple[ObjectStore, str]:
         known = ", ".join(f"{each}://" for each in (*SCHEMES, "file"))
         raise ArgumentError("checkpoint_id", f"{url!r} is of no scheme that is known: {known}")
     obstore = import_obstore(f"{scheme}://")
-    bucket = urlsplit(url).netloc
-    base = f"{scheme}://{bucket}"
+    base = bucket_of(url)
+    bucket = base.partition("://")[2]
     if scheme in MEMORY:
         return _memory.setdefault(base, obstore.store.MemoryStore()), base
     if not bucket:
@@ -175,6 +200,8 @@ def _make_s3(bucket: str) -> ObjectStore:
     from obstore.store import S3Store
 
     endpoint = next(filter(None, map(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))), "")
+    if endpoint and not _ENDPOINT.match(endpoint):
+        raise ArgumentError("checkpoint_id", "AWS_ENDPOINT_URL must begin with http:// or https://, and a host")
     options = _client_options(allow_http=endpoint.startswith("http://"))
     config: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
     if not endpoint.startswith("http://"):

@@ -17,7 +17,7 @@ import anyio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from ..errors import ArgumentError
-from .base import ObjectLimits, Reader, Storage, WholeFileStorage, Writer, object_limits, remove_all
+from .base import ObjectLimits, Reader, Storage, WholeFileStorage, Writer, file_dates, object_limits, remove_all
 
 T = TypeVar("T")
 
@@ -216,6 +216,9 @@ class RetryingStorage:
 
     async def remove_all(self, checkpoint_id: str, names: Sequence[str]) -> None:
         await self.retrying(lambda: remove_all(self._storage, checkpoint_id, names), checkpoint_id)
+
+    async def dates(self, checkpoint_id: str) -> dict[str, float]:
+        return await self.retrying(lambda: file_dates(self._storage, checkpoint_id), checkpoint_id)
 
     async def remove_if_empty(self, checkpoint_id: str, *, made_by_anyone: bool = False) -> None:
         await self.retrying(

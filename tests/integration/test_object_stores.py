@@ -283,6 +283,8 @@ def test_the_command_line_takes_urls(
     assert "intact" in run("verify", f"{root}/step-2")
     assert "step" in run("diff", f"{root}/step-1", f"{root}/step-2", status=1)
     run("export", f"{root}/step-2", "--to", "torch", str(tmp_path / "out.pt"))
+    assert "is a URL" in run("export", f"{root}/step-2", "--to", "torch", f"{root}/out.pt", status=2)
+    assert "is a checkpoint" in run("ls", f"{root}/step-2", status=2)
     _assert_loaded(torch.load(tmp_path / "out.pt") | {"step": 7})
     assert re.fullmatch(
         r"would remove step 1: 4 files, \d.* MiB; the options do not keep it\n",

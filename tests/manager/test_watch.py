@@ -30,8 +30,8 @@ from aiodcp import (
     watch,
     watch_sync,
 )
-from aiodcp.manager.lease import unless_leased
 from aiodcp.manager.steps import remove_step
+from aiodcp.storage.leases import unless_leased
 from aiodcp.testing import FaultyStorage
 from tests.support.object_servers import FaultProxy, S3Server, always
 

@@ -69,6 +69,7 @@ def test_what_is_small_or_cannot_be_cut_is_left_whole() -> None:
     assert cut_item(_item(tensor), tensor, 400) == []
     assert cut_item(_item(tensor), tensor.to_sparse(), 10) == []
     assert cut_item(_item(torch.empty(0, 5)), torch.empty(0, 5), 10) == []
+    assert cut_item(_item(torch.tensor(1.5)), torch.tensor(1.5), 3) == []
 
 
 def test_a_plan_has_an_item_and_a_source_for_each_part() -> None:

@@ -108,6 +108,32 @@ async def test_locks_of_one_storage_share_a_lease(proxy: FaultProxy) -> None:
     assert proxy.upstream.keys(url) == []
 
 
+@pytest.mark.parametrize("moment_s", [0.0, 0.08, 0.16, 0.25])
+async def test_a_renewal_that_is_under_way_when_the_block_is_left_brings_no_lease_back(
+    proxy: FaultProxy, moment_s: float
+) -> None:
+    proxy.fault = always("slow", verb="PUT")
+    url, storage = proxy.server.url(), proxy.server.storage(lease_s=0.3)
+
+    async def hold() -> None:
+        async with storage.lock(url, exclusive=False):
+            await asyncio.sleep(60)
+
+    holding = asyncio.ensure_future(hold())
+    await asyncio.sleep(0.1 + moment_s)
+    holding.cancel()
+    await asyncio.wait([holding])
+    await asyncio.sleep(0.3)  # longer than a PUT takes
+    assert proxy.upstream.keys(url) == []
+
+
+async def test_a_lease_is_held_for_as_long_as_its_holder_has_said(s3: S3Server) -> None:
+    url, patient, hasty = s3.url(), s3.storage(lease_s=60.0), s3.storage(lease_s=0.5)
+    async with patient.lock(url, exclusive=False):
+        await asyncio.sleep(1.7)  # the store's clock has seconds
+        assert not await _is_exclusive(hasty, url)
+
+
 async def test_a_lease_that_cannot_be_removed_or_renewed_is_reported_and_ends_by_itself(
     proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -33,11 +33,13 @@ SECRETsig%3D in 3ms - Server returned non-2xx status code: 503 Service Unavailab
 GCS_JSON = """Generic GCS error: Error performing PUT https://storage.googleapis.com/b/k in 3ms - Server \
 returned non-2xx status code: 429 Too Many Requests: {"error": {"code": 429, "message": "The rate of change is too high"}}"""  # noqa: E501
 
-CONNECT = """Generic S3 error: Error performing GET http://127.0.0.1:9/b/k in 509us - HTTP error: error sending request
+CONNECT = """Generic S3 error: Error performing GET http://me:hunter2@127.0.0.1:9/b/k in 509us - HTTP error: error sending request
 
 Debug source:
 Generic { inner: Http( HttpError { kind: Connect, source: ConnectError( "tcp connect error", Os { code: 111, message: \
-"Connection refused" } ) } ) }"""
+"Connection refused" } ) } ) }"""  # noqa: E501
+
+REDACTED = "Generic MicrosoftAzure error: Error performing PUT REDACTED in 211us - HTTP error: error sending request"
 
 TIMEOUT = """Generic S3 error: Error performing GET http://127.0.0.1:9/b/k in 30s - HTTP error: error sending request
 
@@ -54,6 +56,7 @@ Generic { inner: Http( HttpError { kind: Timeout, source: reqwest::Error { kind:
         (GenericError(GCS_JSON), ConnectionError, True, "429 Too Many Requests (The rate of change is too high)"),
         (GenericError(CONNECT), ConnectionError, True, "at http://127.0.0.1:9: Connection refused: tcp connect error"),
         (GenericError(TIMEOUT), TimeoutError, True, "error sending request at http://127.0.0.1:9"),
+        (GenericError(REDACTED), ConnectionError, True, "s3://b/k: HTTP error: error sending request"),
         (AlreadyExistsError("there is one"), FileExistsError, False, "there is one"),
         (PreconditionError("changed"), FileExistsError, False, "changed"),
         (NotSupportedError("no suffix"), UnsupportedOperation, False, "no suffix"),
@@ -71,7 +74,7 @@ def test_what_a_store_raises_is_an_oserror_that_names_the_request(
     assert text.startswith("PUT s3://b/k: ")
     assert words in text
     assert is_transient(caught.value) is transient
-    for secret in ("AKIA", "SECRET", "sig=", "Debug source", "\n"):
+    for secret in ("AKIA", "SECRET", "hunter2", "sig=", "Debug source", "\n"):
         assert secret not in text
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__

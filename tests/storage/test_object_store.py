@@ -201,6 +201,22 @@ async def test_a_cancelled_put_lets_go_of_the_memory_and_a_cancelled_save_leaves
     assert proxy.upstream.keys(url) == []
 
 
+@pytest.mark.parametrize("moment_s", [0.0, 0.05, 0.15, 0.25, 0.35])
+async def test_a_put_that_takes_effect_after_its_save_was_cancelled_leaves_nothing(
+    proxy: FaultProxy, moment_s: float
+) -> None:
+    proxy.fault = always("slow", verb="PUT")
+    url = proxy.server.url()
+    async with Checkpointer(storage=proxy.server.storage(object_bytes=1 << 20)) as checkpointer:
+        ckpt = await checkpointer.save(_state(), url)
+        await asyncio.sleep(moment_s)
+        ckpt.cancel()
+        with pytest.raises(SaveCancelled):
+            await ckpt.uploaded
+    await asyncio.sleep(0.3)  # longer than a PUT takes
+    assert proxy.upstream.keys(url) == []
+
+
 async def test_what_is_too_large_for_one_put_goes_up_in_parts(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SINGLE_PUT_NBYTES", 1 << 20)
     monkeypatch.setattr(module, "OBJECT_NBYTES", 5 << 20)  # S3's parts are no smaller
@@ -330,6 +346,18 @@ async def test_permission_to_write_and_not_to_delete_is_enough_to_save(
     assert "AccessDenied" in warning.getMessage()
 
 
+async def test_a_save_writes_nothing_outside_its_own_prefix(proxy: FaultProxy) -> None:
+    url = f"{proxy.server.url()}/mine"
+    own = url.removeprefix("s3:/")
+    proxy.fault = lambda request: "forbid" if request.verb == "PUT" and not request.path.startswith(own) else None
+    async with Checkpointer(storage=proxy.server.storage()) as checkpointer:
+        await (await checkpointer.save(_state(1), url)).uploaded
+        loaded = _blank()
+        await checkpointer.load(loaded, url)
+    assert _same(loaded, _state(1))
+    assert not any(".aiodcp" in key for key in proxy.upstream.keys(url))
+
+
 @pytest.mark.parametrize("fault", ["slow_down", "reset"])
 async def test_a_storm_of_refusals_is_weathered_and_reported(proxy: FaultProxy, fault: str) -> None:
     url = proxy.server.url()
@@ -450,7 +478,8 @@ async def test_a_path_is_a_directory_and_a_url_is_a_bucket(
 ) -> None:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
-    places = [s3.url(), f"memory:///{uuid4().hex}", str(tmp_path / "a"), f"file://{tmp_path}/b%20c"]
+    files = [f"file://{tmp_path}/b%20c", f"file://{tmp_path}/b#1", f"file://localhost{tmp_path}/b?2"]
+    places = [s3.url(), f"memory:///{uuid4().hex}", str(tmp_path / "a"), *files]
     async with Checkpointer() as checkpointer:
         for number, place in enumerate(places):
             await checkpointer.prepare(_state(0), place)
@@ -473,7 +502,12 @@ def test_a_scheme_is_found_by_its_name() -> None:
     for bad, problem in (
         ("foo://x/y", r"is of no scheme that is known: s3://"),
         ("s3:///x", r"names no bucket"),
-        ("file://host/x", r"is on another host"),
+        ("file://host/x", r"is no path of this host"),
+        ("file://", r"is no path of this host"),
+        ("s3://user:secret@bucket/x", r"has no bucket's name before its path"),
+        ("s3://bucket:9/x", r"has no bucket's name"),
+        ("s3://[bad/x", r"has no bucket's name"),
+        ("s3://bu\u2100ck/x", r"has no bucket's name"),
         (str(Path("s3://bucket/x")), r"pathlib took a slash"),
     ):
         with pytest.raises(ArgumentError, match=problem):

@@ -188,7 +188,7 @@ class FaultProxy:
     Attributes:
         server: by which the proxy is reached.
         fault: returns None, or "reset", "hang", "slow_down", "forbid", "redirect", "truncate" (the body of the answer),
-            "lose_answer" (the request takes effect), "ignore_conditions".
+            "lose_answer" (the request takes effect), "slow" (it takes effect, whoever has gone), "ignore_conditions".
         requests: all that came, in order.
     """
 
@@ -262,6 +262,8 @@ class FaultProxy:
             writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
             await writer.drain()
             return True
+        if fault == "slow":
+            await asyncio.sleep(0.15)
         if fault == "ignore_conditions":
             lines = [line for line in lines if not line.lower().startswith("if-")]
         answer = await self._ask(first, lines, body)
