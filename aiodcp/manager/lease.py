@@ -27,13 +27,14 @@ async def lease(
             async with aiodcp.lease(step) as path:
                 await checkpointer.load(state, path)
 
-    It is a small file below the checkpoint, renewed while the block runs; it needs the permission to write there.
-    A step that is to be removed meanwhile is removed after a later commit.
+    It is a small file below the checkpoint, renewed while the block runs; it needs the permission to write there. A
+    lease that cannot be renewed is reported in the log, and ends after `lease_s`. A step that is to be removed
+    meanwhile is removed after a later commit.
 
     Args:
         step: as `watch` yields it, or the checkpoint's id.
         storage: where it is; by default where its id says.
-        lease_s: seconds after which a process that is gone no longer counts.
+        lease_s: seconds for which the step is kept when this process is gone.
 
     Yields:
         The checkpoint's id, to be loaded.

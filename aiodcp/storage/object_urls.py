@@ -86,6 +86,7 @@ def path_below(base: str, checkpoint_id: str) -> str:
     if scheme is None:
         refuse_collapsed(checkpoint_id)
         return _path(checkpoint_id, checkpoint_id)
+    bucket_of(checkpoint_id)  # which may have a password in it: refused, and not printed
     given = f"{scheme}{checkpoint_id[len(scheme) :]}"
     if given != base and not given.startswith(f"{base}/"):
         raise ArgumentError("checkpoint_id", f"{checkpoint_id!r} is not in {base}, where this storage is")
