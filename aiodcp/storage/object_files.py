@@ -93,12 +93,13 @@ class ObjectReader:
 def _cut(offset: int, views: Sequence[memoryview]) -> list[tuple[int, list[memoryview]]]:
     """Cut what is to be read into ranges; each with the pieces of the buffers that it fills."""
     ranges: list[tuple[int, list[memoryview]]] = [(offset, [])]
-    room = RANGE_NBYTES
+    nbytes = sum(map(len, views))
+    room = each = -(-nbytes // max(1, round(nbytes / RANGE_NBYTES)))  # no small one is left over at the end
     for view in views:
         while len(view):
             if not room:
                 ranges.append((offset, []))
-                room = RANGE_NBYTES
+                room = each
             piece = view[:room]
             ranges[-1][1].append(piece)
             offset, room, view = offset + len(piece), room - len(piece), view[len(piece) :]
