@@ -76,7 +76,7 @@ def group_reads(reads: Sequence[TensorRead], gap_nbytes: int) -> list[list[Tenso
             if (
                 read.file == last.file
                 and 0 <= read.offset - stop <= max(GAP_NBYTES, min(gap_nbytes, WASTED * (stop - first.offset)))
-                and read.offset + read.nbytes - first.offset <= SPAN_NBYTES
+                and read.offset + read.nbytes - first.offset <= SPAN_NBYTES + GAP_NBYTES  # and what frames add
             ):
                 groups[-1].append(read)
                 continue
