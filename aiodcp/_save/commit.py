@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import anyio
 from anyio import CancelScope
 
 from .._format.naming import METADATA_NAME, is_leftover
@@ -22,6 +23,7 @@ class UncommittedFiles:
         names: of the files that were begun.
         are_written: whether all of them are complete.
         may_be_committed: whether the commit has been begun.
+        lock: keeps others from clearing them up, if this rank is to do that.
     """
 
     def __init__(self, checkpoint_id: str, save_id: str) -> None:
@@ -30,6 +32,15 @@ class UncommittedFiles:
         self.names: list[str] = []
         self.are_written = False
         self.may_be_committed = False
+        self.lock: Callable[[], Awaitable[None]] | None = None
+        self._locking = anyio.Lock()
+
+    async def lock_once(self) -> None:
+        """Lock them before the first is written: in a phase, so that all ranks hear of it if that fails."""
+        async with self._locking:
+            if self.lock is not None:
+                await self.lock()
+                self.lock = None
 
 
 _live: set[str] = set()  # ids of the saves that are under way in this process; they are in their data files' names

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, nullcontext
+from functools import partial
 
 import anyio.lowlevel
 
@@ -235,18 +236,11 @@ class Saver:
     ) -> AsyncIterator[UncommittedFiles]:
         """Remove what the block has written if it fails, unless it may have been committed all the same."""
         files = UncommittedFiles(checkpoint_id, save_id)
-        above, _, _ = checkpoint_id.rpartition("/")
         try:
             async with AsyncExitStack() as stack:
                 stack.enter_context(live(save_id))
-                if operation.is_coordinator and above:  # where a manager may clear up
-                    lock = self._storage.lock(above, exclusive=False, create=False)
-                    with write_errors(self._storage.describe(above)):
-                        is_locked = await stack.enter_async_context(lock)
-                    if not is_locked:
-                        lock = self._storage.lock(checkpoint_id, exclusive=False)
-                        with write_errors(self._storage.describe(checkpoint_id)):
-                            await stack.enter_async_context(lock)
+                if operation.is_coordinator:
+                    files.lock = partial(self._lock, stack, checkpoint_id)
                 yield files
         except BaseException:
             if not operation.is_failure_agreed:
@@ -262,6 +256,17 @@ class Saver:
         finally:
             for pipeline in self._pipelines.values():
                 pipeline.finish()
+
+    async def _lock(self, stack: AsyncExitStack, checkpoint_id: str) -> None:
+        """Keep others from clearing up what is being saved: by the root, if managers lock that, or by itself."""
+        above, _, _ = checkpoint_id.rpartition("/")
+        is_locked = object_limits(self._storage, checkpoint_id) is None
+        if above and not above.endswith(":/"):  # else the checkpoint is a bucket
+            with write_errors(self._storage.describe(above)):
+                is_locked = await stack.enter_async_context(self._storage.lock(above, exclusive=False, create=False))
+        if not is_locked:
+            with write_errors(self._storage.describe(checkpoint_id)):
+                await stack.enter_async_context(self._storage.lock(checkpoint_id, exclusive=False))
 
     async def _write(
         self,
@@ -280,6 +285,7 @@ class Saver:
 
         async def write(cached: CachedPlan) -> tuple[list[ByteRange], int, int]:
             nonlocal voting
+            await files.lock_once()
             tail, ranges = lay_tail(cached, job.captured)
             buffer = await pipeline.take_memory(cached.plan, tail.nbytes, pin_for=job.device_copies.first_device)
             files.names += names_of(file, cached.layout)

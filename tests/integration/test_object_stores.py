@@ -191,6 +191,16 @@ def test_a_rank_that_the_store_refuses_fails_all_and_nothing_is_left(world: Worl
     assert proxy.upstream.keys(url) == []
 
 
+def test_a_coordinator_that_may_not_lock_fails_all_at_once(world: World, proxy: FaultProxy) -> None:
+    url = proxy.server.url()
+    proxy.fault = lambda request: "forbid" if request.verb == "PUT" and "lease" in request.path else None
+    first, second = world.run(2, _one_rank_fails, proxy.server.endpoint, proxy.server.endpoint, url)
+    assert first == second
+    assert "rank 0" in first
+    assert "AccessDenied" in first
+    assert proxy.upstream.keys(url) == []
+
+
 # --- processes that are killed
 
 WRITER = """

@@ -479,7 +479,7 @@ async def test_a_path_is_a_directory_and_a_url_is_a_bucket(
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     files = [f"file://{tmp_path}/b%20c", f"file://{tmp_path}/b#1", f"file://localhost{tmp_path}/b?2"]
-    places = [s3.url(), f"memory:///{uuid4().hex}", str(tmp_path / "a"), *files]
+    places = [s3.url(), f"memory:///{uuid4().hex}", f"memory://{uuid4().hex}", str(tmp_path / "a"), *files]
     async with Checkpointer() as checkpointer:
         for number, place in enumerate(places):
             await checkpointer.prepare(_state(0), place)
