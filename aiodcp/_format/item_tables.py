@@ -18,6 +18,8 @@ from .naming import split_piece
 
 CRC_NBYTES = 4
 
+_LAST = 1 << 62  # of pieces: it has the data file's own name, and no number
+
 
 def pack_table(crcs: Sequence[int]) -> bytes:
     """Return a table: the items' CRC32s, in the order of their places in the file."""
@@ -38,31 +40,22 @@ class ItemTables:
             ValueError: there are more or fewer of them than files.
         """
         self._places: dict[str, list[tuple[int, int, str]]] = {}  # number of the piece, offset and name, by table
-        self._table_of: dict[str, str] = {}
+        self._pieces: dict[str, tuple[str, int]] = {}  # table, and number of the piece, by file
         if not crcs:
             self._crcs: dict[str, int] = {}
             return
         for info in metadata.storage_data.values():
             file = info.relative_path
-            if file not in self._table_of:
-                self._table_of[file], _ = split_piece(file)
-            self._places.setdefault(self._table_of[file], []).append((0, info.offset, file))
-        if len(self._table_of) > len(self._places):
-            self._number_pieces()
+            if file not in self._pieces:
+                table, number = split_piece(file)
+                self._pieces[file] = table, _LAST if number is None else number
+            table, order = self._pieces[file]
+            self._places.setdefault(table, []).append((order, info.offset, file))
         self._crcs = dict(zip(sorted(self._places), crcs, strict=True))
-
-    def _number_pieces(self) -> None:
-        """Order the items by the pieces of a data file in which they lie; the last piece has no number."""
-        numbers = {file: split_piece(file)[1] for file in self._table_of}
-        last = 1 + max((number for number in numbers.values() if number is not None), default=0)
-        for places in self._places.values():
-            places[:] = [
-                (last if (number := numbers[file]) is None else number, offset, file) for _, offset, file in places
-            ]
 
     def file_of(self, file: str) -> str:
         """Return the file at whose end the table is that has the items of `file`: of a data file's pieces the last."""
-        return self._table_of.get(file, file)
+        return self._pieces[file][0] if file in self._pieces else file
 
     def nbytes(self, file: str) -> int:
         """Return how many of a file's last bytes are a table; 0 if it has none."""

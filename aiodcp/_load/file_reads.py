@@ -262,7 +262,8 @@ class FileReads:
         for read in group:
             assert read.frame is not None
             torch.autograd.graph.increment_version(read.into)
-            buffers.append(memoryview(bytearray(read.offset - position)))  # what lies between
+            if read.offset > position:  # what lies between
+                buffers.append(memoryview(bytearray(read.offset - position)))
             payload = memory_of(read.into)
             position = read.offset + payload.nbytes
             if not read.bare:

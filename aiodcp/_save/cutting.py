@@ -59,8 +59,8 @@ def _parts(sizes: Sequence[int], count: int) -> Iterator[tuple[list[int], list[i
             for starts, lengths in _parts(sizes[1:], count):
                 yield [start, *starts], [1, *lengths]
         return
-    pieces = -(-sizes[0] * row // count)
-    step = -(-sizes[0] // pieces) if -(-sizes[0] // pieces) * row <= count else count // row
+    pieces = -(-sizes[0] * row // count)  # of about one size, none of them over
+    step = min(-(-sizes[0] // pieces), count // row)
     for start in range(0, sizes[0], step):
         yield [start, *[0] * (len(sizes) - 1)], [min(step, sizes[0] - start), *sizes[1:]]
 

@@ -6,7 +6,6 @@ but for objects over `SINGLE_PUT_NBYTES`. Objects appear whole or not at all, an
 
 from __future__ import annotations
 
-import errno
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -223,7 +222,8 @@ class ObjectStorage:
                     return
                 except BufferError:
                     if waited_s > self._timeout_s:
-                        raise OSError(errno.EIO, f"PUT {url}: given up, and the client still holds its bytes") from None
+                        # Not to be retried: the next attempt would share the memory with this one.
+                        raise OSError(f"PUT {url}: given up, and the client still holds its bytes") from None
                 await anyio.sleep(0.001)
                 waited_s += 0.001
 

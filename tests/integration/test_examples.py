@@ -148,7 +148,8 @@ def test_a_run_in_an_object_store_is_killed_and_goes_on_while_an_evaluator_follo
     seen = [int(step) for step in re.findall(r"^evaluator: step (\d+), loss", output, re.MULTILINE)]
     removed = [int(step) for step in re.findall(r"^evaluator: step (\d+) was removed", output, re.MULTILINE)]
     assert seen[-1] == 40
-    assert {4, 8, 12, 16, 24, 28, 32, 36, 40} - {*removed} <= {*seen} or len(seen) >= 5
+    assert seen == sorted({*seen})  # each once, in the order of the commits
+    assert len({*seen, *removed}) >= 5  # others came and went between two looks
 
 
 def test_an_orchestrator_that_is_killed_goes_on_with_every_episode_once(tmp_path: Path) -> None:

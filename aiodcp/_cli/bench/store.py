@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -278,15 +278,8 @@ def format_result(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"{'memory beyond the state':<26}{extra:>6.0f} MiB"])
 
 
-def _main(arguments: Sequence[str]) -> Awaitable[float]:
-    name, count, size, url = arguments
-    return _measure_memory(name, Shape(name="memory", tensors=int(count), elements=int(size)), url)
-
-
 if __name__ == "__main__":  # one system's memory: see extra_memory
     warnings.filterwarnings("ignore")
-
-    async def main() -> float:
-        return await _main(sys.argv[1:])
-
-    print(asyncio.run(main()))
+    system_name, count, size, place = sys.argv[1:]
+    shape_of_one = Shape(name="memory", tensors=int(count), elements=int(size))
+    print(asyncio.run(_measure_memory(system_name, shape_of_one, place)))
