@@ -165,6 +165,16 @@ async def test_objects_go_up_while_the_rest_is_staged(s3: S3Server, monkeypatch:
         await ckpt.uploaded
 
 
+async def test_as_many_objects_are_under_way_as_the_argument_says(proxy: FaultProxy) -> None:
+    proxy.fault = always("slow", verb="PUT", name=".distcp")
+    for concurrency in (1, 3):
+        proxy.most_at_once = 0
+        storage = proxy.server.storage(object_bytes=1 << 20, concurrency=concurrency)
+        async with Checkpointer(storage=storage) as checkpointer:
+            await (await checkpointer.save(_state(), proxy.server.url())).uploaded
+        assert proxy.most_at_once == concurrency
+
+
 async def test_an_object_is_sent_from_the_callers_memory_and_lets_go_of_it(s3: S3Server) -> None:
     storage = s3.storage()
     memory = memoryview(mmap.mmap(-1, 32 << 20))
@@ -489,6 +499,22 @@ async def test_a_path_is_a_directory_and_a_url_is_a_bucket(
             await checkpointer.load(loaded, place)
             assert _same(loaded, _state(number)), place
     assert (tmp_path / "b c" / ".metadata").is_file()
+
+
+@pytest.mark.skipif(find_azurite() is None, reason="azurite is not installed: npm install -g azurite")
+@pytest.mark.parametrize("url", ["az://container/run", "abfs://container@devstoreaccount1.dfs.core.windows.net/run"])
+async def test_azures_urls_find_account_and_key_in_the_environment(
+    azure: obstore.store.AzureStore, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    config = azure.config
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", config["account_name"])
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", config["account_key"])
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", config["endpoint"])
+    async with Checkpointer() as checkpointer:
+        await (await checkpointer.save(_state(5), url)).uploaded
+        loaded = _blank()
+        await checkpointer.load(loaded, url)
+    assert _same(loaded, _state(5))
 
 
 def test_a_scheme_is_found_by_its_name() -> None:

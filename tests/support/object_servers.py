@@ -181,6 +181,14 @@ Fault = Callable[[Request], str | None]
 """Says what happens to a request: nothing, or one of the words that `FaultProxy` knows."""
 
 
+REFUSALS = {
+    "slow_down": ("503 Service Unavailable", "SlowDown", "Please reduce your request rate."),
+    "forbid": ("403 Forbidden", "AccessDenied", "Access Denied"),
+    "redirect": ("301 Moved Permanently", "PermanentRedirect", "The bucket is in another region: eu-west-1"),
+    "signature": ("403 Forbidden", "SignatureDoesNotMatch", "The signature does not match"),
+}
+
+
 @dataclass
 class FaultProxy:
     """A proxy before an S3 server that does to requests what `fault` says, in its own thread.
@@ -196,6 +204,8 @@ class FaultProxy:
     server: S3Server = field(init=False)
     fault: Fault = lambda request: None
     requests: list[Request] = field(default_factory=list)
+    most_at_once: int = 0  # PUTs of data
+    _at_once: int = 0
 
     def verbs(self) -> list[str]:
         return [request.verb for request in self.requests]
@@ -249,14 +259,19 @@ class FaultProxy:
             return False
         if fault == "hang":
             await asyncio.sleep(3600)
-        refusals = {
-            "slow_down": ("503 Service Unavailable", "SlowDown", "Please reduce your request rate."),
-            "forbid": ("403 Forbidden", "AccessDenied", "Access Denied"),
-            "redirect": ("301 Moved Permanently", "PermanentRedirect", "The bucket is in another region: eu-west-1"),
-            "signature": ("403 Forbidden", "SignatureDoesNotMatch", "The signature does not match"),
-        }
-        if fault in refusals:
-            status, code, message = refusals[fault]
+        is_data = method == "PUT" and ".distcp" in path
+        self._at_once += is_data
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            return await self._answer(fault, first, lines, body, writer)
+        finally:
+            self._at_once -= is_data
+
+    async def _answer(
+        self, fault: str | None, first: str, lines: list[str], body: bytes, writer: asyncio.StreamWriter
+    ) -> bool:
+        if fault in REFUSALS:
+            status, code, message = REFUSALS[fault]
             leak = f"<AWSAccessKeyId>{KEY_ID}</AWSAccessKeyId><StringToSign>AWS4 {KEY_ID}</StringToSign>"
             content = f"<Error><Code>{code}</Code><Message>{message}</Message>{leak}</Error>".encode()
             writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
