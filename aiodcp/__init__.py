@@ -67,6 +67,22 @@ if TYPE_CHECKING:
     from .manager.watch import WatchedStep as WatchedStep
     from .manager.watch import watch as watch
     from .manager.watch import watch_sync as watch_sync
+    from .reader import Difference as Difference
+    from .reader import Exported as Exported
+    from .reader import Problem as Problem
+    from .reader import StoredCheckpoint as StoredCheckpoint
+    from .reader import StoredChunk as StoredChunk
+    from .reader import StoredTensor as StoredTensor
+    from .reader import StoredValue as StoredValue
+    from .reader import convert as convert
+    from .reader import convert_sync as convert_sync
+    from .reader import diff as diff
+    from .reader import diff_sync as diff_sync
+    from .reader import export as export
+    from .reader import export_sync as export_sync
+    from .reader import open as open  # noqa: A004
+    from .reader import verify as verify
+    from .reader import verify_sync as verify_sync
     from .storage import LocalStorage as LocalStorage
     from .storage import MemoryStorage as MemoryStorage
     from .storage import ObjectStorage as ObjectStorage
@@ -79,20 +95,36 @@ _LAZY = {
     "Checkpoint": "checkpointer",
     "CheckpointManager": "manager",
     "Checkpointer": "checkpointer",
+    "Difference": "reader",
+    "Exported": "reader",
     "Guard": "checkpointer",
     "JointCheckpoint": "checkpointer",
     "LocalStorage": "storage",
     "MemoryStorage": "storage",
     "Milestone": "_engine.milestone",
     "ObjectStorage": "storage",
+    "Problem": "reader",
     "Progress": "_telemetry.progress",
     "RestoredStep": "manager",
     "Retry": "storage.retry",
     "Storage": "storage",
+    "StoredCheckpoint": "reader",
+    "StoredChunk": "reader",
+    "StoredTensor": "reader",
+    "StoredValue": "reader",
     "WatchedStep": "manager.watch",
+    "convert": "reader",
+    "convert_sync": "reader",
+    "diff": "reader",
+    "diff_sync": "reader",
+    "export": "reader",
+    "export_sync": "reader",
     "joint_checkpoint": "checkpointer",
     "lease": "manager.lease",
     "lease_sync": "manager.lease",
+    "open": "reader",
+    "verify": "reader",
+    "verify_sync": "reader",
     "watch": "manager.watch",
     "watch_sync": "manager.watch",
 }
@@ -109,8 +141,10 @@ __all__ = [
     "ClosedError",
     "CorruptError",
     "DeadlockError",
+    "Difference",
     "DisagreementError",
     "Event",
+    "Exported",
     "FellBack",
     "FormatError",
     "Guard",
@@ -127,6 +161,7 @@ __all__ = [
     "ParticipantError",
     "PerRank",
     "Preempted",
+    "Problem",
     "Progress",
     "RankError",
     "RankFailure",
@@ -148,14 +183,27 @@ __all__ = [
     "Stats",
     "StepRemoved",
     "Storage",
+    "StoredCheckpoint",
+    "StoredChunk",
+    "StoredTensor",
+    "StoredValue",
     "Timeline",
     "TornSnapshotError",
     "UnsafeError",
     "WatchedStep",
     "WriteError",
+    "convert",
+    "convert_sync",
+    "diff",
+    "diff_sync",
+    "export",
+    "export_sync",
     "joint_checkpoint",
     "lease",
     "lease_sync",
+    "open",
+    "verify",
+    "verify_sync",
     "watch",
     "watch_sync",
 ]
@@ -166,7 +214,7 @@ if not TYPE_CHECKING:  # a type checker is to know the names above, and no other
     def __getattr__(name: str) -> Any:
         if name in _LAZY:
             value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
-        elif name in ("checkpointer", "storage", "testing"):
+        elif name in ("checkpointer", "reader", "storage", "testing"):
             value = import_module(f".{name}", __name__)
         elif name == "__version__":
             from importlib.metadata import version
@@ -183,4 +231,4 @@ if "torch" in sys.modules:  # it will be needed, and half a second of imports ho
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", "checkpointer", "errors", "manager", "storage", "testing"]
+    return [*__all__, "__version__", "checkpointer", "errors", "manager", "reader", "storage", "testing"]

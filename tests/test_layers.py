@@ -25,15 +25,17 @@ TABLE = {
     "_telemetry": LEAVES | {"_engine"},
     "_state": LEAVES | {"_format"},
     "_distributed": LEAVES | {"_engine"},
+    "_foreign": LEAVES | {"storage", "_engine", "_format", "_state"},
     "_save": LEAVES | ENGINE_ROOM,
-    "_load": LEAVES | ENGINE_ROOM,
+    "_load": LEAVES | ENGINE_ROOM | {"_foreign"},
     "checkpointer": LEAVES | ENGINE_ROOM | {"_save", "_load"},
     "manager": LEAVES
     | {"storage", "_engine", "_telemetry", "checkpointer"}
     # Plain data and types of the public signatures, and what lists steps without torch.
     | {"_format.naming", "_load.options", "_load.read_custom_metadata", "_load.report", "_distributed.stop_agreement"},
     "testing": LEAVES | {"storage", "checkpointer", "manager"},
-    "_cli": LEAVES | ENGINE_ROOM | {"_save", "_load", "checkpointer", "manager"},
+    "reader": LEAVES | ENGINE_ROOM | {"_foreign", "_load", "checkpointer"},
+    "_cli": LEAVES | ENGINE_ROOM | {"_save", "_load", "checkpointer", "manager", "reader"},
 }
 
 # May not import torch, directly or through others.
@@ -132,7 +134,7 @@ PRIVATE = {
     "_engine.loop": {"_register_atexit"},
     "_format.archive_writer": {"_utils", "_rebuild_tensor_v3"},
     "_format.dcp": {"_get_layout"},
-    "_format.plain_data": {"_Unpickler", "_weights_only_unpickler", "_get_allowed_globals"},
+    "_format.plain_data": {"_Unpickler", "_utils", "_weights_only_unpickler", "_get_allowed_globals"},
     "_state.capture": {"_version"},
     "_state.planner_capture": {"_enable_plan_caching"},
     "_state.sharding": {"_local_tensor"},
@@ -191,7 +193,16 @@ def test_nobody_reaches_for_an_underscored_attribute_of_another_file() -> None:
 # What may be imported only there.
 ONLY_IN = {
     # In `leases` for a task that renews a lease, whoever leaves its block: no task group can be left by another task.
-    "asyncio": {"_engine", "checkpointer", "manager", "_cli.bench", "testing", "storage.leases"},
+    # In `stored_checkpoint` for one that reads ahead, whoever goes on with the iteration.
+    "asyncio": {
+        "_engine",
+        "checkpointer",
+        "manager",
+        "_cli.bench",
+        "testing",
+        "storage.leases",
+        "reader.stored_checkpoint",
+    },
     "concurrent": {"_engine", "checkpointer", "_cli.bench"},
     "logging": {"_log", "_load", "manager"},  # in the last two for the names of levels
 }

@@ -1,35 +1,14 @@
-"""Where a checkpoint or a root lies that is named on the command line. No torch here."""
+"""Where a root lies that is named on the command line. No torch here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from .._format.naming import METADATA_NAME
-from .._log import SafeLogger
 from ..errors import ArgumentError
-from ..storage.auto import AutoStorage
+from ..storage.auto import locate
 from ..storage.base import Storage
 from ..storage.object_urls import scheme_of
-from ..storage.retry import Attempt, Retry, RetryingStorage
-
-log = SafeLogger(__name__)
-
-
-def locate(location: str) -> tuple[Storage, str]:
-    """Return the storage that a location is in, and its id there: a path as it is, a URL in full.
-
-    Raises:
-        ArgumentError: there is none for such a URL.
-    """
-    storage = AutoStorage()
-    checkpoint_id = storage.resolve(location)
-    if scheme_of(location) is None:
-        return storage, location
-    return RetryingStorage(storage, Retry(), _report), checkpoint_id
-
-
-def _report(checkpoint_id: str, path: str, attempt: Attempt) -> None:
-    log.warning("%s: %s", path, attempt)
 
 
 def locate_root(root: str) -> tuple[Storage, str]:

@@ -9,13 +9,15 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import ArgumentError, CheckpointError, CorruptError
 from .text_tables import printable
+
+T = TypeVar("T")
 
 DIFFERENT = 1  # exit status: `verify` has found damage, `diff` a difference
 
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_diff(commands)
     _add_gc(commands)
     _add_export(commands)
+    _add_convert(commands)
     _add_bench(commands)
     return commands.parser
 
@@ -139,7 +142,18 @@ def _add_export(commands: _Commands) -> None:
         "--prefix", default="", help="safetensors: export only the names under this prefix, and strip it"
     )
     size = "safetensors: maximum GB per file, but for a single larger tensor (default: 5)"
+    export.add_argument("--dtype", help="convert floating-point tensors, such as to bfloat16")
+    tied = "safetensors: leave out NAME, a weight that is tied to OTHER; may be given several times"
+    export.add_argument("--tied", type=_pair, action="append", default=[], metavar="NAME=OTHER", help=tied)
     export.add_argument("--shard-gb", type=_positive_float, default=5.0, help=size)
+
+
+def _add_convert(commands: _Commands) -> None:
+    text = "write any checkpoint that is read here as one of torch.distributed.checkpoint's format"
+    convert = commands.add("convert", _convert, text)
+    convert.add_argument("checkpoint", help="checkpoint directory, safetensors folder or file, torch.save file, or URL")
+    convert.add_argument("out", help="directory or URL of the new checkpoint")
+    convert.add_argument("--dtype", help="convert floating-point tensors, such as to bfloat16")
 
 
 def _add_bench(commands: _Commands) -> None:
@@ -195,18 +209,23 @@ def _gc(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from .show import format_show, show
 
-    result = show(options.checkpoint, options.fqn)
+    result = _run(show(options.checkpoint, options.fqn))
     _print(options, result, lambda: format_show(result, chunks=options.chunks))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     from .._telemetry.progress_bar import bar
+    from ..reader.verify import verify
+    from .reading import naming_steps
     from .text_tables import plural
-    from .verify import verify
+
+    async def verify_here() -> list[Any]:
+        async with naming_steps(options.checkpoint):
+            return await verify(options.checkpoint, bar=shown)
 
     with bar("verifying") as shown:
-        problems = verify(options.checkpoint, shown.advance, shown.total)
+        problems = _run(verify_here())
 
     def text() -> str:
         lines = [": ".join(filter(None, (each.fqn, each.file, each.problem))) for each in problems]
@@ -218,10 +237,16 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     from .._telemetry.progress_bar import bar
-    from .diff import diff, format_diff
+    from ..reader.diff import diff
+    from .diff import format_diff
+    from .reading import naming_steps
+
+    async def diff_here() -> list[Any]:
+        async with naming_steps(options.a), naming_steps(options.b):
+            return await diff(options.a, options.b, bar=shown)
 
     with bar("comparing") as shown:
-        differences = diff(options.a, options.b, shown.advance, shown.total)
+        differences = _run(diff_here())
     found = {"same": not differences, "differences": [dataclasses.asdict(each) for each in differences]}
     _print(options, found, lambda: format_diff(differences))
     return DIFFERENT if differences else 0
@@ -229,30 +254,67 @@ def _diff(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from .._telemetry.progress_bar import bar
-    from .export import export_safetensors, export_torch
+    from ..reader.export import export
+    from .reading import naming_steps
 
     if options.to == "torch" and options.prefix:
         raise ArgumentError("prefix", "--prefix requires --to safetensors")
-    with bar("exporting") as shown:
-        if options.to == "torch":
-            result = export_torch(options.checkpoint, options.out)
-        else:
-            result = export_safetensors(
+    prefix = options.prefix.removesuffix(".")
+
+    async def export_here() -> Any:
+        async with naming_steps(options.checkpoint):
+            return await export(
                 options.checkpoint,
                 options.out,
-                prefix=options.prefix,
+                format=options.to,
+                include=prefix or None,
+                rename={prefix: ""} if prefix else None,
+                dtype=_dtype(options.dtype),
+                tied=dict(options.tied),
                 shard_nbytes=int(options.shard_gb * 1e9),
-                advance=shown.advance,
-                total=shown.total,
+                bar=shown,
             )
 
-    def text() -> str:
-        left_out = result["left_out"]
-        more = f"\nskipped, since they are not tensors: {', '.join(left_out)}" if left_out else ""
-        return "\n".join(result["files"]) + f"\n{result['tensors']} tensors" + more
+    with bar("exporting") as shown:
+        result = _run(export_here())
 
-    _print(options, result, text)
+    def text() -> str:
+        more = f"\nskipped, since they are not tensors: {', '.join(result.left_out)}" if result.left_out else ""
+        return "\n".join(result.files) + f"\n{result.tensors} tensors" + more
+
+    _print(options, dataclasses.asdict(result), text)
     return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from ..reader.export import convert
+    from .reading import naming_steps
+
+    async def convert_here() -> str:
+        async with naming_steps(options.checkpoint):
+            return await convert(options.checkpoint, options.out, dtype=_dtype(options.dtype))
+
+    where = _run(convert_here())
+    _print(options, {"checkpoint_id": where}, lambda: where)
+    return 0
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    import anyio
+
+    async def wait() -> T:
+        return await coroutine
+
+    return anyio.run(wait)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    found = getattr(torch, name, None) if name else None
+    if name and not isinstance(found, torch.dtype):
+        raise ArgumentError("dtype", f"{name} is no dtype of torch: bfloat16 is one")
+    return found
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -295,6 +357,13 @@ def _in_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_in_json(each) for each in value]
     return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, other = text.partition("=")
+    if not (name and equals and other):
+        raise argparse.ArgumentTypeError(f"must look like lm_head.weight=model.embed_tokens.weight, got {text}")
+    return name, other
 
 
 def _positive_int(text: str) -> int:

@@ -115,6 +115,20 @@ def sync_method(method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> 
     return call
 
 
+def sync_function(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """Make of a coroutine function one that blocks until it is done."""
+    name = function.__name__
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        _refuse_inside_a_loop(f"await {name}()")
+        return asyncio.run(function(*args, **kwargs))
+
+    update_wrapper(call, function)
+    call.__name__ = call.__qualname__ = f"{name}_sync"
+    call.__doc__ = f"Like `await {name}()`, for callers without an event loop: blocks until it is done."
+    return call
+
+
 def _refuse_inside_a_loop(instead: str) -> None:
     try:
         asyncio.get_running_loop()

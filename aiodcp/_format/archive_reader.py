@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,23 @@ class _Record:
     start: int
     nbytes: int
     crc: int
+
+
+def check_records(records: Sequence[zipfile.ZipInfo], nbytes: int) -> None:
+    """Refuse an archive that `torch.save` does not write: one that is larger unpacked than packed.
+
+    Raises:
+        ValueError: its records are compressed, overlap, or lie outside.
+    """
+    end = 0
+    for record in sorted(records, key=lambda record: record.header_offset):
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise ValueError("it has compressed records")
+        if record.header_offset < end:
+            raise ValueError("it has records that overlap")
+        end = record.header_offset + record.file_size
+    if end > nbytes:
+        raise ValueError("it has a record that ends outside")
 
 
 def framed_pickle(data: bytes) -> bytes:

@@ -11,7 +11,7 @@ import pickle
 import struct
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -45,12 +45,13 @@ class Frame:
     """The bytes around a payload of `nbytes`, whose CRC32 is still to be filled in at two places.
 
     Attributes:
-        dtype, shape, strides: what the payload is, contiguous.
+        dtype, shape, strides: what the payload is: contiguous, if this library has written it.
         header: bytes before the payload; its length is a multiple of `ALIGNMENT`.
         trailer: bytes after it.
         header_crc: where the CRC32 stands in `header`.
         trailer_crc: where it stands in `trailer`.
         item_nbytes: header, payload and trailer.
+        is_row_major: whether the strides are those of a contiguous tensor.
     """
 
     dtype: torch.dtype
@@ -62,6 +63,7 @@ class Frame:
     header_crc: int
     trailer_crc: int
     item_nbytes: int
+    is_row_major: bool = True
 
 
 @lru_cache(maxsize=4096)
@@ -90,6 +92,11 @@ def frame_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
         trailer_crc=trailer_crc,
         item_nbytes=len(header) + nbytes + len(trailer),
     )
+
+
+def with_strides(frame: Frame, strides: tuple[int, ...]) -> Frame:
+    """Return the frame of elements that another program has written in another order."""
+    return replace(frame, strides=strides, is_row_major=False)
 
 
 def frame_value(pickled: bytes) -> bytes:

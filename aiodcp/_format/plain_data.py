@@ -77,6 +77,14 @@ class NotPlainError(Exception):
         super().__init__(tuple(names))
         self.names: tuple[str, ...] = self.args[0]
 
+    @property
+    def problem(self) -> str:
+        """What is wrong, and what allows it."""
+        return (
+            f"needs {', '.join(self.names)}, which {'is' if len(self.names) == 1 else 'are'} not plain data; "
+            "allow them with torch.serialization.add_safe_globals, or any code with weights_only=False"
+        )
+
 
 def load_plain(pickled: bytes) -> Any:
     """Return the value, if it is made of plain data.
@@ -110,6 +118,60 @@ def load_archive(archive: bytes) -> Any:
     return quietly(
         lambda: torch.load(io.BytesIO(archive), map_location="cpu", weights_only=False, pickle_module=_ArchivePickle)
     )
+
+
+class StandIn:
+    """Stands for a tensor that cannot be made without its bytes. Cannot be pickled."""
+
+    def __init__(self, *args: object) -> None:
+        return
+
+    def __reduce__(self) -> Any:
+        raise TypeError("stands for a tensor")
+
+
+def _rebuild_parameter(data: Any, *rest: Any) -> Any:
+    rebuild: Any = torch._utils._rebuild_parameter
+    return data if isinstance(data, StandIn) else rebuild(data, *rest)
+
+
+# How torch makes tensors that are not dense, or are wrapped; all others can be made of a storage without memory.
+STAND_INS: dict[Global, Any] = {
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): StandIn,
+} | {
+    ("torch._utils", f"_rebuild_{kind}"): StandIn
+    for kind in (
+        "qtensor",
+        "sparse_tensor",
+        "nested_tensor",
+        "wrapper_subclass",
+        "device_tensor_from_numpy",
+        "device_tensor_from_cpu_tensor",
+        "meta_tensor_no_storage",
+    )
+}
+
+
+def load_with_storages(pickled: bytes, find_storage: Callable[[Any], Any]) -> Any:
+    """Return the value that the pickle of an archive describes, made of plain data, tensors, and `StandIn`s of others.
+
+    Args:
+        pickled: the record `data.pkl` of an archive of `torch.save`.
+        find_storage: returns the storage that stands for a persistent id.
+
+    Raises:
+        NotPlainError: it is made of anything else; names all that it needs.
+        Exception: whatever a damaged pickle raises.
+    """
+    unpickler: Any = _OutlineUnpickler(io.BytesIO(pickled))
+    unpickler.persistent_load = find_storage
+    try:
+        return unpickler.load()
+    except NotPlainError as error:
+        known = torch._weights_only_unpickler._get_allowed_globals()
+        unknown = sorted(set(not_plain(pickled)) - known.keys())
+        raise NotPlainError(unknown or error.names) from error
 
 
 def quietly(load: Callable[[], Any]) -> Any:
@@ -295,6 +357,11 @@ class _ArchiveUnpickler(_PlainUnpickler):
             if (found := known.get(f"{module}.{name}")) is None:
                 raise
             return found
+
+
+class _OutlineUnpickler(_ArchiveUnpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return STAND_INS[module, name] if (module, name) in STAND_INS else super().find_class(module, name)
 
 
 class _ArchivePickle:

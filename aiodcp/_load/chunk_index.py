@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .._format.archive_writer import frame_tensor
+from .._format.archive_writer import frame_tensor, with_strides
 from .._format.chunks import extent
 from .._format.dcp import ChunkStorageMetadata, Metadata, StorageInfo, TensorStorageMetadata
-from .._format.extension import framed_by_us, opaque_names
+from .._format.extension import foreign_layout, framed_by_us, opaque_names
 from ..errors import CorruptError
 from .plan import TensorRead
 
@@ -20,6 +20,8 @@ class ChunkIndex:
     def __init__(self, metadata: Metadata, checkpoint_id: str) -> None:
         self.checkpoint_id = checkpoint_id
         self._is_framed = framed_by_us(metadata)
+        layout = foreign_layout(metadata)
+        self._bare = layout.strides if layout is not None else {}
         self.opaque = opaque_names(metadata)
         # A `MetadataIndex` made and hashed for each look-up costs 3 us.
         self._stored_at: dict[str, dict[torch.Size | None, StorageInfo]] = {}
@@ -59,6 +61,8 @@ class ChunkIndex:
         """
         dtype, sizes = entry.properties.dtype, chunk.sizes
         info = self.find(source, chunk.offsets)
+        if source in self._bare:
+            return self._read_bare(fqn, source, info, dtype, sizes, part, into)
         frame = frame_tensor(dtype, tuple(sizes)) if self._is_framed(source) else None
         start, nbytes = info.offset, info.length
         bare = False
@@ -73,6 +77,26 @@ class ChunkIndex:
                     )
                 start, nbytes, bare = start + len(frame.header) + first, last - first, True
         return TensorRead(fqn, info.relative_path, start, nbytes, dtype, sizes, frame, part, into, bare)
+
+    def _read_bare(
+        self,
+        fqn: str,
+        source: str,
+        info: StorageInfo,
+        dtype: torch.dtype,
+        sizes: torch.Size,
+        part: tuple[torch.Size, torch.Size] | None,
+        into: torch.Tensor,
+    ) -> TensorRead:
+        """Read of elements without a frame, as other formats have them, those that hold the part."""
+        frame, strides = frame_tensor(dtype, tuple(sizes)), self._bare[source]
+        if strides is not None:
+            frame = with_strides(frame, strides)
+        part = part or (torch.Size((0,) * len(sizes)), sizes)
+        first, last = extent(frame, part)
+        return TensorRead(
+            fqn, info.relative_path, info.offset + first, last - first, dtype, sizes, frame, part, into, True
+        )
 
 
 def read_rows(

@@ -37,6 +37,7 @@ def reads_direct(read: TensorRead) -> bool:
         read.frame is not None
         and read.nbytes >= DIRECT_NBYTES
         and (read.part is None or (read.bare and read.nbytes == read.into.nbytes))
+        and read.frame.is_row_major
         and type(read.into) in PLAIN_TENSORS
         and read.into.dtype is read.dtype
         and read.into.is_cpu

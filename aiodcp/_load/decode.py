@@ -6,7 +6,7 @@ import io
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,15 @@ import torch
 
 from .._engine.host_memory import Arena
 from .._format.alignment import ALIGNMENT
-from .._format.archive_reader import find_tensor, framed_pickle
+from .._format.archive_reader import check_records, find_tensor, framed_pickle
 from .._format.archive_writer import frame_value
 from .._format.checksum import Checksum
 from .._format.item_tables import matches_table
 from .._format.plain_data import NotPlainError, load_archive, load_plain, quietly
-from ..errors import CorruptError, FormatError, LoadError, UnsafeError
+from ..errors import CorruptError, LoadError, UnsafeError
 from .plan import TensorRead
 
 MAX_ERROR_CHARS = 300  # characters of an error's text
-
-SAFETENSORS_HEADER_NBYTES = 100_000_000  # at most, as safetensors has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +76,6 @@ class ItemDecoder:
         except CorruptError:
             raise
         except Exception as error:  # a damaged archive can raise almost anything
-            if problem := _other_format(data):
-                raise FormatError(self.describe(file), problem) from error
             raise CorruptError(
                 self.describe(file), fqn, f"not an archive of torch.save: {_error_text(error)}"
             ) from error
@@ -88,7 +84,7 @@ class ItemDecoder:
                 return load_archive(data)
             return quietly(lambda: torch.load(io.BytesIO(data), map_location="cpu", weights_only=False))
         except NotPlainError as error:
-            raise self._unsafe(fqn, file, error.names) from error
+            raise UnsafeError(self.describe(file), fqn, error.problem, error.names) from error
         except (AttributeError, ImportError) as error:
             raise self._undefined(fqn, file, error) from error
         except Exception as error:
@@ -112,7 +108,7 @@ class ItemDecoder:
                 try:
                     return load_plain(pickled)
                 except NotPlainError as error:
-                    raise self._unsafe(fqn, file, error.names) from error
+                    raise UnsafeError(self.describe(file), fqn, error.problem, error.names) from error
                 except Exception as error:
                     raise LoadError(f"{fqn}: the saved value cannot be reconstructed: {error!r}") from error
         return self.archive(fqn, file, data, crc)
@@ -123,13 +119,6 @@ class ItemDecoder:
             return True
         self.note_unchecked()
         return False
-
-    def _unsafe(self, fqn: str, file: str, names: Sequence[str]) -> UnsafeError:
-        problem = (
-            f"needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not plain data; "
-            "allow them with torch.serialization.add_safe_globals, or any code with weights_only=False"
-        )
-        return UnsafeError(self.describe(file), fqn, problem, names)
 
     def _undefined(self, fqn: str, file: str, error: Exception) -> UnsafeError:
         return UnsafeError(self.describe(file), fqn, f"needs a class that this program has not imported: {error}")
@@ -143,37 +132,9 @@ class ItemDecoder:
         return CorruptError(self.describe(file), fqn, problem)
 
 
-def check_records(records: Sequence[zipfile.ZipInfo], nbytes: int) -> None:
-    """Refuse an archive that `torch.save` does not write: one that is larger unpacked than packed.
-
-    Raises:
-        ValueError: its records are compressed, overlap, or lie outside.
-    """
-    end = 0
-    for record in sorted(records, key=lambda record: record.header_offset):
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-            raise ValueError("it has compressed records")
-        if record.header_offset < end:
-            raise ValueError("it has records that overlap")
-        end = record.header_offset + record.file_size
-    if end > nbytes:
-        raise ValueError("it has a record that ends outside")
-
-
 def _error_text(error: BaseException) -> str:
     """Return what an error says, in bounds: a file may put anything into it."""
     return f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS]
-
-
-def _other_format(data: bytes) -> str:
-    """Say in what other format an item is written, if it is one that is known; else nothing."""
-    # A length, then JSON of that length. Items that torch 2.13 writes so begin there, and are said to be shorter.
-    if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") < SAFETENSORS_HEADER_NBYTES:
-        return (
-            "is written in torch.distributed.checkpoint's safetensors format (SerializationFormat.SAFETENSORS), which "
-            "aiodcp cannot read yet: load it with safetensors or dcp.load(storage_reader=HuggingFaceStorageReader(...))"
-        )
-    return ""
 
 
 class _NotBuiltinError(Exception):

@@ -21,6 +21,7 @@ from .._engine.host_memory import memory_of
 from .._engine.task_groups import single_error
 from .._engine.threads import Threads, in_thread
 from .._format.archive_reader import StoredTensor, find_tensor
+from .._format.extension import INLINE
 from .._format.item_tables import ItemTables
 from .._telemetry.progress_bar import Bar
 from ..errors import CorruptError, ReadError
@@ -51,7 +52,13 @@ class FileReads:
     """Reads the files of one checkpoint, as they are at one time: a save may replace all of them."""
 
     def __init__(
-        self, storage: Storage, threads: Threads, checkpoint_id: str, tables: ItemTables, decoder: ItemDecoder
+        self,
+        storage: Storage,
+        threads: Threads,
+        checkpoint_id: str,
+        tables: ItemTables,
+        decoder: ItemDecoder,
+        inline: Sequence[bytes] = (),
     ) -> None:
         """Begin without an open file.
 
@@ -60,12 +67,14 @@ class FileReads:
             threads: the engine's.
             tables: what `.metadata` says of the files' tables of checksums.
             decoder: checks and decodes items.
+            inline: values that are in no file: see `ForeignLayout`.
         """
         self._storage = storage
         self._threads = threads
         self._checkpoint_id = checkpoint_id
         self._tables = tables
         self._decoder = decoder
+        self._inline = inline
         self._limits = limits = object_limits(storage, checkpoint_id)
         self._at_once = limits.reads_at_once if limits else READS_AT_ONCE
         self._gap_nbytes = limits.gap_nbytes if limits else GAP_NBYTES
@@ -81,6 +90,8 @@ class FileReads:
         """
         readers = self._readers
         reads: list[ValueRead | TensorRead] = [*plan.values, *plan.tensors]
+        if self._inline:
+            reads = [read for read in reads if read.file != INLINE]
         await self._open_files(stack, reads)
         for read in reads:
             file = read.file
@@ -152,6 +163,12 @@ class FileReads:
                 data = bytes(memory[start : start + read.nbytes])
                 loaded[read.index] = decoder.value(read.fqn, span.file, data, read.crc) if decoded else data
 
+        if self._inline:
+            for read in reads:
+                if read.file == INLINE:
+                    data = self._inline[read.offset]
+                    loaded[read.index] = decoder.value(read.fqn, INLINE, data) if decoded else data
+            reads = [read for read in reads if read.file != INLINE]
         limit = anyio.Semaphore(self._at_once)
 
         async def read_span(span: ReadSpan) -> None:

@@ -34,6 +34,13 @@ def settle_values(plan: ReadPlan, targets: LoadTargets, *, cast: bool) -> list[s
         fqn, value, tensor = targets.fqns[index], loaded[index], targets.values[index]
         if value is None and targets.kinds.get(str(targets.paths[index][0])) == "plain":
             continue  # there was none
+        if isinstance(value, torch.Tensor):  # of another format: one that lies there with the values
+            if value.shape != tensor.shape or (not cast and is_lossy(value.dtype, tensor.dtype)):
+                problems.append(
+                    f"{fqn} is {value.dtype} of shape {tuple(value.shape)} in the checkpoint, "
+                    f"{tensor.dtype} of shape {tuple(tensor.shape)} in the state dict"
+                )
+            continue
         if not isinstance(value, int | float) or tensor.dim() or is_sharded(tensor):
             problems.append(f"{fqn} is a tensor in the state dict, but another kind of value in the checkpoint")
         elif not holds_number(tensor.dtype, value, cast=cast):
@@ -56,10 +63,13 @@ def settle_values(plan: ReadPlan, targets: LoadTargets, *, cast: bool) -> list[s
 def fill_whole(plan: ReadPlan, targets: LoadTargets) -> None:
     """Fill, after everything is checked, the tensors that are not filled part by part."""
     with torch.no_grad():
+        opaque = list(plan.opaque)
         for index in plan.fills:
-            if targets.loaded[index] is not None:
+            if isinstance(targets.loaded[index], torch.Tensor):
+                opaque.append(index)
+            elif targets.loaded[index] is not None:
                 targets.values[index].fill_(targets.loaded.pop(index))
-        for index in plan.opaque:
+        for index in opaque:
             target = targets.values[index]
             try:
                 target.copy_(targets.loaded[index])

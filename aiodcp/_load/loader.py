@@ -9,7 +9,7 @@ import logging
 import pickle
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,13 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from .._distributed.operation import Operation
 from .._distributed.votes import Row, any_rank
-from .._engine.device_copies import DeviceCopies
 from .._engine.gc_pause import gc_paused
 from .._engine.threads import Threads, in_thread
+from .._foreign.find import complete, find_metadata, folder_of, read_found
 from .._format.checksum import Checksum
 from .._format.dcp import Metadata
-from .._format.extension import containers_of
+from .._format.extension import containers_of, foreign_layout
 from .._format.item_tables import ItemTables
-from .._format.metadata_reader import read_sealed
 from .._format.naming import METADATA_NAME
 from .._log import SafeLogger
 from .._telemetry.progress_bar import Bar
@@ -34,16 +33,16 @@ from ..errors import (
     LoadError,
     MismatchError,
     NotACheckpointError,
-    StageError,
 )
 from ..storage.base import Storage
 from ..storage.error_mapping import read_errors
 from .chunk_index import ChunkIndex
 from .decode import ItemDecoder
 from .file_reads import FileReads
+from .fill_tensors import ending, fill_tensors
 from .find_targets import allocate_optimizers
 from .fitting import fill_whole, settle_values
-from .metadata import get_metadata
+from .leave_out import Kept, chooser, leave_out
 from .name_union import join_marks, pack_marks, unwanted
 from .options import Loaded, LoadOptions
 from .plan import ReadPlan, ValueRead
@@ -96,7 +95,9 @@ class Loader:
             if not operation.is_coordinator:
                 return b""
             try:
-                return await get_metadata(self._storage, checkpoint_id)
+                return await find_metadata(
+                    self._storage, checkpoint_id, self._threads, weights_only=options.weights_only
+                )
             except NotACheckpointError:
                 return None
 
@@ -160,11 +161,12 @@ class _LoadFlow:
         self._threads = threads
         self._operation = operation
         self._checkpoint_id = checkpoint_id
+        self._folder = checkpoint_id  # where its files are
         self._options = options
         self._bar = bar
         self._unchecked = False
         self._decoder = ItemDecoder(
-            describe=lambda name: storage.describe(checkpoint_id, name),
+            describe=lambda name: storage.describe(self._folder, name),
             crc32=checksum if options.check_crc else None,
             weights_only=options.weights_only,
             note_unchecked=self._note_unchecked,
@@ -200,21 +202,18 @@ class _LoadFlow:
             if targets.planner is None:
                 problems = settle_values(plan, targets, cast=self._options.cast)
                 if problems:
-                    raise MismatchError(self._checkpoint_id, problems=problems)
+                    self._refuse(targets, MismatchError(self._checkpoint_id, problems=problems))
 
         async def read_tensors() -> None:
-            device_copies = targets.device_copies
-            try:
-                with read_errors(self._storage.describe(self._checkpoint_id)), _memory_errors():
-                    stored = await self._reads.find_stored(plan.tensors)
-                    if device_copies:
-                        await in_thread(self._threads.compute, _begin_copies, device_copies)
-                    await self._reads.read_tensors(plan.tensors, stored, device_copies, self._bar)
+            with ending(targets.device_copies):
+                with read_errors(self._storage.describe(self._checkpoint_id)):
+                    await fill_tensors(self._reads, plan, targets.device_copies, self._threads, self._bar)
                 await in_thread(self._threads.compute, self._finish, plan, targets)
-            finally:
-                device_copies.end()
 
         await operation.run_phase("read values", read_values)  # all of them before the first tensor
+        if self._options.is_dry:
+            targets.device_copies.end()
+            return Loaded(targets=targets, absent=planned.found.absent)
         await operation.run_phase("read tensors", read_tensors)
         self._log_report(targets)
         return Loaded(targets=targets, absent=planned.found.absent)
@@ -273,8 +272,7 @@ class _LoadFlow:
 
         async def refuse_unexpected() -> None:
             error = refuse(targets, mine.found, self._checkpoint_id, strict=options.strict, unexpected=unexpected)
-            if error is not None:
-                raise error
+            self._refuse(targets, error)
 
         if agreed.has_unexpected:
             await operation.run_phase("plan", refuse_unexpected)
@@ -285,44 +283,62 @@ class _LoadFlow:
         self, stack: AsyncExitStack, targets: LoadTargets, data: bytes, planned: list[_Planned]
     ) -> None:
         with gc_paused():  # the metadata is gone again when the block ends: the collector never sees it
-            metadata, stored, needed = await in_thread(self._threads.compute, self._read_metadata, targets, data)
+            metadata = await self._read_metadata(data)
+            stored, kept, needed = await in_thread(self._threads.compute, self._compare, targets, metadata)
             values: dict[str, Any] = {}
             if needed:
                 values = await self._read_options(stack, metadata, stored, needed)
-            planned.append(await in_thread(self._threads.compute, self._find, metadata, stored, targets, values))
+            planned.append(await in_thread(self._threads.compute, self._find, metadata, stored, targets, kept, values))
             del metadata, stored
 
-    def _read_metadata(self, targets: LoadTargets, data: bytes) -> tuple[Metadata, StoredNames, list[str]]:
-        metadata = self._read_sealed(data)
-        with self._planning():
-            stored = StoredNames(metadata, targets.kinds, self._options.rename)
-            return metadata, stored, groups_needed(targets, stored)
-
-    def _read_sealed(self, data: bytes) -> Metadata:
+    async def _read_metadata(self, data: bytes) -> Metadata:
         path = self._storage.describe(self._checkpoint_id, METADATA_NAME)
-        metadata, seal = read_sealed(data, path)
+        metadata, seal = await in_thread(self._threads.compute, read_found, data, path)
+        await complete(self._storage, self._checkpoint_id, metadata, self._operation.rank)
         try:
             tables = ItemTables(metadata, seal.tables if self._options.check_crc else ())
         except ValueError as error:
             raise CorruptError(path, "", "the number of data files is not the number of checksum tables") from error
-        self._reads = FileReads(self._storage, self._threads, self._checkpoint_id, tables, self._decoder)
+        self._folder = folder_of(self._checkpoint_id, metadata)
+        layout = foreign_layout(metadata)
+        inline = layout.inline if layout is not None else ()
+        self._reads = FileReads(self._storage, self._threads, self._folder, tables, self._decoder, inline)
         return metadata
 
+    def _compare(self, targets: LoadTargets, metadata: Metadata) -> tuple[StoredNames, Kept, list[str]]:
+        with self._planning():
+            stored = StoredNames(metadata, targets.kinds, self._options.rename)
+            is_wanted = chooser(self._options.include, self._options.exclude)
+            kept = leave_out(targets, stored, is_wanted) if is_wanted is not None else []
+            return stored, kept, groups_needed(targets, stored)
+
+    def _refuse(self, targets: LoadTargets, error: MismatchError | None) -> None:
+        """Raise an error, or only report it where nothing is loaded."""
+        if error is None:
+            return
+        if not self._options.is_dry:
+            raise error
+        targets.report = replace(targets.report, refusal=error)
+
     def _find(
-        self, metadata: Metadata, stored: StoredNames, targets: LoadTargets, values: Mapping[str, Any]
+        self, metadata: Metadata, stored: StoredNames, targets: LoadTargets, kept: Kept, values: Mapping[str, Any]
     ) -> _Planned:
         options, operation = self._options, self._operation
         with self._planning():
             containers = containers_of(metadata)
-            found = Resolver(targets, stored, containers, values, rank=operation.rank, cast=options.cast).run()
-            plan, problems = plan_load(metadata, targets, checkpoint_id=self._checkpoint_id, cast=options.cast)
+            resolver = Resolver(targets, stored, containers, values, rank=operation.rank, cast=options.cast, kept=kept)
+            found = resolver.run()
+            pieces = ChunkIndex(metadata, self._checkpoint_id)
+            plan, problems = plan_load(metadata, targets, pieces, cast=options.cast)
             found.problems += problems
             # What no rank wants is known when all ranks have been asked; all other problems are raised at once.
             alone = operation.size == 1
             unexpected = found.unexpected if alone else ()
             error = refuse(targets, found, self._checkpoint_id, strict=options.strict, unexpected=unexpected)
-            if error is not None:
-                raise error
+            self._refuse(targets, error)
+            targets.report.loaded.extend(
+                fqn for fqn, source in zip(targets.fqns, targets.sources, strict=True) if source is not None
+            )
             if alone:
                 return _Planned(plan=plan, found=found, names=[], marks=b"")
             names = sorted(stored.entries)
@@ -361,7 +377,10 @@ class _LoadFlow:
         except CorruptError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            if await get_metadata(self._storage, self._checkpoint_id) == data:
+            again = await find_metadata(
+                self._storage, self._checkpoint_id, self._threads, weights_only=self._options.weights_only
+            )
+            if again == data:
                 raise
             return False
         return True
@@ -371,14 +390,16 @@ class _LoadFlow:
         operation = self._operation
         coordinator = operation.is_coordinator
 
-        def plan_here() -> tuple[Metadata, bytes]:
-            with gc_paused():
-                metadata = self._read_sealed(data)
+        def plan_local(metadata: Metadata) -> bytes:
             allocate_optimizers(targets, metadata)
-            local = plan_local_load(planner, targets.states, metadata, is_coordinator=coordinator)
-            return metadata, pickle.dumps(local)
+            return pickle.dumps(plan_local_load(planner, targets.states, metadata, is_coordinator=coordinator))
 
-        (metadata, message), _ = await operation.run_phase("plan", partial(in_thread, self._threads.compute, plan_here))
+        async def plan_here() -> tuple[Metadata, bytes]:
+            with gc_paused():
+                metadata = await self._read_metadata(data)
+            return metadata, await in_thread(self._threads.compute, plan_local, metadata)
+
+        (metadata, message), _ = await operation.run_phase("plan", plan_here)
         messages = await operation.gather(message)
 
         async def plan_for_all() -> list[bytes]:
@@ -393,17 +414,3 @@ class _LoadFlow:
             return plan_reads(planner, finished, metadata, checkpoint_id=self._checkpoint_id, cast=self._options.cast)
 
         return (await operation.run_phase("plan", partial(in_thread, self._threads.compute, find_reads)))[0]
-
-
-def _begin_copies(device_copies: DeviceCopies) -> None:
-    device_copies.start()
-    device_copies.wait_for_marks()  # a copy that the caller queued may be on its way to a host tensor
-    device_copies.wait_for_thread()  # and planning may have made tensors in memory that was in use
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except StageError as error:
-        raise LoadError(f"no memory to read into: {error}") from error

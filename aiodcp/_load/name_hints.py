@@ -24,6 +24,13 @@ def suggest(missing: Sequence[str], unexpected: Sequence[str]) -> dict[str, str]
     return suggestions
 
 
+def near(name: str, known: Sequence[str]) -> list[str]:
+    """Return the names that were most likely meant, at most three."""
+    last = name.rpartition(".")[2]
+    likely = [each for each in known if each.rpartition(".")[2] == last][:SEARCHED]
+    return get_close_matches(name, likely, 3, 0.6) or get_close_matches(name, known[:SEARCHED], 3, 0.6)
+
+
 def explain(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """Say in one sentence by what the names differ, if it is one prefix; else nothing."""
     if not missing or not unexpected:
@@ -33,6 +40,10 @@ def explain(missing: Sequence[str], unexpected: Sequence[str]) -> str:
             if any(prefix in each for each in one) and {each.replace(prefix, "") for each in one} & set(other):
                 side = "the state dict" if one is missing else "the checkpoint"
                 return f'the names in {side} have the prefix "{prefix}", the others do not: use rename= to map them'
+    tops = {each.partition(".")[0] for each in missing}
+    if len(tops) == 1 and {each.partition(".")[2] for each in missing} & set(unexpected):
+        [top] = tops
+        return f'the checkpoint has the names without "{top}.": rename={{"": "{top}"}} puts it before them'
     tails = [{each.partition(".")[2] for each in names} for names in (missing, unexpected)]
     if tails[0] == tails[1] and "" not in tails[0]:
         return "the names differ only in their first component: use rename= to map them"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from .._state.name_patterns import Names
 from .targets import LoadTargets
 
 Rename = Mapping[str, str] | Callable[[str], str]
@@ -20,6 +21,9 @@ class LoadOptions:
     weights_only: bool
     check_crc: bool
     rename: Rename | None
+    include: Names | None = None
+    exclude: Names | None = None
+    is_dry: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,8 @@ class TensorRead:
         frame: this library's framing around it; None if the item is an archive of `torch.save`.
         part: (offsets, lengths) of what is wanted of the chunk; None for all of it.
         into: where that goes: the caller's tensor, or a view of a part of it.
-        bare: whether only the rows of the payload that hold the part are read, too few to compare a checksum.
+        bare: whether only the rows of the payload that hold the part are read, too few to compare a checksum; or all
+            of a payload that has none.
         crc: what its file's table says of it; None if there is none.
     """
 

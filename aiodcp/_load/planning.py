@@ -5,7 +5,7 @@ It follows `create_read_items_for_chunk_list` of DCP, which cuts stored chunks t
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from math import prod
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from .._format.chunks import cut, is_whole
-from .._format.dcp import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from .._format.dcp import BytesStorageMetadata, ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from .._state.per_rank import PerRank
 from .._state.plain_tensors import PLAIN_TENSORS, QUANTIZED
 from .._state.sharding import is_sharded, placed_parts
@@ -27,7 +27,7 @@ from .targets import LoadTargets
 
 
 def plan_load(
-    metadata: Metadata, targets: LoadTargets, *, checkpoint_id: str, cast: bool
+    metadata: Metadata, targets: LoadTargets, pieces: ChunkIndex, *, cast: bool
 ) -> tuple[ReadPlan, list[str]]:
     """Find every piece that the targets want, and check all that can be checked without reading one.
 
@@ -40,13 +40,13 @@ def plan_load(
         CorruptError: the metadata does not say where a piece is, or its chunks do not make up the tensor.
         ArgumentError: a container takes no new value.
     """
-    return _Planner(metadata, targets, checkpoint_id, cast).plan()
+    return _Planner(metadata, targets, pieces, cast).plan()
 
 
 class _Planner:
-    def __init__(self, metadata: Metadata, targets: LoadTargets, checkpoint_id: str, cast: bool) -> None:
+    def __init__(self, metadata: Metadata, targets: LoadTargets, pieces: ChunkIndex, cast: bool) -> None:
         self._entries = metadata.state_dict_metadata
-        self._pieces = ChunkIndex(metadata, checkpoint_id)
+        self._pieces = pieces
         self._targets = targets
         self._cast = cast
         self._plan = ReadPlan(tensors=[], values=[])
@@ -201,11 +201,26 @@ def _read_tensor(
         return []
     if type(tensor) in PLAIN_TENSORS and len(entry.chunks) == 1 and is_whole(entry):
         return [pieces.read(fqn, source, entry, entry.chunks[0], None, tensor)]
+    return read_parts(pieces, fqn, source, placed_parts(tensor), entry)
+
+
+def read_parts(
+    pieces: ChunkIndex,
+    fqn: str,
+    source: str,
+    parts: Sequence[tuple[torch.Tensor, ChunkStorageMetadata]],
+    entry: TensorStorageMetadata,
+) -> list[TensorRead]:
+    """Return what is read for parts of a tensor, each given with where in the whole it is.
+
+    Raises:
+        CorruptError: the chunks do not make up the tensor, or the metadata does not say where one is.
+    """
     if not is_whole(entry):
         problem = f"its {len(entry.chunks)} chunks do not cover its shape exactly: {tuple(entry.size)}"
         raise CorruptError(pieces.checkpoint_id, fqn, problem)
     reads = []
-    for held, wanted in placed_parts(tensor):
+    for held, wanted in parts:
         for item in create_read_items_for_chunk_list(fqn, entry, [wanted]):
             assert item.storage_index.index is not None
             chunk = entry.chunks[item.storage_index.index]

@@ -11,7 +11,7 @@ right name, shape and dtype is there. Beyond that the structure is the checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from .._format.dcp import KeyPath, TensorStorageMetadata
 from .._format.extension import Containers
 from .._state.per_rank import per_rank_key
+from .._state.sharding import memory_place
 from .._state.structure import find, int_keys_of
 from .optimizer_plan import group_fqns, has_same_parameters, plan_optimizer
 from .stored_names import StoredNames, unwrapped
@@ -73,6 +74,7 @@ class Resolver:
         *,
         rank: int,
         cast: bool,
+        kept: Sequence[tuple[KeyPath, Any]] = (),
     ) -> None:
         """Begin.
 
@@ -83,6 +85,7 @@ class Resolver:
             options: values of the optimizers' options, by name.
             rank: this one.
             cast: whether conversions that lose are allowed.
+            kept: leaves that stay as they are, also where their container is made anew.
         """
         self._targets = targets
         self._stored = stored
@@ -90,6 +93,7 @@ class Resolver:
         self._options = options
         self._rank = rank
         self._cast = cast
+        self._kept = kept
         self._found = Resolution()
         self._at = dict(zip(targets.fqns, range(len(targets.fqns)), strict=True))
         self._dropped: set[int] = set()
@@ -107,6 +111,8 @@ class Resolver:
         self._find_extra()
         if self._missing and self._extra:
             self._match_wrapped()
+        if self._missing:
+            self._find_tied()
         self._mark_as_stored()
         for scope in targets.optimizers:
             self._resolve_optimizer(scope)
@@ -133,6 +139,16 @@ class Resolver:
                         self._stored.alias(name, fqn)
                         del self._missing[name], self._extra[fqn]
                         break
+
+    def _find_tied(self) -> None:
+        """Leave out what is missing and yet filled: a tied weight, stored once, under the other one's name."""
+        values = self._targets.values
+        found = self._at.keys() - self._missing.keys()
+        filled = {memory_place(values[self._at[fqn]]) for fqn in found} - {None}
+        for fqn in list(self._missing):
+            if memory_place(values[self._at[fqn]]) in filled:
+                del self._missing[fqn]
+                self._dropped.add(self._at[fqn])
 
     def _mark_as_stored(self) -> None:
         targets = self._targets
@@ -329,6 +345,11 @@ class Resolver:
         self._found.unexpected = list(self._extra)
         self._found.others = list(self._stored.entries.keys() - self._at.keys()) if self._missing else []
         self._dropped |= {self._at[fqn] for fqn in self._missing}
+        self._added += [
+            (path, None, value, False)
+            for path, value in self._kept
+            if any(path[: len(root)] == root for root in targets.rebuilt)
+        ]
         if self._containers is not None:
             targets.empty += self._containers.empty
         if targets.rebuilt or targets.joined:

@@ -36,7 +36,7 @@ class StoredNames:
         self._tops = set(tops)
         self._sources: dict[str, str] | None = None
         if rename is not None:
-            self._rename(_renaming(rename))
+            self._rename(renaming(rename))
 
     def _rename(self, renamed: Callable[[str], str]) -> None:
         sources: dict[str, str] = {}
@@ -112,7 +112,7 @@ class StoredNames:
         return False
 
 
-def _renaming(rename: Rename) -> Callable[[str], str]:
+def renaming(rename: Rename) -> Callable[[str], str]:
     if not isinstance(rename, Mapping):
         if not callable(rename):
             problem = f"a {type(rename).__name__} is neither a mapping of prefixes nor a function of a name"

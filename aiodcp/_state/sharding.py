@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from .._format.dcp import ChunkStorageMetadata
 from ..errors import CaptureError
-from .plain_tensors import is_plain
+from .plain_tensors import PLAIN_TENSORS, is_plain
 
 
 def local_parts(fqn: str, value: DTensor | ShardedTensor) -> list[torch.Tensor]:
@@ -90,3 +90,13 @@ def placed_parts(value: torch.Tensor) -> list[tuple[torch.Tensor, ChunkStorageMe
     else:
         chunks = [ChunkStorageMetadata(offsets=torch.Size([0] * value.dim()), sizes=value.shape)]
     return list(zip(parts, chunks, strict=True))
+
+
+def memory_place(value: object) -> tuple[object, ...] | None:
+    """Return what two tensors have in common whose elements are the same memory; None if they have none."""
+    held = local_tensor(value) if isinstance(value, DTensor) else value
+    if not isinstance(held, torch.Tensor) or type(held) not in PLAIN_TENSORS or held.layout is not torch.strided:
+        return None
+    if held.is_meta or not held.data_ptr():
+        return None
+    return held.device, held.data_ptr(), held.dtype, held.shape, held.stride()

@@ -19,6 +19,7 @@ from .._load.options import LoadOptions, Rename
 from .._load.report import LoadReport
 from .._log import SafeLogger
 from .._save.sharing import OnDisagreement
+from .._state.name_patterns import Names
 from .._telemetry.progress_bar import NoBar
 from ..storage.auto import AutoStorage
 from ..storage.base import Storage
@@ -42,7 +43,7 @@ class Checkpointer(SyncContext):
 
     One save is in flight at a time. Leaving the block, by an error too, waits for it; a failed save that was not
     awaited is raised there, or by the next `save`. Without an event loop the same calls are `with`, `save_sync`,
-    `load_sync` and `prepare_sync`, and of what they return `staged.wait()` and `uploaded.wait()`.
+    `load_sync`, `check_sync` and `prepare_sync`, and of what they return `staged.wait()` and `uploaded.wait()`.
 
     Args:
         storage: where checkpoints live; by default where their ids say: a path is a directory, `s3://bucket/...`,
@@ -254,6 +255,8 @@ class Checkpointer(SyncContext):
         strict: bool = True,
         cast: bool = False,
         rename: Rename | None = None,
+        include: Names | None = None,
+        exclude: Names | None = None,
         weights_only: bool = True,
         check_crc: bool = True,
     ) -> LoadReport:
@@ -279,14 +282,18 @@ class Checkpointer(SyncContext):
 
         Args:
             state_dict: what is wanted, with tensors of the right shapes on the devices where they are wanted.
-            checkpoint_id: where from; written by this library or by `torch.distributed.checkpoint`.
+            checkpoint_id: where from: written by this library, by `torch.distributed.checkpoint`, as safetensors (a
+                folder of Hugging Face's, or one file), or by `torch.save`.
             planner: your own, instead of this library's planning. It decides what is strict, and how bytes are
                 decoded; it is called in threads of the engine. What it adds at the top level is handed over.
             strict: names must agree. False loads those that both have, and reports the others; a whole part that is
                 stored under another name at the top level is an error all the same.
             cast: allow lossy conversions, such as float32 to bfloat16; others are always allowed.
             rename: maps stored names to names of the state dict: a mapping of prefixes, the longest match first, or a
-                function. Names begin with the name at the top level.
+                function. Names begin with the name at the top level; `{"": "model"}` puts all names below "model".
+            include, exclude: which names of the state dict to load: names, each for all that lies below it, too;
+                patterns with `*`, `?` and `[...]`; or a function of a name. The others stay as they are, and are not
+                missed; of an optimizer all or nothing.
             weights_only: build plain data and what `torch.serialization.add_safe_globals` allows, nothing else. False
                 runs any code in the checkpoint: only for files that you trust like your own programs.
             check_crc: compare each item with its CRC32. An item of which only a part is read cannot be
@@ -307,8 +314,53 @@ class Checkpointer(SyncContext):
 
         Cancellation: takes effect when the read under way is done; tensors may already have changed.
         """
-        options = LoadOptions(strict=strict, cast=cast, weights_only=weights_only, check_crc=check_crc, rename=rename)
+        options = LoadOptions(
+            strict=strict,
+            cast=cast,
+            weights_only=weights_only,
+            check_crc=check_crc,
+            rename=rename,
+            include=include,
+            exclude=exclude,
+        )
         return await self._session.loads.load(state_dict, checkpoint_id, planner, options, NoBar())
+
+    async def check(
+        self,
+        state_dict: MutableMapping[str, Any],
+        checkpoint_id: CheckpointId,
+        *,
+        strict: bool = True,
+        cast: bool = False,
+        rename: Rename | None = None,
+        include: Names | None = None,
+        exclude: Names | None = None,
+        weights_only: bool = True,
+    ) -> LoadReport:
+        """Return what `load` would report, without loading: nothing of `state_dict` changes.
+
+        Names, shapes and dtypes are compared, files are opened, and all values but tensors are read. Where `load` would
+        raise a `MismatchError` the report has it as its `refusal`; other errors are raised, as there.
+
+        Args:
+            state_dict, checkpoint_id, strict, cast, rename, include, exclude, weights_only: see `load`.
+
+        Raises:
+            NotACheckpointError, FormatError, CorruptError, UnsafeError, RankError: see `load`.
+
+        Cancellation: takes effect when the read under way is done.
+        """
+        options = LoadOptions(
+            strict=strict,
+            cast=cast,
+            weights_only=weights_only,
+            check_crc=True,
+            rename=rename,
+            include=include,
+            exclude=exclude,
+            is_dry=True,
+        )
+        return await self._session.loads.load(state_dict, checkpoint_id, None, options, NoBar())
 
     async def read_custom_metadata(self, checkpoint_id: CheckpointId) -> dict[str, Any]:
         """Return the custom metadata that a checkpoint was saved with; empty if there is none. Any rank may call it.
@@ -324,6 +376,7 @@ class Checkpointer(SyncContext):
     save_sync: Final = sync_method(save)
     prepare_sync: Final = sync_method(prepare)
     load_sync: Final = sync_method(load)
+    check_sync: Final = sync_method(check)
     read_custom_metadata_sync: Final = sync_method(read_custom_metadata)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from .._distributed.votes import OperationKind
@@ -15,8 +16,9 @@ from .._load.loader import Loader
 from .._load.options import Loaded, LoadOptions
 from .._load.read_custom_metadata import read_custom_metadata
 from .._load.report import LoadReport
+from .._load.stored_reader import StoredReader, Wanted
 from .._load.targets import LoadTargets
-from .._telemetry.progress_bar import Bar
+from .._telemetry.progress_bar import Bar, NoBar
 from ..errors import CheckpointError, LoadError
 from ..storage.retry import RetryingStorage
 from .arguments import CheckpointId, Options, check_id, digest_of
@@ -63,7 +65,8 @@ class LoadCalls:
             await flows.wait_for_saves()
             take = captured_here(find, is_alone=flows.channel is None)
             loaded = await self._load(take, checkpoint_id, options, bar)
-            loaded.targets.hand_over(state_dict, absent=loaded.absent)
+            if not options.is_dry:
+                loaded.targets.hand_over(state_dict, absent=loaded.absent)
         return loaded.targets.report
 
     async def _load(
@@ -87,6 +90,33 @@ class LoadCalls:
                 return await load()
 
         return await flows.run(load_in_turn if flows.channel else load, operation=operation)
+
+    async def open_reader(self, checkpoint_id: CheckpointId, *, weights_only: bool, check_crc: bool) -> StoredReader:
+        """Open a checkpoint, until the Checkpointer is closed."""
+        self._flows.check_open()
+        reader = StoredReader(
+            self._storage,
+            self._flows.engine.threads,
+            self._storage.resolve(check_id(checkpoint_id)),
+            checksum=self._options.checksum if check_crc else None,
+            weights_only=weights_only,
+        )
+        with _load_errors():
+            await self._flows.keep_until_close(reader.opened())
+        return reader
+
+    async def read(self, reader: StoredReader, wanted: Sequence[Wanted], devices: Set[torch.device]) -> list[Any]:
+        """Return values of an open checkpoint.
+
+        Args:
+            reader: the checkpoint.
+            wanted: what of it.
+            devices: where the tensors to be filled are.
+        """
+        self._flows.check_open()
+        with _load_errors():
+            copies = self._streams.begin(devices, lambda device: wanted[0].fqn)
+            return await self._flows.run(reader.read, wanted, copies, NoBar())
 
     async def read_custom_metadata(self, checkpoint_id: CheckpointId) -> dict[str, Any]:
         """Implement `Checkpointer.read_custom_metadata`."""

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from urllib.parse import unquote
 
+from .._log import SafeLogger
 from ..errors import ArgumentError
 from .base import ObjectLimits, Reader, Storage, Writer, file_dates, object_limits, remove_all
 from .local import LocalStorage
 from .object_store import ObjectStorage
 from .object_urls import bucket_of, refuse_collapsed, scheme_of
+from .retry import Attempt, Retry, RetryingStorage
+
+log: SafeLogger = SafeLogger(__name__)
 
 
 class AutoStorage:
@@ -97,3 +101,22 @@ class AutoStorage:
 
     def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
         return self.find(root).lock(root, exclusive=exclusive, create=create)
+
+
+def locate(location: str, storage: Storage | None = None) -> tuple[Storage, str]:
+    """Return the storage that a location is in, by default where it says, and its id there; a bucket with retries.
+
+    Raises:
+        ArgumentError: there is none for such a URL.
+    """
+    found = storage if storage is not None else AutoStorage()
+    checkpoint_id = found.resolve(location)
+    if storage is not None:
+        return found, checkpoint_id
+    if scheme_of(location) is None:
+        return found, location  # as the caller calls it
+    return RetryingStorage(found, Retry(), _report), checkpoint_id
+
+
+def _report(checkpoint_id: str, path: str, attempt: Attempt) -> None:
+    log.warning("%s: %s", path, attempt)

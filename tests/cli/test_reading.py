@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import aiodcp
 from aiodcp import ArgumentError, Checkpointer, CheckpointManager, MemoryStorage, NotACheckpointError, Storage
-from aiodcp._cli import diff, export, gc, ls, show, verify
-from aiodcp._cli import reading as reading_module
+from aiodcp._cli import gc, ls
+from aiodcp._cli.show import show
 from aiodcp.manager.retention import Retention
 
 
@@ -22,48 +24,51 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Storage:
             state: dict[str, Any] = {"w": torch.full((4,), float(step)), "lr": 0.5 * step}
             manager.save_sync(step, state, metrics={"loss": 1.0 / step}).wait()
     storage.files["run/step-3"]["__0_0_" + "0" * 32 + ".distcp"] = b"left over"
-    for module in (show, verify, reading_module):
-        monkeypatch.setattr(module, "locate", lambda location: (storage, location))
     for module in (ls, gc):
         monkeypatch.setattr(module, "locate_root", lambda root: (storage, root))
     return storage
 
 
-def nothing(nbytes: int) -> None:
-    return
+async def test_show_finds_values_and_prints_the_small_ones(storage: Storage) -> None:
+    shown = await show("run/step-2", "lr", storage=storage)
+    assert shown["value"] == "1.0"
+    rows = {row["fqn"]: row for row in (await show("run/step-2", storage=storage))["values"]}
+    assert rows["lr"]["value"] == "1.0"
+    assert "value" not in rows["w"]
 
 
-def test_ls_and_show(storage: Storage) -> None:
+def test_ls(storage: Storage) -> None:
     rows = ls.list_rows("run")
     assert [(row["step"], row["complete"]) for row in rows] == [(1, True), (2, True), (3, False)]
     assert rows[1]["metrics"] == {"loss": 0.5}
     assert rows[0]["nbytes"] > 16
-    shown = show.show("run/step-2", "lr")
-    assert shown["value"] == "1.0"
 
 
-def test_a_root_or_nothing_is_no_checkpoint(storage: Storage) -> None:
+async def test_a_root_or_nothing_is_no_checkpoint(storage: Storage) -> None:
     with pytest.raises(ArgumentError, match="run/step-2"):
-        show.show("run")
+        await show("run", storage=storage)
     with pytest.raises(NotACheckpointError):
-        show.show("elsewhere")
+        await show("elsewhere", storage=storage)
+
+
+def test_a_checkpoint_is_no_root(storage: Storage) -> None:
     with pytest.raises(ArgumentError, match="is a checkpoint"):
         ls.list_rows("run/step-1")
 
 
-def test_verify_finds_damage(storage: MemoryStorage) -> None:
-    assert verify.verify("run/step-1", nothing, nothing) == []
+async def test_verify_finds_damage(storage: MemoryStorage) -> None:
+    assert await aiodcp.verify("run/step-1", storage=storage) == []
     [name] = [name for name in storage.files["run/step-1"] if name != ".metadata"]
     data = bytearray(storage.files["run/step-1"][name])
     data[data.index(b"\0\0\x80\x3f" * 4)] ^= 1
     storage.files["run/step-1"][name] = bytes(data)
-    [problem] = verify.verify("run/step-1", nothing, nothing)
+    [problem] = await aiodcp.verify("run/step-1", storage=storage)
     assert problem.fqn == "w"
 
 
-def test_diff_and_export(storage: Storage, tmp_path: Any) -> None:
-    assert [each.fqn for each in diff.diff("run/step-1", "run/step-2", nothing, nothing)] == ["lr", "w"]
-    export.export_torch("run/step-2", str(tmp_path / "out.pt"))
+async def test_diff_and_export(storage: Storage, tmp_path: Path) -> None:
+    assert [each.fqn for each in await aiodcp.diff("run/step-1", "run/step-2", storage=storage)] == ["lr", "w"]
+    await aiodcp.export("run/step-2", tmp_path / "out.pt", format="torch", storage=storage)
     assert torch.load(tmp_path / "out.pt")["lr"] == 1.0
 
 

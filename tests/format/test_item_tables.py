@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from aiodcp import Checkpointer, CorruptError, RankError, joint_checkpoint
-from aiodcp._cli.verify import Problem, verify
+import aiodcp
+from aiodcp import Checkpointer, CorruptError, Problem, RankError, joint_checkpoint
 from aiodcp._format.item_tables import ItemTables
 from aiodcp._format.metadata_reader import read_sealed
 from aiodcp._save.bounded_staging import MIN_NBYTES
@@ -62,7 +62,7 @@ def _copy_over(folder: Path, one: str, other: str) -> bytes:
 
 
 async def _verify(place: Path) -> list[Problem]:
-    return await asyncio.to_thread(verify, str(place), lambda nbytes: None, lambda nbytes: None)
+    return await aiodcp.verify(place)
 
 
 async def _save(kind: str, folder: Path) -> None:

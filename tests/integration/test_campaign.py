@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+import aiodcp
 from aiodcp import (
     Checkpointer,
     CheckpointError,
@@ -29,7 +30,6 @@ from aiodcp import (
     NotACheckpointError,
     Retry,
 )
-from aiodcp._cli.verify import verify
 from aiodcp.testing import FaultyStorage
 
 from ..support.states import assert_equal, blank, make_state
@@ -190,7 +190,7 @@ def test_edited_at_random_a_checkpoint_loads_equal_or_is_refused(tmp_path: Path)
                 assert_equal(state, target)  # what nobody reads is damaged: padding, a second copy of a checksum
                 outcomes[f"{kind}: equal"] += 1
             path.write_bytes(files[path])
-        assert not verify(str(place), lambda nbytes: None, lambda nbytes: None)
+        assert not aiodcp.verify_sync(place)
     print(f"\nedits: {dict(sorted(outcomes.items()))}")
     assert outcomes["bit: CorruptError"]
 
@@ -209,7 +209,7 @@ def test_every_bit_of_small_metadata_is_found_by_load_and_by_verify(tmp_path: Pa
             path.write_bytes(data)
             with pytest.raises(CorruptError):
                 checkpointer.load_sync({"w": torch.zeros(2)}, place)
-            assert verify(str(place), lambda nbytes: None, lambda nbytes: None)
+            assert aiodcp.verify_sync(place)
 
 
 # --- refusals

@@ -19,7 +19,6 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,7 +27,7 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.two_tensor import TwoTensor
 
-from aiodcp import Checkpointer, FormatError, MemoryStorage, NotACheckpointError, PerRank
+from aiodcp import Checkpointer, MemoryStorage, PerRank
 
 from ..support.ranks import World, rank_test
 from ..support.states import assert_equal, blank, make_state
@@ -48,25 +47,6 @@ async def test_metadata_that_names_the_older_modules_is_read(tmp_path: Path) -> 
     target = {"a": torch.zeros(4)}
     await load(target, tmp_path)
     assert torch.equal(target["a"], torch.arange(4.0))
-
-
-async def test_what_is_written_in_another_format_is_called_by_its_name(tmp_path: Path) -> None:
-    (tmp_path / "ranks").mkdir()
-    (tmp_path / "ranks" / "__0.metadata").write_bytes(b"")
-    (tmp_path / "ranks" / "__0_0.distcp").write_bytes(b"")
-    with pytest.raises(FormatError, match="use_collectives=False"):
-        await load({}, tmp_path / "ranks")
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(FormatError, match="Hugging Face"):
-        await load({}, tmp_path / "hf")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(NotACheckpointError):
-        await load({}, tmp_path / "empty")
-    writer = dcp.FileSystemWriter(tmp_path / "st", serialization_format=SerializationFormat.SAFETENSORS)
-    dcp.save({"a": torch.ones(4)}, storage_writer=writer, no_dist=True)
-    with pytest.raises(FormatError, match="safetensors"):
-        await load({"a": torch.zeros(4)}, tmp_path / "st")
 
 
 async def test_a_planner_that_keeps_plans_saves_again_and_again() -> None:

@@ -363,7 +363,7 @@ async def test_nothing_but_errors_of_the_tree_leaves_a_load(monkeypatch: pytest.
         def fail(*args: Any, error: Exception = error) -> None:
             raise error
 
-        for name in ("plan_load", "settle_values", "read_sealed", "fill_whole"):
+        for name in ("plan_load", "settle_values", "read_found", "fill_whole"):
             with monkeypatch.context() as patch:
                 patch.setattr(loader, name, fail)
                 with pytest.raises(aiodcp.LoadError):

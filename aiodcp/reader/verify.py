@@ -1,4 +1,4 @@
-"""`aiodcp verify`: whether a checkpoint is whole."""
+"""Whether a checkpoint is whole: all of it is read."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ import anyio.from_thread
 import anyio.to_thread
 import torch
 
+from .._engine.sync_bridge import sync_function
 from .._engine.task_groups import single_error
+from .._engine.threads import Threads
+from .._foreign.find import complete, find_metadata, folder_of, read_found
+from .._foreign.torch_file import looks_like_torch_file
+from .._format.archive_reader import check_records
 from .._format.chunks import is_whole
+from .._format.custom_metadata import decode_custom_metadata
 from .._format.dcp import Metadata, MetadataIndex, StorageInfo, TensorStorageMetadata
+from .._format.extension import INLINE, foreign_layout
 from .._format.item_tables import ItemTables, matches_table
 from .._format.naming import METADATA_NAME
-from .._load.decode import check_records
+from .._format.seal import SealError
+from .._telemetry.progress_bar import Bar, NoBar
+from ..checkpointer.arguments import CheckpointId
 from ..errors import CorruptError
+from ..storage.auto import locate
 from ..storage.base import Reader, Storage
-from .locations import locate
-from .reading import read_from
-from .text_tables import plural
 
 MISSING = "the file is missing"
 
@@ -44,49 +51,94 @@ class Problem:
     problem: str
 
 
-def verify(checkpoint_id: str, advance: Callable[[int], None], total: Callable[[int], None]) -> list[Problem]:
+async def verify(
+    checkpoint_id: CheckpointId, *, storage: Storage | None = None, bar: Bar | None = None
+) -> list[Problem]:
     """Read all of a checkpoint and return all that is wrong with it.
 
+        problems = await aiodcp.verify("run/step-100")
+
     Checked are: that the chunks of every tensor make it up, and are stored; that every item lies in its file, is an
-    archive of `torch.save`, has the payload that it should have, and that every record has its CRC32.
+    archive of `torch.save`, has the payload that it should have, and that every record has its CRC32. Of a file of
+    `torch.save` the CRC32s of its records; safetensors have none, and only their headers are compared with their files.
 
     Args:
-        checkpoint_id: the directory.
-        advance: called with bytes that have been read.
-        total: called before, with how many there are.
+        checkpoint_id: which; as for `aiodcp.open`.
+        storage: where; by default where the id says.
+        bar: told how many bytes there are, by `total`, and have been read, by `advance`.
 
     Raises:
         NotACheckpointError: there is none.
+        FormatError: there is one of a format that is not read.
         UnsafeError: it leads out of its directory.
         PermissionError: it may not be read.
+
+    Cancellation: takes effect when the reads under way are done.
     """
-    return anyio.run(_verify, *locate(checkpoint_id), advance, total)
-
-
-async def _verify(
-    storage: Storage, checkpoint_id: str, advance: Callable[[int], None], total: Callable[[int], None]
-) -> list[Problem]:
+    storage, path = locate(os.fsdecode(checkpoint_id), storage)
+    bar = bar or NoBar()
+    threads = Threads(copy_threads=1, compute_threads=1, io_threads=1)
     try:
-        metadata, seal = await read_from(storage, checkpoint_id)
+        data = await find_metadata(storage, path, threads, weights_only=True)
+        metadata, seal = read_found(data, storage.describe(path, METADATA_NAME))
+        decode_custom_metadata(seal.custom_metadata)
+        await complete(storage, path, metadata, 0)
         tables = ItemTables(metadata, seal.tables)
     except CorruptError as error:
-        return [Problem(fqn="", file=METADATA_NAME, problem=error.problem)]
+        return [Problem(fqn=error.fqn, file=_file_of(error.path), problem=error.problem)]
+    except SealError as error:
+        return [Problem(fqn="", file=METADATA_NAME, problem=str(error))]
     except ValueError:
         return [
             Problem(fqn="", file=METADATA_NAME, problem="the number of data files is not the number of checksum tables")
         ]
+    finally:
+        threads.close()
+    layout = foreign_layout(metadata)
+    if layout is not None:
+        return await _verify_foreign(storage, folder_of(path, metadata), metadata, bar)
+    return await _verify_items(storage, path, metadata, tables, bar)
+
+
+async def _verify_foreign(storage: Storage, folder: str, metadata: Metadata, bar: Bar) -> list[Problem]:
+    """Check the files of another format, whose headers are known to be right."""
+    problems = list(_uncovered(metadata))
+    for file in sorted({info.relative_path for info in metadata.storage_data.values()} - {INLINE}):
+        async with storage.open(folder, file) as reader:
+            bar.total(reader.nbytes)
+            start = bytearray(min(4, reader.nbytes))
+            await reader.read_into(0, [memoryview(start)])
+            if looks_like_torch_file(bytes(start)):
+                window = io.BufferedReader(_Window(reader, 0, reader.nbytes), BUFFER_NBYTES)
+                if problem := await anyio.to_thread.run_sync(_damaged_record, window):
+                    problems.append(Problem(fqn="", file=file, problem=problem))
+            bar.advance(reader.nbytes)
+    return problems
+
+
+def _damaged_record(file: IO[bytes]) -> str:
+    with zipfile.ZipFile(file) as archive:
+        if not any(record.CRC for record in archive.infolist()):  # torch can be set to write none
+            return ""
+        damaged = archive.testzip()
+    return f"CRC32 mismatch in record {damaged}" if damaged is not None else ""
+
+
+async def _verify_items(
+    storage: Storage, checkpoint_id: str, metadata: Metadata, tables: ItemTables, bar: Bar
+) -> list[Problem]:
     items: dict[str, list[_Item]] = {}
     for index, info in metadata.storage_data.items():
         item = _Item(fqn=index.fqn, info=info, payload_nbytes=_payload_nbytes(metadata, index))
         items.setdefault(info.relative_path, []).append(item)
-    total(sum(each.info.length for of_file in items.values() for each in of_file))
+    bar.total(sum(each.info.length for of_file in items.values() for each in of_file))
     problems = list(_uncovered(metadata))
     limiter = anyio.CapacityLimiter(min(4, os.cpu_count() or 1))
     crcs, damaged = await _read_tables(storage, checkpoint_id, [*items], tables)
     problems += damaged
     for file, of_file in sorted(items.items()):
         of_file.sort(key=lambda each: each.info.offset)
-        problems += await _check_file(storage, checkpoint_id, file, of_file, crcs.get(file, {}), limiter, advance)
+        problems += await _check_file(storage, checkpoint_id, file, of_file, crcs.get(file, {}), limiter, bar.advance)
     return _by_file(problems)
 
 
@@ -138,7 +190,7 @@ def _by_file(problems: Sequence[Problem]) -> list[Problem]:
     """Report once of a file what would be reported of every value in it."""
     values = Counter(problem.file for problem in problems if problem.problem == MISSING)
     missing = [
-        Problem(fqn="", file=file, problem=f"{MISSING} ({plural(count, 'value')} lost)")
+        Problem(fqn="", file=file, problem=f"{MISSING} ({count} {'value' if count == 1 else 'values'} lost)")
         for file, count in values.items()
     ]
     return [*missing, *(problem for problem in problems if problem.problem != MISSING)]
@@ -249,6 +301,10 @@ def _crc_of(file: IO[bytes]) -> int:
     return crc
 
 
+def _file_of(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
 class _Window(io.RawIOBase):
     """A stretch of a file, as a file of its own. Read in a worker thread, it has the event loop read."""
 
@@ -278,3 +334,6 @@ class _Window(io.RawIOBase):
             anyio.from_thread.run(self._reader.read_into, self._start + self._position, [memory])
         self._position += memory.nbytes
         return memory.nbytes
+
+
+verify_sync = sync_function(verify)
