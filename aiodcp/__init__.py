@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from .checkpointer import Checkpointer as Checkpointer
     from .checkpointer import Guard as Guard
     from .checkpointer import JointCheckpoint as JointCheckpoint
+    from .checkpointer import Snapshot as Snapshot
+    from .checkpointer import SnapshotPart as SnapshotPart
     from .checkpointer import joint_checkpoint as joint_checkpoint
     from .manager import CheckpointManager as CheckpointManager
     from .manager import RestoredStep as RestoredStep
@@ -107,6 +109,8 @@ _LAZY = {
     "Progress": "_telemetry.progress",
     "RestoredStep": "manager",
     "Retry": "storage.retry",
+    "Snapshot": "checkpointer",
+    "SnapshotPart": "checkpointer",
     "Storage": "storage",
     "StoredCheckpoint": "reader",
     "StoredChunk": "reader",
@@ -177,6 +181,8 @@ __all__ = [
     "SaveFailed",
     "SaveFinished",
     "SaveSkipped",
+    "Snapshot",
+    "SnapshotPart",
     "Span",
     "StageError",
     "StatefulError",

@@ -32,6 +32,7 @@ from .manifest import names_of
 from .piece_writes import PieceWriter
 from .plan import WritePlan
 from .request import SaveJob
+from .snapshot_source import SnapshotSource
 from .staging import Staging, staging_nbytes
 from .tail import Tail
 
@@ -59,22 +60,31 @@ class WritePipeline:
         keep_buffers: bool,
         max_host_nbytes: int | None,
         checksum: Checksum,
+        spare_buffer: bool = False,
     ) -> None:
         self._storage = storage
         self._threads = threads
         self._keep_buffers = keep_buffers
         self._max_host_nbytes = max_host_nbytes
         self._checksum = checksum
+        self._spare_buffer = spare_buffer
         self._buffer: tuple[WritePlan, StagingBuffer] | None = None
+        self._source: SnapshotSource | None = None  # of the save that is in the buffer
         self._is_lost = False  # a device may still write into it
         self._turns = anyio.Semaphore(AT_ONCE)
 
     async def take_memory(self, plan: WritePlan, tail_nbytes: int, *, pin_for: torch.device | None) -> StagingBuffer:
         """Have host memory for a plan's file, with a tail of frozen values of so many bytes; pinned for a device.
 
+        What was staged in it before is gone, when those who read that have ended.
+
         Raises:
             StageError: there is not enough of it.
         """
+        if self._source is not None:
+            if not await self._source.take_back(waits=not self._spare_buffer):
+                self._buffer = None  # who reads it has it
+            self._source = None
         if (
             self._buffer is None
             or self._buffer[0] is not plan
@@ -98,7 +108,14 @@ class WritePipeline:
     def finish(self) -> None:
         """Give the memory back, unless it is to be kept."""
         if not self._keep_buffers:
-            self._buffer = None
+            self.close()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._buffer = None
+        if self._source is not None:
+            self._source.let_go()
+            self._source = None
 
     async def run(
         self, job: SaveJob, plan: WritePlan, buffer: StagingBuffer, tail: Tail, file: str, *, seed: int | None = None
@@ -122,6 +139,11 @@ class WritePipeline:
         Cancellation: takes effect after the copy or write under way.
         """
         job.log.report("stage", total=plan.share.layout.tail + tail.nbytes)
+        if isinstance(buffer, Staging):
+            self._source = job.source
+            job.source.offer(plan, buffer)
+        else:
+            job.source.refuse("this save goes through bounded memory (max_host_bytes), which never has all of it")
         job.captured.values.extend(captured_cuts(job.captured.values, plan.cuts))
         table_crc = 0
         comparing = _Comparing(job, plan.comparison, seed)

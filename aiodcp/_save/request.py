@@ -15,6 +15,7 @@ from .._telemetry.progress import ProgressLog
 from .._telemetry.timeline import Timeline
 from ..errors import TornSnapshotError
 from .plan_cache import CachedPlan
+from .snapshot_source import SnapshotSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class SaveJob:
         device_copies: brings tensors from devices.
         tears: sees whether the captured tensors change before they are staged; None not to look.
         custom_metadata: returns the custom metadata, encoded; called at the commit.
+        source: of snapshots of what is staged.
         queued: reached when all copies from devices are queued, or no tensor must be waited for.
     """
 
@@ -34,6 +36,7 @@ class SaveJob:
     tears: TearDetector | None
     checkpoint_id: str
     custom_metadata: Callable[[], bytes]
+    source: SnapshotSource
     queued: MilestoneSource
     staged: MilestoneSource
     uploaded: MilestoneSource

@@ -361,6 +361,11 @@ class Saver:
             return []
         return await find_replaced(self._storage, jobs[0].checkpoint_id, manifest.files(save_id))
 
+    def close(self) -> None:
+        """Give all host memory back."""
+        for pipeline in self._pipelines.values():
+            pipeline.close()
+
     def _pipeline_of(self, name: str | None) -> WritePipeline:
         name = None if self._share_pipeline else name
         if name not in self._pipelines:
@@ -369,5 +374,6 @@ class Saver:
 
     def _keep_only(self, names: set[str | None]) -> None:
         """Let go of host memory and plans of states that the last checkpoint had not."""
-        self._pipelines = {name: pipeline for name, pipeline in self._pipelines.items() if name in names}
+        for name in [name for name in self._pipelines if name not in names]:
+            self._pipelines.pop(name).close()
         self._plans.keep_only(names)

@@ -4,5 +4,14 @@ from .checkpoint import Checkpoint
 from .checkpointer import Checkpointer
 from .joint import JointCheckpoint, joint_checkpoint
 from .optimizer_guard import Guard
+from .snapshot import Snapshot, SnapshotPart
 
-__all__ = ["Checkpoint", "Checkpointer", "Guard", "JointCheckpoint", "joint_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Checkpointer",
+    "Guard",
+    "JointCheckpoint",
+    "Snapshot",
+    "SnapshotPart",
+    "joint_checkpoint",
+]

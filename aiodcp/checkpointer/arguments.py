@@ -36,6 +36,7 @@ class Options:
     no_dist: bool
     timeout: float
     keep_buffers: bool
+    spare_buffer: bool
     max_host_bytes: int | None
     check_torn: bool
     copy_threads: int

@@ -12,10 +12,12 @@ from .._engine.device_copies import DeviceCopies
 from .._engine.loop import Engine
 from .._engine.milestone import Handle, Milestone, MilestoneSource
 from .._log import SafeLogger
+from .._save.snapshot_source import SnapshotSource
 from .._state.tear_detector import TearDetector
 from .._telemetry.progress import Progress, ProgressLog
 from .._telemetry.timeline import Timeline
 from ..errors import CheckpointError, ClosedError, RankError, SaveCancelled, SaveError
+from .snapshot import SnapshotBlock
 
 log: SafeLogger = SafeLogger(__name__)
 
@@ -43,11 +45,13 @@ class SaveState:
         operation: what the ranks do for it; None before it has begun.
         tears: sees whether captured tensors change before they are staged; None not to look.
         device_copies: brings tensors from devices.
+        source: of snapshots of what is staged.
         blocked_by: returns the name of a participant that staging waits for, and that may need this very thread.
     """
 
-    def __init__(self, checkpoint_id: str, engine: Engine) -> None:
+    def __init__(self, checkpoint_id: str, engine: Engine, owner: object) -> None:
         self.checkpoint_id = checkpoint_id
+        self.source: SnapshotSource = SnapshotSource(owner)
         self.queued: MilestoneSource = MilestoneSource("queued")
         self.staged: MilestoneSource = MilestoneSource("staged")
         self.uploaded: MilestoneSource = MilestoneSource("uploaded")
@@ -170,6 +174,24 @@ class Checkpoint(Handle):
                 current stream captures a graph, which cannot wait for what is outside of it.
         """
         self._state.fence()
+
+    def snapshot(self) -> SnapshotBlock:
+        """Read what is staged, before it is uploaded: views of the staging buffer, kept while the block runs.
+
+            async with ckpt.snapshot() as view:  # or `with`, without an event loop
+                for fqn, tensor in view.items():
+                    await send(fqn, tensor)
+
+        Entering waits for `staged`. The next save waits for the end of the block; with `spare_buffer=True` it takes a
+        second buffer instead. Afterwards the tensors are not to be used: copy what is to be kept.
+
+        Raises:
+            SaveError: on entering: the save failed before it was staged; a later save has taken the buffer; or with
+                `max_host_bytes` the buffer never has all of it.
+
+        Cancellation: of the wait for `staged`; the save goes on.
+        """
+        return SnapshotBlock(self.checkpoint_id, self.staged, self._state.source)
 
     def cancel(self) -> None:
         """Ask for the save to stop. Returns at once; from any thread.

@@ -57,6 +57,8 @@ class Checkpointer(SyncContext):
         keep_buffers: keep the staging buffer, which is as large as this rank's part of the checkpoint, from save to
             save. False gives the memory back after each, and the next save takes longer to stage: fresh memory must
             be touched first.
+        spare_buffer: take a second staging buffer for a save that begins while a `Checkpoint.snapshot` of the one
+            before is read, instead of waiting for the end of that.
         max_host_bytes: of staging memory on this rank. A checkpoint that is larger goes through it in windows, and
             `staged` comes when the last window is copied: when most of it is written. By default as much as it takes.
         check_torn: fail a save whose tensors changed before they were staged, with `TornSnapshotError`. It is seen by
@@ -83,6 +85,7 @@ class Checkpointer(SyncContext):
         no_dist: bool = False,
         timeout: float = 600.0,
         keep_buffers: bool = True,
+        spare_buffer: bool = False,
         max_host_bytes: int | None = None,
         check_torn: bool = True,
         copy_threads: int | None = None,
@@ -99,6 +102,7 @@ class Checkpointer(SyncContext):
                 no_dist=no_dist,
                 timeout=timeout,
                 keep_buffers=keep_buffers,
+                spare_buffer=spare_buffer,
                 max_host_bytes=max_host_bytes,
                 check_torn=check_torn,
                 copy_threads=copy_threads if copy_threads is not None else default_copy_threads(),

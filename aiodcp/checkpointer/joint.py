@@ -153,7 +153,7 @@ class JointSave:
 
     def new_part(self, name: str) -> Part:
         """Return a participant of that name, whose state is still to be taken."""
-        state = SaveState(self.checkpoint_id, self._session.flows.engine)
+        state = SaveState(self.checkpoint_id, self._session.flows.engine, self._session.saves)
         state.operation = self._operation
         state.mark_retrieved()  # a failure is raised when the block is left
         state.uploaded.check_before(self._refuse_uploaded)

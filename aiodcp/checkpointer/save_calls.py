@@ -25,7 +25,16 @@ from .._state.flatten import KnownNames
 from .._state.planner_capture import capture_planned
 from .._state.tear_detector import TearDetector
 from .._telemetry.trace import Trace
-from ..errors import ArgumentError, BusyError, CheckpointError, ClosedError, SaveCancelled, SaveError, StageError
+from ..errors import (
+    ArgumentError,
+    BusyError,
+    CheckpointError,
+    ClosedError,
+    DeadlockError,
+    SaveCancelled,
+    SaveError,
+    StageError,
+)
 from ..storage.retry import RetryingStorage
 from .arguments import CheckpointId, EncodeMetadata, OnBusy, Options, check_id, check_on_busy, digest_of
 from .capture_call import captured_here
@@ -33,6 +42,7 @@ from .checkpoint import EarlierFailureError, SaveState
 from .flows import Flows
 from .handshake import Handshake
 from .optimizer_guard import Guard, Guards
+from .snapshot import is_inside_snapshot_of
 
 
 class SaveCalls:
@@ -66,6 +76,7 @@ class SaveCalls:
             keep_buffers=options.keep_buffers,
             max_host_nbytes=options.max_host_bytes,
             checksum=options.checksum,
+            spare_buffer=options.spare_buffer,
         )
         self._streams = streams
         self._saver = Saver(
@@ -81,6 +92,7 @@ class SaveCalls:
     def close(self) -> None:
         """Give the host memory back, and let optimizers step."""
         self._guards.close()
+        self._saver.close()
         del self._saver
 
     # --- one state
@@ -99,6 +111,7 @@ class SaveCalls:
         flows.check_open()
         if on_busy == "wait":
             flows.refuse_inside("save")
+        self.refuse_inside_snapshot()
         number = flows.count_call()
         is_skipped = on_busy in ("skip", "raise") and await flows.skips.ask()
         handshake: Handshake[SaveJob] = Handshake()
@@ -146,7 +159,7 @@ class SaveCalls:
         return error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
 
     def _begin(self, number: int, path: str, checkpoint_id: CheckpointId, handshake: Handshake[SaveJob]) -> SaveState:
-        state = SaveState(path, self._flows.engine)
+        state = SaveState(path, self._flows.engine, self)
 
         async def save(operation: Operation) -> list[str]:
             try:
@@ -238,6 +251,7 @@ class SaveCalls:
             tears=state.tears,
             checkpoint_id=state.checkpoint_id,
             custom_metadata=custom_metadata,
+            source=state.source,
             queued=state.queued,
             staged=state.staged,
             uploaded=state.uploaded,
@@ -270,6 +284,7 @@ class SaveCalls:
         flows = self._flows
         flows.check_open()
         flows.refuse_inside("prepare")
+        self.refuse_inside_snapshot()
         take = captured_here(lambda: self._capture_plain(state_dict), is_alone=flows.channel is None)
         operation = flows.operation(OperationKind.PREPARE, ClosedError("the preparation was cancelled"))
 
@@ -293,6 +308,18 @@ class SaveCalls:
                 state.fence()
             elif (tears := state.tears) is not None:
                 tears.begins_step(optimizer)
+
+    def refuse_inside_snapshot(self) -> None:
+        """Refuse what needs the staging buffer in a block that keeps it.
+
+        Raises:
+            DeadlockError: the caller is in the block of a snapshot of one of these saves.
+        """
+        if not self._options.spare_buffer and is_inside_snapshot_of(self):
+            raise DeadlockError(
+                "the next save needs the staging buffer, which this snapshot's block keeps: leave the block first, or "
+                "use Checkpointer(spare_buffer=True), which takes a second buffer"
+            )
 
     # --- failures that were not retrieved
 

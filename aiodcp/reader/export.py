@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from anyio import to_thread
@@ -20,11 +21,12 @@ from .._state.name_patterns import Names, matcher
 from .._telemetry.progress_bar import Bar, NoBar
 from ..checkpointer.arguments import CheckpointId
 from ..checkpointer.checkpointer import Checkpointer
+from ..checkpointer.snapshot import Snapshot
 from ..errors import ArgumentError, NotACheckpointError, WriteError
 from ..storage.base import Storage
 from ..storage.object_urls import scheme_of
 from .stored_checkpoint import StoredCheckpoint, open_checkpoint
-from .stored_values import StoredTensor
+from .stored_values import StoredTensor, StoredValue
 
 SHARD_NBYTES = 5_000_000_000
 """Of one file of safetensors at most, unless a tensor is larger. Source: Hugging Face's `save_pretrained`."""
@@ -49,8 +51,44 @@ class Exported:
     left_out: list[str]
 
 
+class _Source(Protocol):
+    """What is exported: a checkpoint, or a snapshot."""
+
+    @property
+    def checkpoint_id(self) -> str: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __getitem__(self, fqn: str, /) -> StoredTensor | StoredValue: ...
+    async def read(self, what: list[str], /, *, dtype: torch.dtype | None = None) -> Any: ...
+
+
+class _Staged:
+    """A snapshot, as a source."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self.checkpoint_id = snapshot.checkpoint_id
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._snapshot)
+
+    def __getitem__(self, fqn: str) -> StoredTensor:
+        shape, tensor = self._snapshot.shape(fqn), self._snapshot[fqn]
+        if tensor.shape != shape:
+            problem = f"{fqn} is sharded, and only a part of it is staged on this rank: export the checkpoint instead"
+            raise ArgumentError("source", problem)
+        return StoredTensor(fqn=fqn, path=(fqn,), shape=shape, dtype=tensor.dtype, nbytes=tensor.nbytes, chunks=())
+
+    async def read(self, what: list[str], *, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        tensors = {fqn: self._snapshot[fqn] for fqn in what}
+        if dtype is None:
+            return tensors
+        return await to_thread.run_sync(
+            lambda: {fqn: each.to(dtype) if each.is_floating_point() else each for fqn, each in tensors.items()}
+        )
+
+
 async def export(
-    checkpoint_id: CheckpointId,
+    source: CheckpointId | StoredCheckpoint | Snapshot,
     out: str | os.PathLike[str],
     *,
     format: Format = "safetensors",  # noqa: A002
@@ -68,10 +106,15 @@ async def export(
         await aiodcp.export("run/step-100", "hf", include="model", rename={"model": ""}, dtype=torch.bfloat16)
         model.config.save_pretrained("hf")
 
+    or, while the checkpoint is still uploaded:
+
+        async with ckpt.snapshot() as view:
+            await aiodcp.export(view, "hf", include="model", rename={"model": ""})
+
     Nothing is seen under its name before it is whole, and an index comes last.
 
     Args:
-        checkpoint_id: which; as for `aiodcp.open`.
+        source: a checkpoint, by its id as for `aiodcp.open`, or open; or a snapshot of which this rank has all.
         out: a directory, which is made; for "torch" a file.
         format: "safetensors", with Hugging Face's index if it is more than one file; or "torch", nested as saved.
         include, exclude: see `Checkpointer.load`; of the names that are stored.
@@ -98,19 +141,26 @@ async def export(
         raise ArgumentError("format", f'must be "safetensors" or "torch", got {format!r}')
     if type(shard_nbytes) is not int or shard_nbytes < 1:
         raise ArgumentError("shard_nbytes", f"must be a positive integer, got {shard_nbytes!r}")
-    async with open_checkpoint(checkpoint_id, storage=storage) as checkpoint:
-        names = _names(checkpoint, include, exclude, rename)
+    async with AsyncExitStack() as stack:
+        found: StoredCheckpoint | _Staged
+        if isinstance(source, StoredCheckpoint):
+            found = source
+        elif isinstance(source, Snapshot):
+            found = _Staged(source)
+        else:
+            found = await stack.enter_async_context(open_checkpoint(source, storage=storage))
+        names = _names(found, include, exclude, rename)
         if format == "torch":
             if rename is not None or tied:
                 raise ArgumentError("rename" if tied is None else "tied", "is for safetensors, whose names are flat")
-            return await _export_torch(checkpoint, list(names), target, dtype)
-        writer = _Safetensors(checkpoint, Path(target), names, dtype, dict(tied or {}), bar or NoBar())
+            if isinstance(found, _Staged):
+                raise ArgumentError("format", "a snapshot has only tensors: export it as safetensors")
+            return await _export_torch(found, list(names), target, dtype)
+        writer = _Safetensors(found, Path(target), names, dtype, dict(tied or {}), bar or NoBar())
         return await writer.write(shard_nbytes)
 
 
-def _names(
-    checkpoint: StoredCheckpoint, include: Names | None, exclude: Names | None, rename: Rename | None
-) -> dict[str, str]:
+def _names(checkpoint: _Source, include: Names | None, exclude: Names | None, rename: Rename | None) -> dict[str, str]:
     """Return the names in the files, by stored ones."""
     is_in = matcher(include, "include") if include is not None else lambda fqn: True
     is_out = matcher(exclude, "exclude") if exclude is not None else lambda fqn: False
@@ -154,7 +204,7 @@ class _Safetensors:
 
     def __init__(
         self,
-        checkpoint: StoredCheckpoint,
+        checkpoint: _Source,
         folder: Path,
         names: Mapping[str, str],
         dtype: torch.dtype | None,

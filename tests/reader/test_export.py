@@ -45,6 +45,27 @@ async def test_a_model_out_of_a_training_checkpoint(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["model.safetensors"]
 
 
+async def test_a_snapshot_and_an_open_checkpoint(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.randn(3, 4), "b": torch.randn(3).half()}, "n": 3}
+    async with Checkpointer(no_dist=True) as checkpointer:
+        ckpt = await checkpointer.save(state, tmp_path / "ckpt")
+        async with ckpt.snapshot() as view:
+            await aiodcp.export(view, tmp_path / "a", rename={"model": ""})
+            await aiodcp.export(view, tmp_path / "half", dtype=torch.float16)
+            with pytest.raises(ArgumentError, match="only tensors"):
+                await aiodcp.export(view, tmp_path / "state.pt", format="torch")
+        await ckpt.uploaded
+    async with aiodcp.open(tmp_path / "ckpt") as stored:
+        await aiodcp.export(stored, tmp_path / "b", rename={"model": ""})
+        assert_equal(state["model"]["w"], await stored.read("model.w"))  # type: ignore[index]
+    for folder in ("a", "b"):
+        assert_equal(
+            state["model"], dict(sorted(load_file(tmp_path / folder / "model.safetensors").items(), reverse=True))
+        )
+    halves = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in halves.values()} == {torch.float16}
+
+
 async def test_shards_are_of_a_bounded_size_and_load_again(tmp_path: Path) -> None:
     state = {f"w{number}": torch.full((100,), float(number)) for number in range(10)} | {"n": 3}
     await save(state, tmp_path / "ckpt")
