@@ -63,9 +63,11 @@ if TYPE_CHECKING:
     from .checkpointer import SnapshotPart as SnapshotPart
     from .checkpointer import joint_checkpoint as joint_checkpoint
     from .manager import CheckpointManager as CheckpointManager
+    from .manager import InitialLoad as InitialLoad
     from .manager import RestoredStep as RestoredStep
     from .manager.lease import lease as lease
     from .manager.lease import lease_sync as lease_sync
+    from .manager.steps import Step as Step
     from .manager.watch import WatchedStep as WatchedStep
     from .manager.watch import watch as watch
     from .manager.watch import watch_sync as watch_sync
@@ -100,6 +102,7 @@ _LAZY = {
     "Difference": "reader",
     "Exported": "reader",
     "Guard": "checkpointer",
+    "InitialLoad": "manager",
     "JointCheckpoint": "checkpointer",
     "LocalStorage": "storage",
     "MemoryStorage": "storage",
@@ -111,6 +114,7 @@ _LAZY = {
     "Retry": "storage.retry",
     "Snapshot": "checkpointer",
     "SnapshotPart": "checkpointer",
+    "Step": "manager.steps",
     "Storage": "storage",
     "StoredCheckpoint": "reader",
     "StoredChunk": "reader",
@@ -152,6 +156,7 @@ __all__ = [
     "FellBack",
     "FormatError",
     "Guard",
+    "InitialLoad",
     "JointCheckpoint",
     "LeftoverRemoved",
     "LoadError",
@@ -187,6 +192,7 @@ __all__ = [
     "StageError",
     "StatefulError",
     "Stats",
+    "Step",
     "StepRemoved",
     "Storage",
     "StoredCheckpoint",

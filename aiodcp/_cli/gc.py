@@ -11,7 +11,8 @@ from .._format.naming import is_leftover
 from .._log import SafeLogger
 from ..errors import ArgumentError
 from ..manager.retention import Retention
-from ..manager.steps import list_steps, remove_leftovers, remove_step, step_path
+from ..manager.step_names import find_names
+from ..manager.steps import list_steps, remove_leftovers, remove_step
 from ..storage.base import Storage
 from ..storage.leases import unless_leased
 from ..storage.object_urls import scheme_of
@@ -42,14 +43,15 @@ async def _collect(storage: Storage, root: str, retention: Retention, dry_run: b
             if scheme_of(root) is not None:
                 problem += "; or one was killed a minute ago or less"
             raise ArgumentError("root", problem)
-        to_remove = retention.to_remove((await list_steps(storage, root)).steps)
+        names = find_names(await storage.list_children(root))
+        to_remove = retention.to_remove((await list_steps(storage, root, names)).steps)
         if dry_run:
             return _explain(to_remove, await rows_of(storage, root))
-        leftovers = await remove_leftovers(storage, root, lambda name: False, is_leftover)
+        leftovers = await remove_leftovers(storage, root, lambda name: False, is_leftover, names)
         for step in list(to_remove):
-            async with unless_leased(storage, step_path(root, step)) as is_free:
+            async with unless_leased(storage, names.path(root, step)) as is_free:
                 if is_free:
-                    await remove_step(storage, step_path(root, step), set())
+                    await remove_step(storage, names.path(root, step), set())
                 else:
                     log.warning("step %d is leased by a process that reads it, and is kept", step)
                     to_remove.remove(step)

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from .._format.naming import METADATA_NAME
 from ..errors import ArgumentError, NotACheckpointError
-from ..manager.steps import step_of, step_path
+from ..manager.step_names import find_names
 from ..reader.stored_checkpoint import StoredCheckpoint, open_checkpoint
 from ..storage.auto import locate
 from ..storage.base import Storage
@@ -44,9 +44,11 @@ async def naming_steps(checkpoint_id: str, storage: Storage | None = None) -> As
 
 async def _find_newest_step(storage: Storage, root: str) -> str:
     """Return the complete step with the largest number below `root`; empty if there is none."""
-    steps = [step for name in await storage.list_children(root) if (step := step_of(name)) is not None]
+    children = await storage.list_children(root)
+    names = find_names(children)
+    steps = [step for name in children if (step := names.step_of(name)) is not None]
     for step in sorted(steps, reverse=True):
-        path = step_path(root, step)
+        path = names.path(root, step)
         if METADATA_NAME in await storage.list_files(path):
             return path
     return ""

@@ -28,6 +28,14 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: "3 h"."""
+    for limit, unit, length in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600), (float("inf"), "d", 86_400)):
+        if seconds < limit:
+            return f"{max(seconds, 0) / length:.0f} {unit}"
+    raise AssertionError
+
+
 def printable(text: str, *, keep: str = "\n") -> str:
     """Return text with what a terminal would act upon written out; names in a checkpoint may hold anything."""
     return "".join(

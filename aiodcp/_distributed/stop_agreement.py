@@ -29,14 +29,16 @@ _POLL_S = 0.1
 class StopAgreement:
     """One rank's view. `stops_at` is called by the training, all else by the thread that listens."""
 
-    def __init__(self, *, store: Any, rank: int, size: int, root: int) -> None:
+    def __init__(self, *, store: Any, rank: int, size: int, root: int, name: str = "preempt") -> None:
         """Begin.
 
         Args:
-            store: shared by the ranks, for this agreement only.
+            store: shared by the ranks.
             rank, size, root: this rank, how many there are, the coordinator.
+            name: of this agreement, under which nothing else is in the store.
         """
         self._store = store
+        self._name = name
         self._rank, self._size, self._root = rank, size, root
         self._lock = threading.Lock()
         self._answered = -1  # up to which step the answer was no
@@ -50,7 +52,7 @@ class StopAgreement:
         Raises:
             RuntimeError: the process that holds the store is gone.
         """
-        return self._store.get("preempt/reason").decode() if self._store.check(["preempt/reason"]) else ""
+        return self._store.get(self._key("reason")).decode() if self._store.check([self._key("reason")]) else ""
 
     def freeze(self) -> None:
         """From now on answer no more questions about later steps before the ranks have agreed."""
@@ -65,21 +67,24 @@ class StopAgreement:
             sleep: sleeps for some seconds; false if the agreement is not wanted any more.
         """
         try:
-            self._store.set("preempt/reason", reason)
-            self._store.set(f"preempt/step/{self._rank}", str(self._answered))
+            self._store.set(self._key("reason"), reason)
+            self._store.set(self._key(f"step/{self._rank}"), str(self._answered))
             if self._rank == self._root:
-                keys = [f"preempt/step/{rank}" for rank in range(self._size)]
+                keys = [self._key(f"step/{rank}") for rank in range(self._size)]
                 if self._wait_for(keys, sleep):
                     latest = max(int(self._store.get(key)) for key in keys)
-                    self._store.set("preempt/at", str(latest + 1))
-            if self._wait_for(["preempt/at"], sleep):
-                self._at = int(self._store.get("preempt/at"))
+                    self._store.set(self._key("at"), str(latest + 1))
+            if self._wait_for([self._key("at")], sleep):
+                self._at = int(self._store.get(self._key("at")))
                 self._decided.set()
                 return self._at == 0
         except RuntimeError as error:
             log.warning("the ranks cannot agree on a step to stop at: %s", error)
             self._decided.set()
         return False
+
+    def _key(self, part: str) -> str:
+        return f"{self._name}/{part}"
 
     def _wait_for(self, keys: list[str], sleep: Callable[[float], bool]) -> bool:
         while not self._store.check(keys):

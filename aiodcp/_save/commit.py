@@ -10,8 +10,9 @@ from anyio import CancelScope
 
 from .._format.naming import METADATA_NAME, is_leftover
 from .._log import SafeLogger
-from ..errors import SaveError
+from ..errors import SaveError, WriteError
 from ..storage.base import Storage, remove_all
+from ..storage.error_mapping import write_errors
 
 log = SafeLogger(__name__)
 
@@ -59,6 +60,20 @@ def live(save_id: str) -> Iterator[None]:
 def is_live(name: str) -> bool:
     """Whether a file of this name belongs to a save that is under way in this process."""
     return any(save_id in name for save_id in _live)
+
+
+async def refuse_existing(storage: Storage, checkpoint_id: str) -> None:
+    """Raise `WriteError` if there is a checkpoint."""
+    path = storage.describe(checkpoint_id, METADATA_NAME)
+    try:
+        with write_errors(path):
+            async with storage.open(checkpoint_id, METADATA_NAME):
+                pass
+    except WriteError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return
+        raise
+    raise WriteError(path, "there is a checkpoint already, and overwrite=False")
 
 
 async def commit(storage: Storage, checkpoint_id: str, content: bytes, files: set[str]) -> None:

@@ -26,6 +26,7 @@ class SaveJob:
         device_copies: brings tensors from devices.
         tears: sees whether the captured tensors change before they are staged; None not to look.
         custom_metadata: returns the custom metadata, encoded; called at the commit.
+        overwrite: whether a checkpoint that is there already may be replaced.
         source: of snapshots of what is staged.
         queued: reached when all copies from devices are queued, or no tensor must be waited for.
     """
@@ -42,6 +43,7 @@ class SaveJob:
     uploaded: MilestoneSource
     log: ProgressLog
     timeline: Timeline
+    overwrite: bool = True
 
     def release_tensors(self) -> None:
         """Let the caller change and free the tensors."""

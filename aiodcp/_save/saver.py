@@ -25,7 +25,16 @@ from .._state.capture import Capture
 from ..storage.base import Storage, object_limits
 from ..storage.error_mapping import write_errors
 from .bounded_staging import largest_piece
-from .commit import UncommittedFiles, commit, find_replaced, live, may_be_committed, remove_files, remove_if_empty
+from .commit import (
+    UncommittedFiles,
+    commit,
+    find_replaced,
+    live,
+    may_be_committed,
+    refuse_existing,
+    remove_files,
+    remove_if_empty,
+)
 from .manifest import ByteRange, ManifestTemplate, names_of
 from .pipeline import WritePipeline
 from .plan_cache import CachedPlan, PlanCache
@@ -286,6 +295,8 @@ class Saver:
         async def write(cached: CachedPlan) -> tuple[list[ByteRange], int, int]:
             nonlocal voting
             await files.lock_once()
+            if operation.is_coordinator and not job.overwrite:
+                await refuse_existing(self._storage, job.checkpoint_id)
             tail, ranges = lay_tail(cached, job.captured)
             buffer = await pipeline.take_memory(cached.plan, tail.nbytes, pin_for=job.device_copies.first_device)
             files.names += names_of(file, cached.layout)
@@ -337,6 +348,8 @@ class Saver:
                 return None
             manifest = await self._plans.manifest_of([part.plan for part in parts])
             await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
+            if not all(part.job.overwrite for part in parts):
+                await refuse_existing(self._storage, path)
             ranges = [[part.plan.frozen_ranges[rank] for rank in range(operation.size)] for part in parts]
             with write_errors(self._storage.describe(path, METADATA_NAME)):
                 tables = manifest.in_order_of_files(save_id, [part.tables for part in parts])

@@ -143,6 +143,7 @@ class Checkpointer(SyncContext):
         *,
         planner: SavePlanner | None = ...,
         custom_metadata: Mapping[str, Any] | None = ...,
+        overwrite: bool = ...,
         on_busy: Literal["wait", "raise"] = ...,
     ) -> Checkpoint: ...
 
@@ -154,6 +155,7 @@ class Checkpointer(SyncContext):
         *,
         planner: SavePlanner | None = ...,
         custom_metadata: Mapping[str, Any] | None = ...,
+        overwrite: bool = ...,
         on_busy: OnBusy,
     ) -> Checkpoint | None: ...
 
@@ -164,6 +166,7 @@ class Checkpointer(SyncContext):
         *,
         planner: SavePlanner | None = None,
         custom_metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = True,
         on_busy: OnBusy = "wait",
     ) -> Checkpoint | None:
         """Begin to save `state_dict`, and return as soon as it is captured.
@@ -185,6 +188,7 @@ class Checkpointer(SyncContext):
                 and shape that it planned.
             custom_metadata: small facts as JSON that are committed with the checkpoint; `read_custom_metadata`
                 returns them. With several ranks the coordinator's.
+            overwrite: replace a checkpoint that is there already; False fails the save with `WriteError` then.
             on_busy: what to do while another save is in flight: "wait" for its end, in turn; "skip" this one and
                 return None; or "raise" `BusyError`. Of several ranks the coordinator chooses for all.
 
@@ -196,7 +200,9 @@ class Checkpointer(SyncContext):
         Cancellation: while it waits for an earlier save, withdraws this one.
         """
         encode = metadata_encoder(custom_metadata)
-        state = await self._session.saves.save(state_dict, checkpoint_id, encode, planner=planner, on_busy=on_busy)
+        state = await self._session.saves.save(
+            state_dict, checkpoint_id, encode, planner=planner, on_busy=on_busy, overwrite=overwrite
+        )
         return None if state is None else Checkpoint(state)
 
     def guard(self, *optimizers: torch.optim.Optimizer) -> Guard:

@@ -105,6 +105,7 @@ class SaveCalls:
         *,
         planner: SavePlanner | None,
         on_busy: OnBusy,
+        overwrite: bool = True,
     ) -> SaveState | None:
         """Implement `Checkpointer.save`; return None if the save is skipped."""
         flows = self._flows
@@ -133,7 +134,7 @@ class SaveCalls:
             try:
                 await handshake.wait_for_turn()
                 self.raise_unretrieved()  # of the save that this one waited for
-                job = self.capture(state, state_dict, custom_metadata, planner)
+                job = self.capture(state, state_dict, custom_metadata, planner, overwrite=overwrite)
                 if not handshake.hand_over(job):
                     await state.uploaded.reached()  # another rank has failed: raises that
                     raise ClosedError("the Checkpointer was closed before this save was captured")
@@ -229,6 +230,8 @@ class SaveCalls:
         state_dict: Mapping[str, Any],
         custom_metadata: Callable[[], bytes] = bytes,
         planner: SavePlanner | None = None,
+        *,
+        overwrite: bool = True,
     ) -> SaveJob:
         """Take the state as it is now. In the caller's thread."""
         state.log.restart()
@@ -257,6 +260,7 @@ class SaveCalls:
             uploaded=state.uploaded,
             log=state.log,
             timeline=state.timeline,
+            overwrite=overwrite,
         )
 
     def _capture_plain(self, state_dict: Mapping[str, Any]) -> Capture:

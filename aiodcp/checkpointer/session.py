@@ -100,12 +100,15 @@ class Session:
         self.saves.last = None
         return failure
 
-    def stop_agreement(self) -> StopAgreement | None:
-        """Return what the ranks agree with on the step at which they stop, if there are several; while it is open."""
+    def stop_agreement(self, name: str = "preempt") -> StopAgreement | None:
+        """Return what the ranks agree with on the step at which they stop, if there are several; while it is open.
+
+        Several agreements, each on a step, go by their names.
+        """
         channel = self.flows.channel
         if channel is None:
             return None
-        return StopAgreement(store=channel.store, rank=channel.rank, size=channel.size, root=channel.root)
+        return StopAgreement(store=channel.store, rank=channel.rank, size=channel.size, root=channel.root, name=name)
 
     def finish_at_exit(self) -> None:
         """Finish what is under way, as the interpreter ends, and report a failure that was not retrieved."""

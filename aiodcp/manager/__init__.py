@@ -6,16 +6,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .arguments import InitialLoad as InitialLoad
     from .manager import CheckpointManager as CheckpointManager
     from .step_restores import RestoredStep as RestoredStep
 
-__all__ = ["CheckpointManager", "RestoredStep"]
+__all__ = ["CheckpointManager", "InitialLoad", "RestoredStep"]
 
 if not TYPE_CHECKING:  # a type checker is to know the names above, and no others
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import manager, step_restores
+        from . import arguments, manager, step_restores
 
-        return getattr(manager if name == "CheckpointManager" else step_restores, name)
+        home = {"CheckpointManager": manager, "InitialLoad": arguments, "RestoredStep": step_restores}
+        return getattr(home[name], name)

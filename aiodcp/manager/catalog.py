@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import anyio.lowlevel
 
@@ -17,7 +18,8 @@ from ..errors import ClosedError, LoadError, NotACheckpointError, ReadError
 from ..storage.base import Storage
 from ..storage.leases import unless_leased
 from .retention import Retention
-from .steps import Step, in_order, list_steps, read_step, remove_leftovers, remove_step, step_path
+from .step_names import StepNames
+from .steps import Step, in_order, list_steps, read_step, remove_leftovers, remove_step
 
 log: SafeLogger = SafeLogger(__name__)
 
@@ -30,10 +32,20 @@ PAST_UNREADABLE = 1 << 20
 class StepCatalog:
     """One rank's view. What is committed is taken in by the engine's thread, all else is the caller's."""
 
-    def __init__(self, storage: Storage, root: str, retention: Retention) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        root: str,
+        retention: Retention,
+        names: StepNames,
+        *,
+        latest_by: Literal["commit", "number"],
+    ) -> None:
         self.storage = storage
         self.root = root
         self.retention = retention
+        self.names = names
+        self._latest_by = latest_by
         self._lock = threading.Lock()
         self.has_looked: bool = False
         self._known: tuple[Step, ...] = ()
@@ -59,10 +71,14 @@ class StepCatalog:
             raise ClosedError("the CheckpointManager has not been entered: use it inside `async with` or `with`")
         return self._known
 
+    def path(self, step: int) -> str:
+        """Return where the checkpoint of a step is, or will be."""
+        return self.names.path(self.root, step)
+
     @property
     def newest(self) -> list[Step]:
-        """The complete steps, from the one that was committed last."""
-        return in_order(self.known)[::-1]
+        """The complete steps, from the latest one: the one that was committed last, or has the largest number."""
+        return list(self.known[::-1]) if self._latest_by == "number" else in_order(self.known)[::-1]
 
     def change_count(self) -> int:
         """Return how many changes there were, which `update` is given with what `list_complete` has found since."""
@@ -74,7 +90,7 @@ class StepCatalog:
             seen = json.loads(data)
             for step, why in seen["unreadable"]:
                 if step not in self.unreadable:
-                    log.warning("%s is unreadable, and is not listed as a step: %s", step_path(self.root, step), why)
+                    log.warning("%s is unreadable, and is not listed as a step: %s", self.path(step), why)
             self.unreadable = dict(seen["unreadable"])
             found = {
                 step: Step(
@@ -147,7 +163,8 @@ class StepCatalog:
         """Forget the steps that are not to be kept; `prune` removes them, on the rank that does so."""
         with self._lock:
             good = [each for each in self._known if each.step not in self._damaged]
-            to_remove = [step for step in self.retention.to_remove(good) if not self._in_use[step]]
+            latest = next((each.step for each in self.newest), None)
+            to_remove = [step for step in self.retention.to_remove(good, latest=latest) if not self._in_use[step]]
             self._changes += to_remove
             self._set([each for each in self._known if each.step not in to_remove])
             if removes:
@@ -185,7 +202,7 @@ class StepCatalog:
 
     async def list_complete(self) -> bytes:
         """Look which steps are complete, and return that for `update`."""
-        found = await list_steps(self.storage, self.root, exclude=set(self._removing))
+        found = await list_steps(self.storage, self.root, self.names, exclude=set(self._removing))
         steps = [
             [
                 each.step,
@@ -203,7 +220,7 @@ class StepCatalog:
         """Look what others have committed since: the next commit is later than that, too."""
         known = [each.step for each in self.newest]
         try:
-            found = await list_steps(self.storage, self.root, exclude={*known[RECHECKED:], *self._removing})
+            found = await list_steps(self.storage, self.root, self.names, exclude={*known[RECHECKED:], *self._removing})
         except ReadError as error:
             log.warning("cannot check for steps saved by other processes: %s", error)
             return
@@ -220,7 +237,7 @@ class StepCatalog:
         if number is None:  # it had not come to that
             return False
         try:
-            found = await read_step(self.storage, self.root, step)
+            found = await read_step(self.storage, self.root, step, self.names)
         except LoadError:
             return False
         if found.commit_number != number:
@@ -233,7 +250,9 @@ class StepCatalog:
         """Remove leftovers of interrupted saves, and return these steps; None if another process may be saving."""
         try:
             async with self.storage.lock(self.root, exclusive=True) as alone:
-                return await remove_leftovers(self.storage, self.root, is_live) if alone else None
+                if not alone:
+                    return None
+                return await remove_leftovers(self.storage, self.root, is_live, step_names=self.names)
         except OSError as error:  # they cost space, and no more
             log.warning("%s: leftovers of interrupted saves could not be removed: %s", self.root, error)
             return []
@@ -252,9 +271,32 @@ class StepCatalog:
             finally:
                 self._removing.pop(step).reach()
 
+    async def delete(self, step: int) -> bool:
+        """Remove one step, whatever is to be kept; return False if it is leased.
+
+        Raises:
+            OSError: storage failed.
+        """
+        path = self.path(step)
+        async with unless_leased(self.storage, path) as is_free:
+            if is_free:
+                await remove_step(self.storage, path, set())
+            return is_free
+
+    def forget(self, step: int) -> None:
+        """Know of a step no longer: it is removed."""
+        with self._lock:
+            self._changes.append(step)
+            self.unreadable.pop(step, None)
+            self._set([each for each in self._known if each.step != step])
+
+    def is_in_use(self, step: int) -> bool:
+        """Whether the step is being saved or restored."""
+        return self._in_use[step] > 0
+
     async def _remove(self, step: int, seen: set[str], report: Callable[[int, OSError | None], None]) -> None:
         await anyio.lowlevel.checkpoint()
-        path = step_path(self.root, step)
+        path = self.path(step)
         try:
             async with unless_leased(self.storage, path) as is_free:
                 if not is_free and not seen:  # what is half removed is no step any more
@@ -271,11 +313,11 @@ class StepCatalog:
     async def _put_back(self, step: int, seen: set[str]) -> None:
         """Try again later to remove a step: it is known again, or half of it is there, which is none."""
         try:
-            found = await read_step(self.storage, self.root, step)
+            found = await read_step(self.storage, self.root, step, self.names)
         except NotACheckpointError:
             self._half_removed[step] = seen
         except LoadError as error:
-            log.warning("%s: cannot tell whether the step still exists: %s", step_path(self.root, step), error)
+            log.warning("%s: cannot tell whether the step still exists: %s", self.path(step), error)
         else:
             with self._lock:
                 self._add(found)

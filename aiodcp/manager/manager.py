@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, Unpack, overload
 
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
+from .._distributed.stop_agreement import StopAgreement
 from .._engine.milestone import Milestone
 from .._engine.sync_bridge import SyncContext, sync_method
 from .._load.options import LoadOptions, Rename
+from .._state.name_patterns import Names
 from ..checkpointer.arguments import OnBusy, check_id
 from ..checkpointer.checkpoint import Checkpoint
 from ..checkpointer.checkpointer import Checkpointer, session_of
 from ..checkpointer.joint import JointCheckpoint
-from ..errors import ArgumentError, NotACheckpointError, SaveCancelled
-from .arguments import Options
+from ..errors import ArgumentError, SaveCancelled
+from .arguments import InitialLoad, ManagerArguments, Options
 from .catalog import StepCatalog
 from .deadline import Deadline
-from .events import Event, Stats
+from .events import Event
+from .pacing import Pacing
 from .reporter import Reporter
 from .retention import Best, Retention
+from .step_names import STEP_FORMAT, StepNames
+from .step_removals import StepRemovals
 from .step_restores import RestoredStep, StepRestores
 from .step_saves import StepSaves
-from .steps import step_path
+from .step_view import StepView
+from .steps import Step
 from .stopping import Stopping
-from .watch import After, WatchedStep, sync_iterator
 
 CLEAR_UP_S = 1.0  # of the time that preemption leaves: to remove what was written of a save that is given up
 
@@ -41,7 +46,7 @@ else:
     SaveT = TypeVar("SaveT")
 
 
-class CheckpointManager(SyncContext, Generic[SaveT]):
+class CheckpointManager(StepView, SyncContext, Generic[SaveT]):
     """Checkpoints of a training run, one a step, below one root.
 
         async with aiodcp.CheckpointManager("checkpoints", keep_last=3, save_interval=100) as manager:
@@ -55,19 +60,28 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
     saves are never listed, and are removed with the first save, unless another process that saves below this root is
     alive.
 
-    Without an event loop the same calls are `with`, `save_sync`, `restore_sync`, `refresh_sync` and `close`.
+    Without an event loop the same calls are `with`, `save_sync`, `restore_sync`, `refresh_sync`, `delete_sync` and
+    `close`.
 
     Of several ranks all open the manager and make the same calls; one of them, the coordinator, lists and removes.
 
     Args:
         root: the directory of the steps; made with the first of them.
         checkpointer: saves and loads; one that is not open yet. By default `Checkpointer()`.
+        step_format: what a step's directory is called: "checkpoint-{step}", "iter_{step:07d}".
         keep_last: how many of the newest steps to keep; None for all. The others are removed in the background, after a
             commit and never before it, and never the newest.
         keep_every: also keep every step that is a multiple of this.
         keep_best: also keep the step with the best value of a metric, ("loss", "min") or ("accuracy", "max"); a third
             item says how many.
+        keep_for_s: keep the steps of the last so many seconds; instead of `keep_last` or beside it.
+        keep_every_s: also keep one step for every so many seconds.
+        keep_if: also keep the steps for which this function of a `Step` is true.
         save_interval: steps between those for which `should_save` is true.
+        save_every_s: seconds between two saves, after which `should_save` is true; by the coordinator's clock.
+        save_first, last_step: also for step 1, and for the last one.
+        latest_by: which step is `latest`: the one that was committed last, also after going back, or as torchtitan has
+            it the one with the largest "number".
         on_busy: what a save does while another is in flight: see `Checkpointer.save`.
         on_error: "raise" the failure of a save that was not awaited, from the next save or on leaving; or "warn", in
             the log and by an event, and go on: an occasional outage of the storage does not end the run.
@@ -87,18 +101,8 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         self: CheckpointManager[Checkpoint],
         root: str | os.PathLike[str],
         *,
-        checkpointer: Checkpointer | None = ...,
-        keep_last: int | None = ...,
-        keep_every: int | None = ...,
-        keep_best: Best | None = ...,
-        save_interval: int | None = ...,
         on_busy: Literal["wait", "raise"] = ...,
-        on_error: Literal["raise", "warn"] = ...,
-        signals: Sequence[signal.Signals] = ...,
-        grace_s: float = ...,
-        deadline: float | None = ...,
-        progress: bool = ...,
-        on_event: Callable[[Event], None] | None = ...,
+        **options: Unpack[ManagerArguments],
     ) -> None: ...
 
     @overload
@@ -106,18 +110,8 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         self: CheckpointManager[Checkpoint | None],
         root: str | os.PathLike[str],
         *,
-        checkpointer: Checkpointer | None = ...,
-        keep_last: int | None = ...,
-        keep_every: int | None = ...,
-        keep_best: Best | None = ...,
-        save_interval: int | None = ...,
         on_busy: OnBusy,
-        on_error: Literal["raise", "warn"] = ...,
-        signals: Sequence[signal.Signals] = ...,
-        grace_s: float = ...,
-        deadline: float | None = ...,
-        progress: bool = ...,
-        on_event: Callable[[Event], None] | None = ...,
+        **options: Unpack[ManagerArguments],
     ) -> None: ...
 
     def __init__(
@@ -125,10 +119,18 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         root: str | os.PathLike[str],
         *,
         checkpointer: Checkpointer | None = None,
+        step_format: str = STEP_FORMAT,
         keep_last: int | None = None,
         keep_every: int | None = None,
         keep_best: Best | None = None,
+        keep_for_s: float | None = None,
+        keep_every_s: float | None = None,
+        keep_if: Callable[[Step], bool] | None = None,
         save_interval: int | None = None,
+        save_every_s: float | None = None,
+        save_first: bool = False,
+        last_step: int | None = None,
+        latest_by: Literal["commit", "number"] = "commit",
         on_busy: OnBusy = "wait",
         on_error: Literal["raise", "warn"] = "raise",
         signals: Sequence[signal.Signals] = (),
@@ -141,8 +143,20 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         self._options = Options(
             root=check_id(root, "root"),
             checkpointer=self.checkpointer,
-            retention=Retention(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best),
+            retention=Retention(
+                keep_last=keep_last,
+                keep_every=keep_every,
+                keep_best=keep_best,
+                keep_for_s=keep_for_s,
+                keep_every_s=keep_every_s,
+                keep_if=keep_if,
+            ),
+            names=StepNames(step_format),
+            latest_by=latest_by,
             save_interval=save_interval,
+            save_every_s=save_every_s,
+            save_first=save_first,
+            last_step=last_step,
             on_busy=on_busy,
             on_error=on_error,
             signals=signals,
@@ -152,12 +166,17 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
             on_event=on_event,
         )
         self._session = session = session_of(self.checkpointer)
-        self._catalog = StepCatalog(session.storage, self._options.root, self._options.retention)
-        self._reporter = Reporter(on_event, self.path)
+        options = self._options
+        self._catalog = StepCatalog(
+            session.storage, options.root, options.retention, options.names, latest_by=options.latest_by
+        )
+        self._reporter = Reporter(on_event, self.path, options.names.step_of)
         self._deadline = Deadline(lambda: self._stopping.left_s)
         self._stopping = Stopping(self._options, on_heard=self._deadline.cut_short, report=self._reporter.preempted)
         self._saves = StepSaves(session, self._catalog, self._reporter, self._deadline, warns=on_error == "warn")
         self._restores = StepRestores(session, self._catalog, self._reporter)
+        self._removals = StepRemovals(session, self._catalog, self._reporter)
+        self._pacing = Pacing(None, lambda number: None, leads=False)
         self._is_open = False
 
     def __repr__(self) -> str:
@@ -176,6 +195,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
             try:
                 before: dict[int, Any] = {signal.SIGINT: self._sigint} if self._runner is not None else {}
                 self._stopping.begin(self._session.stop_agreement(), before)
+                self._pacing = Pacing(self._options.save_every_s, self._pace_agreement, leads=flows.is_coordinator)
             except (ValueError, OSError) as error:  # the other ranks are to hear of it
                 problem = ArgumentError("signals", f"cannot install signal handlers here: {error}")
                 problem.__cause__ = error
@@ -183,6 +203,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
             self._catalog.update(await flows.ask("list steps", self._catalog.list_complete, problem=problem), since)
         except BaseException:
             self._stopping.close()
+            self._pacing.close()
             self._session.on_retry(None)
             await self.checkpointer.__aexit__(None, None, None)
             raise
@@ -225,6 +246,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
             self._saves.close()
             self._session.on_retry(None)
             self._stopping.close()
+            self._pacing.close()
             await self._reporter.end()
         last = self._saves.last
         if gave_up and last is not None and last.uploaded.error() is not None and self._options.on_error == "raise":
@@ -249,54 +271,6 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         """Ask the run to stop, on all ranks: as a signal does. From any thread."""
         self._stopping.ask(reason)
 
-    # --- what there is
-
-    def steps(self) -> list[int]:
-        """Return the complete steps, oldest first, as this manager knows them: see `refresh`.
-
-        Raises:
-            ClosedError: the manager has never been entered, and has not looked.
-        """
-        return [each.step for each in self._catalog.known]
-
-    @property
-    def latest(self) -> int | None:
-        """The most recently committed step, even after the run was rolled back."""
-        return next((each.step for each in self._catalog.newest), None)
-
-    @property
-    def best(self) -> int | None:
-        """The step with the best of the metric that `keep_best` names; of equal ones the newest."""
-        return next(iter(self._catalog.retention.best(self._catalog.known)), None)
-
-    def metrics(self, step: int) -> dict[str, float]:
-        """Return the metrics that a step was saved with.
-
-        Raises:
-            NotACheckpointError: the step is not there, or not complete.
-        """
-        for each in self._catalog.known:
-            if each.step == step:
-                return dict(each.metrics)
-        raise NotACheckpointError(self.path(step))
-
-    def path(self, step: int) -> str:
-        """Return where the checkpoint of a step is, or will be."""
-        return step_path(self._catalog.root, step)
-
-    @property
-    def stats(self) -> Stats:
-        """What has been done so far."""
-        return self._reporter.stats
-
-    def events(self) -> AsyncIterator[Event]:
-        """Iterate over what happens from now on, until the manager is left."""
-        return self._reporter.follow()
-
-    def watch(self, *, after: After = None, poll_s: float | None = None) -> AsyncGenerator[WatchedStep, None]:
-        """Iterate over steps as they are committed, by any process, until the manager is left: see `aiodcp.watch`."""
-        return self._restores.watch(after, poll_s)
-
     async def refresh(self) -> list[int]:
         """List the complete steps again, since other processes may save there, and return them. All ranks call it.
 
@@ -309,14 +283,19 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
     # --- saving
 
     def should_save(self, step: int) -> bool:
-        """Whether a step is to be saved: a multiple of `save_interval`, or the one at which the run is to stop.
+        """Whether a step is to be saved: by its number, by the clock, or since the run is to stop at it.
 
-        With several ranks, and once the run is asked to stop, it waits until they agree on a step: a second or so.
+        With several ranks all ask, and hear the same. Once the run is asked to stop, or it is time to save, it waits
+        until they agree on a step: a second or so.
         """
-        if self._stopping.stops_at(step):
-            return True
-        interval = self._options.save_interval
-        return interval is not None and step > 0 and step % interval == 0
+        options = self._options
+        stops, is_due = self._stopping.stops_at(step), self._pacing.is_due(step)
+        by_number = options.save_interval is not None and step > 0 and step % options.save_interval == 0
+        at_end = (options.save_first and step == 1) or step == options.last_step
+        return stops or is_due or by_number or at_end
+
+    def _pace_agreement(self, number: int) -> StopAgreement | None:
+        return self._session.stop_agreement(f"pace/{number}")
 
     @overload
     async def save(
@@ -327,6 +306,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         metrics: Mapping[str, float] | None = ...,
         custom_metadata: Mapping[str, Any] | None = ...,
         planner: SavePlanner | None = ...,
+        overwrite: bool = ...,
     ) -> SaveT: ...
 
     @overload
@@ -338,6 +318,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         metrics: Mapping[str, float] | None = ...,
         custom_metadata: Mapping[str, Any] | None = ...,
         planner: SavePlanner | None = ...,
+        overwrite: bool = ...,
         on_busy: Literal["wait", "raise"],
     ) -> Checkpoint: ...
 
@@ -350,6 +331,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         metrics: Mapping[str, float] | None = ...,
         custom_metadata: Mapping[str, Any] | None = ...,
         planner: SavePlanner | None = ...,
+        overwrite: bool = ...,
         on_busy: OnBusy | None = ...,
     ) -> Checkpoint | None: ...
 
@@ -361,6 +343,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         metrics: Mapping[str, float] | None = None,
         custom_metadata: Mapping[str, Any] | None = None,
         planner: SavePlanner | None = None,
+        overwrite: bool = True,
         on_busy: OnBusy | None = None,
     ) -> Checkpoint | None:
         """Begin to save a step, as `Checkpointer.save` does. One that is there already is replaced.
@@ -376,6 +359,7 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
                 `checkpointer.read_custom_metadata(manager.path(step))` returns beside the manager's own `step`,
                 `saved_at`, `metrics` and what orders commits.
             planner: your own, instead of DCP's.
+            overwrite: replace a step that is there already; False fails the save with `WriteError` then.
             on_busy: instead of the manager's.
 
         Returns:
@@ -388,12 +372,14 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
 
         Cancellation: while it waits for an earlier save, withdraws this one.
         """
+        self._pacing.note_save()
         state = await self._saves.save(
             step,
             state_dict,
             metrics=metrics,
             custom_metadata=custom_metadata,
             planner=planner,
+            overwrite=overwrite,
             on_busy=on_busy or self._options.on_busy,
         )
         return None if state is None else Checkpoint(state)
@@ -432,10 +418,13 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
         step: int | Literal["latest", "best"] = "latest",
         *,
         fall_back: bool = False,
+        initial: InitialLoad | None = None,
         planner: LoadPlanner | None = None,
         strict: bool = True,
         cast: bool = False,
         rename: Rename | None = None,
+        include: Names | None = None,
+        exclude: Names | None = None,
         weights_only: bool = True,
         check_crc: bool = True,
     ) -> RestoredStep | None:
@@ -447,24 +436,48 @@ class CheckpointManager(SyncContext, Generic[SaveT]):
             fall_back: when what is stored is damaged, go on with the step before (for "best": the next best), and so
                 on. Tensors that had been loaded already are loaded again. A step that is whole and does not fit, or
                 needs more than `weights_only` allows, is an error all the same.
-            planner, strict, cast, rename, weights_only, check_crc: as for `Checkpointer.load`.
+            initial: what to load instead, where there is no step yet: by default only the model of it.
+            planner, strict, cast, rename, include, exclude, weights_only, check_crc: as for `Checkpointer.load`.
 
         Returns:
             The step, a number, which has the report as its attribute; None if there is none yet, for "latest" and
-            "best".
+            "best", also where `initial` was loaded.
 
         Raises:
             NotACheckpointError: the step is not there, or not complete.
             ReadError: a step is there that may be the latest and cannot be read, and `fall_back` is false; or none can.
             LoadError: see `Checkpointer.load`.
         """
-        options = LoadOptions(strict=strict, cast=cast, weights_only=weights_only, check_crc=check_crc, rename=rename)
-        return await self._restores.restore(state_dict, step, fall_back=fall_back, planner=planner, options=options)
+        options = LoadOptions(
+            strict=strict,
+            cast=cast,
+            weights_only=weights_only,
+            check_crc=check_crc,
+            rename=rename,
+            include=include,
+            exclude=exclude,
+        )
+        restored = await self._restores.restore(state_dict, step, fall_back=fall_back, planner=planner, options=options)
+        if restored is None and initial is not None:
+            await self._restores.load_initial(state_dict, initial)
+        return restored
+
+    # --- removing
+
+    async def delete(self, step: int) -> None:
+        """Remove a step, whatever is to be kept. All ranks call it.
+
+        Raises:
+            NotACheckpointError: there is no such step.
+            BusyError: it is being saved or restored.
+            WriteError: another process has a lease of it, or storage failed.
+        """
+        await self._removals.delete(step)
 
     # --- without an event loop
 
     save_sync: Final = sync_method(save)
     restore_sync: Final = sync_method(restore)
     refresh_sync: Final = sync_method(refresh)
-    watch_sync: Final = sync_iterator(watch)
+    delete_sync: Final = sync_method(delete)
     close: Final = sync_method(aclose)

@@ -30,7 +30,6 @@ from .events import (
     Stats,
     StepRemoved,
 )
-from .steps import step_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +50,18 @@ class SaveRecord:
 class Reporter:
     """What one rank reports."""
 
-    def __init__(self, on_event: Callable[[Event], None] | None, path_of: Callable[[int], str]) -> None:
-        """Begin; `path_of` returns the path of a step."""
+    def __init__(
+        self,
+        on_event: Callable[[Event], None] | None,
+        path_of: Callable[[int], str],
+        step_of: Callable[[str], int | None],
+    ) -> None:
+        """Begin; `path_of` returns the path of a step, and `step_of` the step of a directory's name."""
         self._feed = EventFeed(on_event)
         self._rank = 0
         self._shows = False
         self._path_of = path_of
+        self._step_of = step_of
         self._exporter = SpanExporter()
         self._saved = self._failed = self._skipped = self._removed = self._retried = 0
         self._waited_s = 0.0
@@ -134,7 +139,7 @@ class Reporter:
 
     def retried(self, checkpoint_id: str, path: str, attempt: Attempt) -> None:
         self._retried += 1
-        step = step_of(checkpoint_id.rpartition("/")[2])
+        step = self._step_of(checkpoint_id.rpartition("/")[2])
         step = -1 if step is None else step
         retried = Retried(step=step, rank=self._rank, checkpoint_id=checkpoint_id, path=path, attempt=attempt)
         self._feed.publish(retried)

@@ -10,12 +10,12 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from .._load.options import LoadOptions
 from .._load.report import LoadReport
+from .._telemetry.progress_bar import NoBar
 from ..checkpointer.session import Session
 from ..errors import ArgumentError, CorruptError, LoadError, RankError, ReadError
-from .arguments import check_step
+from .arguments import InitialLoad, check_step
 from .catalog import StepCatalog
 from .reporter import Reporter
-from .steps import step_path
 from .watch import After, StepFollower, WatchedStep, check_watch, follow
 
 
@@ -57,7 +57,7 @@ class StepRestores:
         """Implement `CheckpointManager.watch`."""
         check_watch(after, poll_s)
         self._session.flows.check_open()
-        follower = StepFollower(self._session.storage, self._catalog.root, after)
+        follower = StepFollower(self._session.storage, self._catalog.root, after, self._catalog.names)
 
         async def look(*, at_all: bool) -> list[WatchedStep]:
             self._session.flows.check_open()
@@ -87,7 +87,7 @@ class StepRestores:
             for number in candidates:
                 try:
                     with self._reporter.restoring(number) as bar:
-                        path = step_path(self._catalog.root, number)
+                        path = self._catalog.path(number)
                         report = await self._session.loads.load(state_dict, path, planner, options, bar)
                     return RestoredStep(number, report)
                 except (CorruptError, RankError) as error:
@@ -96,6 +96,19 @@ class StepRestores:
                     self._catalog.mark_damaged(number)
                     self._reporter.fell_back(number, error)
         return None
+
+    async def load_initial(self, state_dict: MutableMapping[str, Any], initial: InitialLoad) -> None:
+        """Load what a run begins with."""
+        options = LoadOptions(
+            strict=initial.strict,
+            cast=initial.cast,
+            weights_only=initial.weights_only,
+            check_crc=True,
+            rename=initial.rename,
+            include=initial.include,
+            exclude=initial.exclude,
+        )
+        await self._session.loads.load(state_dict, initial.checkpoint_id, None, options, NoBar())
 
     def _candidates(self, step: int | Literal["latest", "best"], *, fall_back: bool) -> Sequence[int]:
         """Return which steps to try, one after the other."""
@@ -119,7 +132,7 @@ class StepRestores:
             suspects = [step for step in unreadable if step > last.step]
         if suspects and (last is None or not fall_back):
             step = max(suspects)
-            path = step_path(self._catalog.root, step)
+            path = self._catalog.path(step)
             raise ReadError(path, f"this may be the latest step: {unreadable[step]}")
 
 

@@ -24,7 +24,6 @@ from .arguments import check_metrics, check_own_custom_metadata, check_step
 from .catalog import StepCatalog
 from .deadline import Deadline
 from .reporter import Reporter, SaveRecord
-from .steps import step_path
 
 log: SafeLogger = SafeLogger(__name__)
 
@@ -66,6 +65,7 @@ class StepSaves:
         metrics: Mapping[str, float] | None,
         custom_metadata: Mapping[str, Any] | None,
         planner: SavePlanner | None,
+        overwrite: bool,
         on_busy: OnBusy,
     ) -> SaveState | None:
         """Implement `CheckpointManager.save`; return None if the save is skipped."""
@@ -81,6 +81,7 @@ class StepSaves:
                     partial(self._encode_metadata, step, metrics, custom_metadata, numbers),
                     planner=planner,
                     on_busy=on_busy,
+                    overwrite=overwrite,
                 )
         except BusyError:
             self._reporter.skipped(step)
@@ -127,7 +128,7 @@ class StepSaves:
             raise SaveCancelled(self._path(step)) from error  # no time is left
 
     def _path(self, step: int) -> str:
-        return step_path(self._catalog.root, step)
+        return self._catalog.path(step)
 
     async def _encode_metadata(
         self,

@@ -6,7 +6,6 @@ root/step-200/__0_....     the data of a save that goes on, or was interrupted
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,22 +20,11 @@ from .._log import SafeLogger
 from ..errors import LoadError, NotACheckpointError, ReadError
 from ..storage.base import Storage, remove_all
 from ..storage.leases import unless_leased
+from .step_names import StepNames
 
 log: SafeLogger = SafeLogger(__name__)
 
-
-_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
-
-
-def step_path(root: str, step: int) -> str:
-    """Return where below `root` the checkpoint of a step is: `step-<n>`, as torchtitan's."""
-    return f"{root}/step-{step}"
-
-
-def step_of(name: str) -> int | None:
-    """Return the step whose directory has this name; None if it is not one."""
-    found = _STEP.fullmatch(name)
-    return int(found[1]) if found else None
+DEFAULT_NAMES = StepNames()
 
 
 LOOKS_AT_ONCE = 16  # at steps: a shared file system answers each in milliseconds, and many at a time
@@ -80,7 +68,14 @@ class Found:
     numbers: frozenset[int]
 
 
-async def list_steps(storage: Storage, root: str, *, exclude: Collection[int] = (), newest: int | None = None) -> Found:
+async def list_steps(
+    storage: Storage,
+    root: str,
+    names: StepNames = DEFAULT_NAMES,
+    *,
+    exclude: Collection[int] = (),
+    newest: int | None = None,
+) -> Found:
     """Look which steps are complete, of all but those to `exclude`; of these only the `newest` so many.
 
     Raises:
@@ -93,13 +88,13 @@ async def list_steps(storage: Storage, root: str, *, exclude: Collection[int] = 
     async def look(step: int) -> None:
         async with limit:
             try:
-                found.append(await read_step(storage, root, step))
+                found.append(await read_step(storage, root, step, names))
             except NotACheckpointError:
                 return
             except LoadError as error:  # one bad sector is not the end of a run
                 unreadable[step] = str(error)
 
-    numbers = await _numbers(storage, root)
+    numbers = await _numbers(storage, root, names)
     wanted = [step for step in numbers if step not in exclude]
     await _for_each(look, wanted if newest is None else wanted[-newest:])
     return Found(
@@ -109,13 +104,13 @@ async def list_steps(storage: Storage, root: str, *, exclude: Collection[int] = 
     )
 
 
-async def read_step(storage: Storage, root: str, step: int) -> Step:
+async def read_step(storage: Storage, root: str, step: int, names: StepNames = DEFAULT_NAMES) -> Step:
     """Return what the custom metadata of a step says.
 
     Raises:
         NotACheckpointError, CorruptError, ReadError: see `read_custom_metadata`.
     """
-    metadata, modified_at = await read_dated_custom_metadata(storage, step_path(root, step))
+    metadata, modified_at = await read_dated_custom_metadata(storage, names.path(root, step))
     number = metadata.get("commit_number")
     return Step(
         step=step,
@@ -202,7 +197,11 @@ async def _own_names(storage: Storage, checkpoint_id: str) -> set[str]:
 
 
 async def remove_leftovers(
-    storage: Storage, root: str, is_live: Callable[[str], bool], is_old: Callable[[str], bool] = is_our_leftover
+    storage: Storage,
+    root: str,
+    is_live: Callable[[str], bool],
+    is_old: Callable[[str], bool] = is_our_leftover,
+    step_names: StepNames = DEFAULT_NAMES,
 ) -> list[int]:
     """Remove leftovers of interrupted saves in steps that are not complete, and return these steps.
 
@@ -211,6 +210,7 @@ async def remove_leftovers(
         root: of the steps. Its user makes sure that no other process saves there.
         is_live: returns whether a save of this process is writing a file of that name.
         is_old: returns whether a file of that name may be removed; by default data files of this library.
+        step_names: what steps are called.
 
     Raises:
         OSError: storage cannot list the root; failures of one step are logged.
@@ -219,7 +219,7 @@ async def remove_leftovers(
     limit = anyio.Semaphore(LOOKS_AT_ONCE)
 
     async def look(step: int) -> None:
-        checkpoint_id = step_path(root, step)
+        checkpoint_id = step_names.path(root, step)
         async with limit:
             try:
                 names = await storage.list_files(checkpoint_id)
@@ -236,16 +236,16 @@ async def remove_leftovers(
                 return
             removed.append(step)
 
-    await _for_each(look, await _numbers(storage, root))
+    await _for_each(look, await _numbers(storage, root, step_names))
     return sorted(removed)
 
 
-async def _numbers(storage: Storage, root: str) -> list[int]:
+async def _numbers(storage: Storage, root: str, step_names: StepNames) -> list[int]:
     try:
         names = await storage.list_children(root)
     except OSError as error:
         raise ReadError(storage.describe(root), str(error)) from error
-    return sorted(step for step in map(step_of, names) if step is not None)
+    return sorted(step for step in map(step_names.step_of, names) if step is not None)
 
 
 async def _for_each(look: Callable[[int], Coroutine[Any, Any, None]], steps: Sequence[int]) -> None:

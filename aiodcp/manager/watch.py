@@ -17,7 +17,8 @@ from ..errors import ArgumentError, ClosedError, ReadError
 from ..storage.auto import AutoStorage
 from ..storage.base import Storage, object_limits
 from ..storage.retry import is_transient
-from .steps import Step, in_order, list_steps, step_path
+from .step_names import STEP_FORMAT, StepNames
+from .steps import Step, in_order, list_steps
 
 if TYPE_CHECKING:
     from watchfiles import Change
@@ -70,9 +71,10 @@ class WatchedStep(int):
 class StepFollower:
     """Finds what is committed below a root from look to look."""
 
-    def __init__(self, storage: Storage, root: str, after: After) -> None:
+    def __init__(self, storage: Storage, root: str, after: After, names: StepNames) -> None:
         self.storage = storage
         self.root = root
+        self._names = names
         self._after = after
         self._has_looked = False
         self._seen: dict[int, Step] = {}
@@ -88,7 +90,9 @@ class StepFollower:
             ReadError: storage does not list the root.
         """
         exclude = () if at_all else self._seen
-        found = await list_steps(self.storage, self.root, exclude=exclude, newest=None if at_all else UNFINISHED)
+        found = await list_steps(
+            self.storage, self.root, self._names, exclude=exclude, newest=None if at_all else UNFINISHED
+        )
         self._note_unreadable(found.unreadable)
         self._seen = {number: step for number, step in self._seen.items() if number in found.numbers}
         fresh = {step.step for step in found.steps if _commit_of(self._seen.get(step.step)) != _commit_of(step)}
@@ -97,7 +101,7 @@ class StepFollower:
         if not self._has_looked:
             self._has_looked = True
             ordered = self._wanted(ordered)
-        return [WatchedStep(step, step_path(self.root, step.step), self.storage) for step in ordered]
+        return [WatchedStep(step, self._names.path(self.root, step.step), self.storage) for step in ordered]
 
     def _wanted(self, ordered: Sequence[Step]) -> list[Step]:
         """Return, of what was there at the first look, what comes after the step that the caller has had."""
@@ -113,7 +117,8 @@ class StepFollower:
     def _note_unreadable(self, unreadable: Mapping[int, str]) -> None:
         for step, why in unreadable.items():
             if step not in self._unreadable:
-                log.warning("%s is unreadable, and is passed over until it is not: %s", step_path(self.root, step), why)
+                path = self._names.path(self.root, step)
+                log.warning("%s is unreadable, and is passed over until it is not: %s", path, why)
         self._unreadable = dict(unreadable)
 
 
@@ -128,6 +133,7 @@ async def watch(
     after: After = None,
     storage: Storage | None = None,
     poll_s: float | None = None,
+    step_format: str = STEP_FORMAT,
 ) -> AsyncGenerator[WatchedStep, None]:
     """Iterate over the steps below `root`, those that are there and then each as soon as it is committed. Never ends.
 
@@ -144,10 +150,11 @@ async def watch(
     listing each time, and one small read for each new step, from `poll_s` / 10 after a commit to `poll_s`, with jitter.
 
     Args:
-        root: the directory, or URL, of `step-<n>`, as a `CheckpointManager`'s.
+        root: the directory, or URL, of the steps, as a `CheckpointManager`'s.
         after: go on after this step, as one who has had it; "latest": begin with what is committed from now on.
         storage: where the root is; by default where it says.
         poll_s: seconds between two looks, at most; by default 1 for directories and 10 for stores.
+        step_format: what the steps are called there: see `CheckpointManager`.
 
     Raises:
         ArgumentError: there is no such storage.
@@ -158,7 +165,7 @@ async def watch(
     check_watch(after, poll_s)
     storage = storage or AutoStorage()
     place = storage.resolve(os.fsdecode(root))
-    follower = StepFollower(storage, place, after)
+    follower = StepFollower(storage, place, after, StepNames(step_format))
     async with aclosing(follow(follower, follower.look, poll_s)) as steps:
         async for step in steps:
             yield step

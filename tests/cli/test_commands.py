@@ -80,7 +80,7 @@ def test_the_script_is_installed_and_needs_no_torch_to_list(root: Path) -> None:
 
 def test_ls_lists_what_is_complete_and_what_is_not(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "ls", root).splitlines()
-    assert lines[0].split() == ["STEP", "SAVED", "SIZE", "FILES", "METRICS"]
+    assert lines[0].split() == ["STEP", "SAVED", "AGE", "SIZE", "FILES", "METRICS"]
     assert [line.split()[0] for line in lines[1:5]] == ["5", "10", "15", "20"]
     assert lines[2].endswith("loss 0.25")
     assert "incomplete" in lines[4]
