@@ -165,19 +165,23 @@ class CheckpointManager(StepView, SyncContext, Generic[SaveT]):
             progress=progress,
             on_event=on_event,
         )
-        self._session = session = session_of(self.checkpointer)
-        options = self._options
+        self._session = session_of(self.checkpointer)
+        self._assemble(self._options)
+        self._is_open = False
+
+    def _assemble(self, options: Options) -> None:
+        session = self._session
         self._catalog = StepCatalog(
             session.storage, options.root, options.retention, options.names, latest_by=options.latest_by
         )
-        self._reporter = Reporter(on_event, self.path, options.names.step_of)
+        self._reporter = Reporter(options.on_event, self.path, options.names.step_of)
         self._deadline = Deadline(lambda: self._stopping.left_s)
-        self._stopping = Stopping(self._options, on_heard=self._deadline.cut_short, report=self._reporter.preempted)
-        self._saves = StepSaves(session, self._catalog, self._reporter, self._deadline, warns=on_error == "warn")
+        self._stopping = Stopping(options, on_heard=self._deadline.cut_short, report=self._reporter.preempted)
+        warns = options.on_error == "warn"
+        self._saves = StepSaves(session, self._catalog, self._reporter, self._deadline, warns=warns)
         self._restores = StepRestores(session, self._catalog, self._reporter)
         self._removals = StepRemovals(session, self._catalog, self._reporter)
         self._pacing = Pacing(None, lambda number: None, leads=False)
-        self._is_open = False
 
     def __repr__(self) -> str:
         steps = f"steps {self.steps()}" if self._catalog.has_looked else "not entered yet"
