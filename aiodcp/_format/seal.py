@@ -1,16 +1,18 @@
-"""What stands behind the pickle in `.metadata`: custom metadata and checksums. No torch here.
+"""What stands behind the pickle in `.metadata`: an outline, custom metadata and checksums. No torch here.
 
 Unpickling ends before it, so stock readers do not see it; it is committed in the same instant as the checkpoint, and
-the custom metadata is read without unpickling anything:
+the outline and the custom metadata are read without unpickling anything:
 
-    pickle of DCP's Metadata | custom metadata, as JSON | a CRC32 for each data file, of the table at its end |
-    CRC32 of the pickle | length of the JSON | number of data files | CRC32 of all since the pickle | MARK
+    pickle of DCP's Metadata | outline, in pieces | custom metadata, as JSON | a CRC32 for each data file, of the table
+    at its end | CRC32 of the pickle | length of the JSON | number of data files | length of the outline | its CRC32 |
+    CRC32 of all from the custom metadata on | MARK
 
 The table at the end of a data file has the CRC32 of each item in it: what is an item as it was saved, and yet not the
 one that belongs there, is found by that.
 
-The pickle itself says that a seal follows (`CLAIM` is one of its last bytes), so that a seal whose own mark is damaged
-is missed. Files of aiodcp 0.1 before this have `OLD_MARK` and no checksums; those of others have neither.
+The pickle itself says that a seal follows (`CLAIM` is one of its last bytes), and so does each piece of the outline
+(`PIECE_CLAIM`), so that a seal whose own mark is damaged, or cut off, is missed. Files of aiodcp 0.1 before this have no
+outline (`PLAIN_MARK`), or no checksums either (`OLD_MARK`); those of others have nothing.
 """
 
 from __future__ import annotations
@@ -18,24 +20,34 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-MARK = b"\0aiodcp2"
+MARK = b"\0aiodcp3"
+
+PLAIN_MARK = b"\0aiodcp2"
 
 OLD_MARK = b"\0aiodcp1"
 
 CLAIM = "sealed behind this pickle"
 
+PIECE_CLAIM = b"sealed behind this piece"
+
 TAIL_NBYTES = 4096
 """Of a file's last bytes: what to read at first, to have the custom metadata of almost any checkpoint."""
 
-_NUMBERS = struct.Struct("<4I")
+_NUMBERS = struct.Struct("<6I")
+
+_PLAIN_NUMBERS = struct.Struct("<4I")
 
 _CRC = struct.Struct("<I")
 
 _LENGTH = struct.Struct("<I")
 
 FOOT_NBYTES = _NUMBERS.size + len(MARK)
+
+_PLAIN_FOOT_NBYTES = _PLAIN_NUMBERS.size + len(PLAIN_MARK)
+
+_PIECE_NBYTES = TAIL_NBYTES // 2
 
 _OLD_FOOT_NBYTES = _LENGTH.size + len(OLD_MARK)
 
@@ -53,27 +65,56 @@ class Seal:
         custom_metadata: encoded.
         crc: of the pickle; None if it was not stored.
         tables: CRC32s of the tables at the ends of data files, in the order of the files' names.
+        outline_nbytes, outline_crc: of the outline that stands before it, in pieces; 0 if there is none.
+        outline: of the whole file only.
     """
 
     nbytes: int = 0
     custom_metadata: bytes = b""
     crc: int | None = None
     tables: tuple[int, ...] = ()
+    outline_nbytes: int = 0
+    outline_crc: int = 0
+    outline: bytes = b""
 
 
-def seal(pickled: bytes, custom_metadata: bytes, tables: Sequence[int] = ()) -> bytes:
-    """Return the content of `.metadata`, given the CRC32s of the data files' tables in the order of their names."""
+def seal(pickled: bytes, custom_metadata: bytes, tables: Sequence[int] = (), outline: bytes = b"") -> bytes:
+    """Return the content of `.metadata`.
+
+    Args:
+        pickled: DCP's metadata.
+        custom_metadata: encoded.
+        tables: CRC32s of the data files' tables, in the order of their names.
+        outline: as `in_pieces` has it.
+    """
     between = custom_metadata + b"".join(map(_CRC.pack, tables))
-    crc = zlib.crc32(pickled)
-    own = zlib.crc32(_NUMBERS.pack(crc, len(custom_metadata), len(tables), 0), zlib.crc32(between))
-    return b"".join((pickled, between, _NUMBERS.pack(crc, len(custom_metadata), len(tables), own), MARK))
+    numbers = zlib.crc32(pickled), len(custom_metadata), len(tables), len(outline), zlib.crc32(outline)
+    own = zlib.crc32(_NUMBERS.pack(*numbers, 0), zlib.crc32(between))
+    return b"".join((pickled, outline, between, _NUMBERS.pack(*numbers, own), MARK))
+
+
+def in_pieces(outline: bytes) -> bytes:
+    """Return an outline as it is stored: after each piece of it stands that there is a seal."""
+    starts = range(0, len(outline), _PIECE_NBYTES)
+    return b"".join(outline[start : start + _PIECE_NBYTES] + PIECE_CLAIM for start in starts)
+
+
+def _without_claims(pieces: bytes) -> bytes:
+    step = _PIECE_NBYTES + len(PIECE_CLAIM)
+    return b"".join(pieces[start : start + step][: -len(PIECE_CLAIM)] for start in range(0, len(pieces), step))
 
 
 def seal_nbytes(tail: bytes) -> int:
-    """Return how many of a file's last bytes are its seal, from its last `FOOT_NBYTES` or more; 0 if it has none."""
+    """Return how many of a file's last bytes are its seal, but for the outline, from its last `FOOT_NBYTES` or more.
+
+    0 if it has none.
+    """
     if tail.endswith(MARK) and len(tail) >= FOOT_NBYTES:
-        _, custom_nbytes, files, _ = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
+        _, custom_nbytes, files, *_ = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
         return FOOT_NBYTES + int(custom_nbytes) + _CRC.size * int(files)
+    if tail.endswith(PLAIN_MARK) and len(tail) >= _PLAIN_FOOT_NBYTES:
+        _, custom_nbytes, files, _ = _PLAIN_NUMBERS.unpack_from(tail, len(tail) - _PLAIN_FOOT_NBYTES)
+        return _PLAIN_FOOT_NBYTES + int(custom_nbytes) + _CRC.size * int(files)
     if tail.endswith(OLD_MARK) and len(tail) >= _OLD_FOOT_NBYTES:
         return _OLD_FOOT_NBYTES + int(_LENGTH.unpack_from(tail, len(tail) - _OLD_FOOT_NBYTES)[0])
     return 0
@@ -87,19 +128,35 @@ def read_seal(tail: bytes) -> Seal:
     """
     nbytes = seal_nbytes(tail)
     if not nbytes:
-        if CLAIM.encode() in tail[-TAIL_NBYTES:] and not tail.endswith(b"."):  # a bare pickle: rewritten by others
+        last = tail[-TAIL_NBYTES:]
+        is_bare = last.endswith(b".")  # a pickle that others have rewritten
+        if PIECE_CLAIM in last or (CLAIM.encode() in last and not is_bare):
             raise SealError("its checksums are missing")
         return Seal()
     if nbytes > len(tail):
         raise SealError(f"the custom metadata would have {nbytes} bytes")
     if tail.endswith(OLD_MARK):
         return Seal(nbytes=nbytes, custom_metadata=tail[len(tail) - nbytes : len(tail) - _OLD_FOOT_NBYTES])
-    between = tail[len(tail) - nbytes : len(tail) - FOOT_NBYTES]
-    crc, length, files, own = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
-    if zlib.crc32(_NUMBERS.pack(crc, length, files, 0), zlib.crc32(between)) != own:
+    outline_nbytes = outline_crc = 0
+    if tail.endswith(MARK):
+        foot_nbytes, numbers = FOOT_NBYTES, _NUMBERS
+        crc, length, files, outline_nbytes, outline_crc, own = numbers.unpack_from(tail, len(tail) - foot_nbytes)
+        claimed = numbers.pack(crc, length, files, outline_nbytes, outline_crc, 0)
+    else:
+        foot_nbytes, numbers = _PLAIN_FOOT_NBYTES, _PLAIN_NUMBERS
+        crc, length, files, own = numbers.unpack_from(tail, len(tail) - foot_nbytes)
+        claimed = numbers.pack(crc, length, files, 0)
+    between = tail[len(tail) - nbytes : len(tail) - foot_nbytes]
+    if zlib.crc32(claimed, zlib.crc32(between)) != own:
         raise SealError("CRC32 mismatch in the custom metadata")
-    tables = tuple(each for (each,) in _CRC.iter_unpack(between[length:]))
-    return Seal(nbytes=nbytes, custom_metadata=between[:length], crc=crc, tables=tables)
+    return Seal(
+        nbytes=nbytes,
+        custom_metadata=between[:length],
+        crc=crc,
+        tables=tuple(each for (each,) in _CRC.iter_unpack(between[length:])),
+        outline_nbytes=outline_nbytes,
+        outline_crc=outline_crc,
+    )
 
 
 def open_seal(data: bytes) -> tuple[memoryview, Seal]:
@@ -109,7 +166,13 @@ def open_seal(data: bytes) -> tuple[memoryview, Seal]:
         SealError: one of them is not what was saved.
     """
     found = read_seal(data)
-    pickled = memoryview(data)[: len(data) - found.nbytes]
+    stop = len(data) - found.nbytes
+    if found.outline_nbytes > stop:
+        raise SealError(f"the outline would have {found.outline_nbytes} bytes")
+    outline = memoryview(data)[stop - found.outline_nbytes : stop]
+    if zlib.crc32(outline) != found.outline_crc:
+        raise SealError("CRC32 mismatch in the outline")
+    pickled = memoryview(data)[: stop - found.outline_nbytes]
     if found.crc is not None and zlib.crc32(pickled) != found.crc:
         raise SealError("CRC32 mismatch")
-    return pickled, found
+    return pickled, replace(found, outline=_without_claims(bytes(outline)))

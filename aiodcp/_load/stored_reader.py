@@ -15,10 +15,11 @@ from .._engine.threads import Threads, in_thread
 from .._foreign.find import complete, find_metadata, folder_of, read_found
 from .._format.checksum import Checksum
 from .._format.dcp import ChunkStorageMetadata, Metadata, StorageInfo, TensorStorageMetadata
-from .._format.extension import foreign_layout
+from .._format.extension import ForeignLayout, foreign_layout, is_ours
 from .._format.item_tables import ItemTables
 from .._format.naming import METADATA_NAME
-from .._format.seal import Seal
+from .._format.outline import Outline, decode_outline, outline_of
+from .._format.seal import Seal, SealError, open_seal
 from .._state.plain_tensors import QUANTIZED
 from .._telemetry.progress_bar import Bar
 from ..errors import CorruptError, LoadError, MismatchError
@@ -52,6 +53,15 @@ class Wanted:
     part: Part | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    """What the metadata says, and what reads by it."""
+
+    metadata: Metadata
+    pieces: ChunkIndex
+    reads: FileReads
+
+
 class StoredReader:
     """Reads one checkpoint, as it was when it was opened."""
 
@@ -70,14 +80,13 @@ class StoredReader:
         self._folder = checkpoint_id
         self._stack: AsyncExitStack
         self._data = b""
-        self._reads: FileReads
-        self._pieces: ChunkIndex
+        self._loaded: _Loaded | None = None
         self._decoder = ItemDecoder(
             describe=lambda name: storage.describe(self._folder, name), crc32=checksum, weights_only=weights_only
         )
         self.checkpoint_id: str = checkpoint_id
-        self.metadata: Metadata
-        self.seal: Seal
+        self.outline: Outline = Outline()
+        self.seal: Seal = Seal()
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -87,21 +96,76 @@ class StoredReader:
             NotACheckpointError, FormatError, CorruptError, UnsafeError, ReadError: see `find_metadata`.
         """
         self._data = await self._find()
-        path = self._storage.describe(self.checkpoint_id, METADATA_NAME)
-        with gc_paused():
-            self.metadata, self.seal = await in_thread(self._threads.compute, read_found, self._data, path)
-        await complete(self._storage, self.checkpoint_id, self.metadata, 0)
-        try:
-            tables = ItemTables(self.metadata, self.seal.tables if self._decoder.crc32 is not None else ())
-        except ValueError as error:
-            raise CorruptError(path, "", "the number of data files is not the number of checksum tables") from error
-        self._folder = folder_of(self.checkpoint_id, self.metadata)
-        layout = foreign_layout(self.metadata)
-        inline = layout.inline if layout is not None else ()
-        self._reads = FileReads(self._storage, self._threads, self._folder, tables, self._decoder, inline)
-        self._pieces = ChunkIndex(self.metadata, self.checkpoint_id)
+        outline = await in_thread(self._threads.compute, self._read_outline)
+        if outline is not None:
+            self.outline = outline
+        else:
+            await in_thread(self._threads.compute, self._load)
+            assert self._loaded is not None
+            await complete(self._storage, self.checkpoint_id, self.metadata, 0)
+            self._loaded = self._make_ready(self.metadata)  # what is known of it may have changed
+            self.outline = outline_of(self.metadata)
         async with AsyncExitStack() as self._stack:
             yield
+
+    def _read_outline(self) -> Outline | None:
+        """Return what a checkpoint of this library holds, without unpickling its metadata."""
+        try:
+            _, seal = open_seal(self._data)
+            if not seal.outline:
+                return None
+            outline = decode_outline(seal.outline)
+        except SealError as error:
+            raise CorruptError(self._path, "", str(error)) from error
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise CorruptError(self._path, "", f"its outline is malformed: {type(error).__name__}") from error
+        self.seal = seal
+        return outline
+
+    @property
+    def _path(self) -> str:
+        return self._storage.describe(self.checkpoint_id, METADATA_NAME)
+
+    def _load(self) -> None:
+        """Read all that the metadata says."""
+        if self._loaded is None:
+            with gc_paused():
+                metadata, self.seal = read_found(self._data, self._path)
+            self._loaded = self._make_ready(metadata)
+
+    def _make_ready(self, metadata: Metadata) -> _Loaded:
+        try:
+            tables = ItemTables(metadata, self.seal.tables if self._decoder.crc32 is not None else ())
+        except ValueError as error:
+            problem = "the number of data files is not the number of checksum tables"
+            raise CorruptError(self._path, "", problem) from error
+        self._folder = folder_of(self.checkpoint_id, metadata)
+        layout = foreign_layout(metadata)
+        inline = layout.inline if layout is not None else ()
+        reads = FileReads(self._storage, self._threads, self._folder, tables, self._decoder, inline)
+        return _Loaded(metadata=metadata, pieces=ChunkIndex(metadata, self.checkpoint_id), reads=reads)
+
+    @property
+    def _known(self) -> _Loaded:
+        """What the metadata says; read now, if nobody has asked before."""
+        self._load()
+        assert self._loaded is not None
+        return self._loaded
+
+    @property
+    def metadata(self) -> Metadata:
+        """All of it. Blocks for the first time, for some microseconds a tensor."""
+        return self._known.metadata
+
+    @property
+    def layout(self) -> ForeignLayout | None:
+        """How it lies in its files if it is of another format."""
+        return foreign_layout(self._loaded.metadata) if self._loaded is not None else None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this library has written it."""
+        return self._loaded is None or is_ours(self._loaded.metadata)
 
     async def _find(self) -> bytes:
         return await find_metadata(self._storage, self.checkpoint_id, self._threads, weights_only=self._weights_only)
@@ -113,18 +177,18 @@ class StoredReader:
             isinstance(entry, TensorStorageMetadata)
             and entry.properties.layout is torch.strided
             and entry.properties.dtype not in QUANTIZED
-            and fqn not in self._pieces.opaque
+            and fqn not in self._known.pieces.opaque
         )
 
     def find(self, fqn: str, offsets: torch.Size | None) -> StorageInfo:
         """Return where a value lies, or the chunk of a tensor at `offsets`."""
-        return self._pieces.find(fqn, offsets)
+        return self._known.pieces.find(fqn, offsets)
 
     def place_of(self, fqn: str) -> tuple[str, int]:
         """Return where a value begins: the file, and the byte in it."""
         entry = self.metadata.state_dict_metadata[fqn]
         offsets = entry.chunks[0].offsets if isinstance(entry, TensorStorageMetadata) and entry.chunks else None
-        info = self._pieces.find(fqn, offsets)
+        info = self._known.pieces.find(fqn, offsets)
         return info.relative_path, info.offset
 
     async def read(self, wanted: Sequence[Wanted], device_copies: DeviceCopies, bar: Bar) -> list[Any]:
@@ -148,25 +212,26 @@ class StoredReader:
                 raise
 
     async def _read(self, wanted: Sequence[Wanted], device_copies: DeviceCopies, bar: Bar) -> list[Any]:
+        known = self._known
         whole = [each for each in wanted if each.part is None or each.into is None]
         targets = _targets(whole, device_copies)
-        entries = self.metadata.state_dict_metadata
+        entries = known.metadata.state_dict_metadata
         plan, problems = await in_thread(
-            self._threads.compute, lambda: plan_load(self.metadata, targets, self._pieces, cast=True)
+            self._threads.compute, lambda: plan_load(known.metadata, targets, known.pieces, cast=True)
         )
         for each in wanted:
             entry = entries[each.fqn]
             if each.part is not None and each.into is not None and isinstance(entry, TensorStorageMetadata):
                 part = ChunkStorageMetadata(*each.part)
-                plan.tensors.extend(read_parts(self._pieces, each.fqn, each.fqn, [(each.into, part)], entry))
+                plan.tensors.extend(read_parts(known.pieces, each.fqn, each.fqn, [(each.into, part)], entry))
         if problems:
             raise MismatchError(self.checkpoint_id, problems=problems)
-        await self._reads.open(self._stack, plan)
+        await known.reads.open(self._stack, plan)
         with read_errors(self._storage.describe(self.checkpoint_id)):
-            targets.loaded |= await self._reads.read_values(plan.values, decoded=True)
+            targets.loaded |= await known.reads.read_values(plan.values, decoded=True)
             if problems := settle_values(plan, targets, cast=True):
                 raise MismatchError(self.checkpoint_id, problems=problems)
-            await fill_tensors(self._reads, plan, device_copies, self._threads, bar)
+            await fill_tensors(known.reads, plan, device_copies, self._threads, bar)
         await in_thread(self._threads.compute, _finish, plan, targets)
         numbers = {id(each): number for number, each in enumerate(whole)}
         return [targets.value(numbers[id(each)]) if id(each) in numbers else each.into for each in wanted]

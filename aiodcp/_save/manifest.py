@@ -18,7 +18,9 @@ from .._format.extension import Containers
 from .._format.layout import Layout
 from .._format.metadata_writer import build_metadata
 from .._format.naming import data_file, piece_file
+from .._format.outline import encode_outline
 from .._format.pickle_template import PickleTemplate, Placeholder
+from .._format.seal import in_pieces
 from ..errors import CaptureError, SaveError
 from .plan import GlobalPlan, Share
 
@@ -32,7 +34,11 @@ class ByteRange:
 
 
 class ManifestTemplate:
-    """`.metadata` for all saves of the same plans: only ids, file names and the ranges of frozen values differ."""
+    """`.metadata` for all saves of the same plans: only ids, file names and the ranges of frozen values differ.
+
+    Attributes:
+        outline: of all of them, as it is stored.
+    """
 
     def __init__(self, *plans: GlobalPlan) -> None:
         """Make the template for one state's plan, or of several states' that are committed together, in their order.
@@ -76,6 +82,7 @@ class ManifestTemplate:
         metadata = build_metadata(*_join(plans), stored, meta, opaque, containers)
         _check_complete(metadata)
         self._template = PickleTemplate(metadata, used)
+        self.outline: bytes = in_pieces(encode_outline(metadata))
 
     def render(self, checkpoint_id: str, save_id: str, frozen: Sequence[Sequence[Sequence[ByteRange]]]) -> bytes:
         """Return `.metadata`'s content for one save, given the ranges of frozen values, by plan and by rank."""

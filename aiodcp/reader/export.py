@@ -76,7 +76,7 @@ class _Staged:
         if tensor.shape != shape:
             problem = f"{fqn} is sharded, and only a part of it is staged on this rank: export the checkpoint instead"
             raise ArgumentError("source", problem)
-        return StoredTensor(fqn=fqn, path=(fqn,), shape=shape, dtype=tensor.dtype, nbytes=tensor.nbytes, chunks=())
+        return StoredTensor(fqn=fqn, shape=shape, dtype=tensor.dtype, nbytes=tensor.nbytes)
 
     async def read(self, what: list[str], *, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         tensors = {fqn: self._snapshot[fqn] for fqn in what}

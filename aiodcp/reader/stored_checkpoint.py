@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from math import prod
 from types import TracebackType
 from typing import Any, Literal
 
@@ -16,7 +15,6 @@ from .._engine.sync_bridge import SyncContext, sync_method
 from .._format.chunks import cut
 from .._format.custom_metadata import decode_custom_metadata
 from .._format.dcp import TensorStorageMetadata
-from .._format.extension import foreign_layout, is_ours
 from .._load.name_hints import near
 from .._load.stored_reader import Part, StoredReader, Wanted
 from .._state.name_patterns import Names, matcher
@@ -26,7 +24,7 @@ from ..checkpointer.load_calls import LoadCalls
 from ..errors import ArgumentError, ClosedError
 from ..storage.base import Storage
 from .nesting import nest
-from .stored_values import StoredChunk, StoredTensor, StoredValue
+from .stored_values import StoredTensor, StoredValue
 
 Placements = Sequence[Placement] | Callable[[StoredTensor], Sequence[Placement]]
 """Of all tensors, or of each."""
@@ -92,59 +90,34 @@ class StoredCheckpoint(SyncContext, Mapping[str, StoredTensor | StoredValue]):
     @property
     def written_by(self) -> str:
         """What has written it: "aiodcp", "torch.distributed.checkpoint", "safetensors", "torch.save"."""
-        metadata = self._reader.metadata
-        layout = foreign_layout(metadata)
+        layout = self._reader.layout
         if layout is not None:
             return layout.written_by
-        return "aiodcp" if is_ours(metadata) else "torch.distributed.checkpoint"
+        return "aiodcp" if self._reader.is_ours else "torch.distributed.checkpoint"
 
     @property
     def custom_metadata(self) -> dict[str, Any]:
         """What was saved with it as `custom_metadata`; of safetensors what their headers say."""
-        layout = foreign_layout(self._reader.metadata)
+        layout = self._reader.layout
         return dict(layout.notes) if layout is not None else decode_custom_metadata(self._reader.seal.custom_metadata)
 
     def __len__(self) -> int:
-        return len(self._reader.metadata.state_dict_metadata)
+        return len(self._reader.outline.tensors)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names, in the order of the state dict that was saved."""
-        metadata = self._reader.metadata
-        entries = metadata.state_dict_metadata
-        paths = metadata.planner_data or {}
-        yield from (fqn for fqn in paths if fqn in entries)
-        yield from (fqn for fqn in entries if fqn not in paths)
+        return iter(self._reader.outline.tensors)
 
     def __contains__(self, fqn: object) -> bool:
-        return fqn in self._reader.metadata.state_dict_metadata
+        return fqn in self._reader.outline.tensors
 
     def __getitem__(self, fqn: str) -> StoredTensor | StoredValue:
         reader = self._reader
-        entry = reader.metadata.state_dict_metadata[fqn]
-        path = tuple((reader.metadata.planner_data or {}).get(fqn, (fqn,)))
-        if not isinstance(entry, TensorStorageMetadata):
-            info = reader.find(fqn, None)
-            return StoredValue(fqn=fqn, path=path, nbytes=info.length, file=info.relative_path)
-        chunks = []
-        for chunk in entry.chunks:
-            info = reader.find(fqn, chunk.offsets)
-            chunks.append(
-                StoredChunk(
-                    offsets=tuple(chunk.offsets),
-                    sizes=tuple(chunk.sizes),
-                    file=info.relative_path,
-                    offset=info.offset,
-                    nbytes=info.length,
-                )
-            )
-        return StoredTensor(
-            fqn=fqn,
-            path=path,
-            shape=entry.size,
-            dtype=entry.properties.dtype,
-            nbytes=_nbytes(entry),
-            chunks=tuple(chunks),
-        )
+        kind = reader.outline.tensors[fqn]
+        if kind is None:
+            return StoredValue(fqn=fqn, _reader=reader)
+        dtype, shape = kind
+        return StoredTensor(fqn=fqn, shape=shape, dtype=dtype, nbytes=reader.outline.nbytes(fqn), _reader=reader)
 
     # --- reading
 
@@ -324,11 +297,11 @@ class StoredCheckpoint(SyncContext, Mapping[str, StoredTensor | StoredValue]):
         """Cut names into groups, of which two at a time are in memory."""
         if type(max_bytes) is not int or max_bytes < 1:
             raise ArgumentError("max_bytes", f"must be a positive integer, got {max_bytes!r}")
-        entries = self._reader.metadata.state_dict_metadata
+        outline = self._reader.outline
         group: list[str] = []
         held = 0
         for fqn in fqns:
-            nbytes = _nbytes(entries[fqn])
+            nbytes = outline.nbytes(fqn)
             if group and held + nbytes > max_bytes // 2:
                 yield group
                 group, held = [], 0
@@ -410,13 +383,6 @@ class _Targets:
             return value
         value = value.to(self._device, self._converted(value.dtype))
         return cut(value, wanted.part)
-
-
-def _nbytes(entry: object) -> int:
-    """Return the bytes of a tensor's elements; of another value 0."""
-    if not isinstance(entry, TensorStorageMetadata):
-        return 0
-    return prod(entry.size) * entry.properties.dtype.itemsize
 
 
 def _part(fqn: str, rows: Rows, shape: torch.Size) -> Part:

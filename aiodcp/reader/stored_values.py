@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from .._format.dcp import TensorStorageMetadata
+from .._load.stored_reader import StoredReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,19 +34,44 @@ class StoredTensor:
 
     Attributes:
         fqn: its name.
-        path: the keys and list indices that lead to it in the state dict.
         shape: of the whole tensor.
         dtype: as it is stored.
         nbytes: of its elements.
-        chunks: how it was sharded: the parts that make it up, one for a tensor that was not.
     """
 
     fqn: str
-    path: tuple[str | int, ...]
     shape: torch.Size
     dtype: torch.dtype
     nbytes: int
-    chunks: tuple[StoredChunk, ...]
+    _reader: StoredReader | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def path(self) -> tuple[str | int, ...]:
+        """The keys and list indices that lead to it in the state dict. Known while the checkpoint is open."""
+        return _path(self._reader, self.fqn)
+
+    @property
+    def chunks(self) -> tuple[StoredChunk, ...]:
+        """How it was sharded: the parts that make it up, one for a tensor that was not. Known while it is open.
+
+        The first time that such a thing is asked for, all of the metadata is read: some microseconds a tensor.
+        """
+        entry = self._reader.metadata.state_dict_metadata[self.fqn] if self._reader is not None else None
+        if self._reader is None or not isinstance(entry, TensorStorageMetadata):
+            return ()
+        chunks = []
+        for chunk in entry.chunks:
+            info = self._reader.find(self.fqn, chunk.offsets)
+            chunks.append(
+                StoredChunk(
+                    offsets=tuple(chunk.offsets),
+                    sizes=tuple(chunk.sizes),
+                    file=info.relative_path,
+                    offset=info.offset,
+                    nbytes=info.length,
+                )
+            )
+        return tuple(chunks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +80,30 @@ class StoredValue:
 
     Attributes:
         fqn: its name.
-        path: the keys and list indices that lead to it in the state dict.
-        nbytes: stored.
-        file: where, below the checkpoint; empty if it has none of its own.
     """
 
     fqn: str
-    path: tuple[str | int, ...]
-    nbytes: int
-    file: str
+    _reader: StoredReader = field(repr=False, compare=False)
+
+    @property
+    def path(self) -> tuple[str | int, ...]:
+        """As of a `StoredTensor`."""
+        return _path(self._reader, self.fqn)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored."""
+        return self._reader.find(self.fqn, None).length
+
+    @property
+    def file(self) -> str:
+        """Where, below the checkpoint; empty if it has none of its own."""
+        return self._reader.find(self.fqn, None).relative_path
+
+
+def _path(reader: StoredReader | None, fqn: str) -> tuple[str | int, ...]:
+    paths = (reader.metadata.planner_data or {}) if reader is not None else {}
+    return tuple(paths.get(fqn, (fqn,)))
 
 
 def name_of(dtype: torch.dtype) -> str:

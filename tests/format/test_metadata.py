@@ -159,7 +159,7 @@ async def test_the_id_is_text_whatever_was_given(tmp_path: Path) -> None:
 
 async def test_metadata_of_many_tensors_is_small() -> None:
     data = await _written_metadata({f"layers.{n}.weight": torch.ones(4, 4) for n in range(1000)})
-    assert len(data) < 230 * 1000
+    assert len(data) < 250 * 1000
 
 
 def test_six_fields_of_tensor_properties_are_read() -> None:
