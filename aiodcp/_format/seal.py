@@ -11,8 +11,8 @@ The table at the end of a data file has the CRC32 of each item in it: what is an
 one that belongs there, is found by that.
 
 The pickle itself says that a seal follows (`CLAIM` is one of its last bytes), and so does each piece of the outline
-(`PIECE_CLAIM`), so that a seal whose own mark is damaged, or cut off, is missed. Files of aiodcp 0.1 before this have no
-outline (`PLAIN_MARK`), or no checksums either (`OLD_MARK`); those of others have nothing.
+(`PIECE_CLAIM`), so that a seal whose own mark is damaged, or cut off, is missed. Files of aiodcp 0.1 before this have
+no outline (`PLAIN_MARK`), or no checksums either (`OLD_MARK`); those of others have nothing.
 """
 
 from __future__ import annotations

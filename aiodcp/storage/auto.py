@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from .._log import SafeLogger
 from ..errors import ArgumentError
 from .base import ObjectLimits, Reader, Storage, Writer, file_dates, object_limits, remove_all
+from .hub_cache import SCHEME, cached_snapshot
 from .local import LocalStorage
 from .object_store import ObjectStorage
 from .object_urls import bucket_of, refuse_collapsed, scheme_of
@@ -21,7 +22,7 @@ class AutoStorage:
     """Keep each checkpoint where its id says: what a `Checkpointer` has that is given no storage.
 
     `s3://bucket/...`, `gs://`, `az://`, `abfs://` and `memory://` are objects, by `ObjectStorage`, one for each bucket;
-    a path, or `file://`, is a directory, by `LocalStorage`.
+    a path, or `file://`, is a directory, by `LocalStorage`; `hf://` is one in the cache of Hugging Face's hub client.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,8 @@ class AutoStorage:
 
     def resolve(self, checkpoint_id: str) -> str:
         refuse_collapsed(checkpoint_id)
+        if scheme_of(checkpoint_id) == SCHEME:
+            return self._local.resolve(cached_snapshot(checkpoint_id))
         if scheme_of(checkpoint_id) == "file":
             host, slash, path = checkpoint_id[len("file://") :].partition("/")
             if host not in ("", "localhost") or not path:
