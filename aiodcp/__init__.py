@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from .checkpointer import Checkpointer as Checkpointer
     from .checkpointer import Guard as Guard
     from .checkpointer import JointCheckpoint as JointCheckpoint
+    from .checkpointer import PartSave as PartSave
+    from .checkpointer import PartTicket as PartTicket
     from .checkpointer import Snapshot as Snapshot
     from .checkpointer import SnapshotPart as SnapshotPart
     from .checkpointer import joint_checkpoint as joint_checkpoint
@@ -108,6 +110,8 @@ _LAZY = {
     "MemoryStorage": "storage",
     "Milestone": "_engine.milestone",
     "ObjectStorage": "storage",
+    "PartSave": "checkpointer",
+    "PartTicket": "checkpointer",
     "Problem": "reader",
     "Progress": "_telemetry.progress",
     "RestoredStep": "manager",
@@ -167,6 +171,8 @@ __all__ = [
     "MismatchError",
     "NotACheckpointError",
     "ObjectStorage",
+    "PartSave",
+    "PartTicket",
     "ParticipantError",
     "PerRank",
     "Preempted",

@@ -37,7 +37,7 @@ class PickleTemplate:
     """
 
     def __init__(self, metadata: Metadata, fields: Sequence[Placeholder]) -> None:
-        data = _dump(metadata)
+        data = dump_metadata(metadata)
         cuts: list[tuple[int, int, int | str]] = []
         for found in _INT_FIELD.finditer(data):
             cuts.append((found.start(), found.end(), _FIRST_FIELD + int.from_bytes(found[1], "little")))
@@ -75,7 +75,8 @@ class _MetadataPickler(pickle.Pickler):
         return NotImplemented
 
 
-def _dump(metadata: Metadata) -> bytes:
+def dump_metadata(metadata: Metadata) -> bytes:
+    """Return the pickle of metadata, as every reader wants it."""
     file = io.BytesIO()
     _MetadataPickler(file, protocol=2).dump(metadata)
     return without_memoized_tuples(file.getvalue())

@@ -24,6 +24,7 @@ class UncommittedFiles:
         names: of the files that were begun.
         are_written: whether all of them are complete.
         may_be_committed: whether the commit has been begun.
+        are_given_up: whether all ranks know that they are not committed, as far as is known.
         lock: keeps others from clearing them up, if this rank is to do that.
     """
 
@@ -33,6 +34,7 @@ class UncommittedFiles:
         self.names: list[str] = []
         self.are_written = False
         self.may_be_committed = False
+        self.are_given_up = False
         self.lock: Callable[[], Awaitable[None]] | None = None
         self._locking = anyio.Lock()
 

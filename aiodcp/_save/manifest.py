@@ -96,6 +96,10 @@ class ManifestTemplate:
         named = sorted((data_file(rank, save_id, part), numbers[part][rank]) for part, rank in self._writers)
         return [number for _, number in named]
 
+    def table_files(self, save_id: str) -> list[str]:
+        """Return the names of the data files that have tables, in the order of `in_order_of_files`."""
+        return sorted(data_file(rank, save_id, part) for part, rank in self._writers)
+
     def files(self, save_id: str) -> set[str]:
         """Return the names of all data files of a save."""
         return set(self._files(save_id))

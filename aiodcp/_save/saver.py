@@ -15,13 +15,14 @@ from functools import partial
 import anyio.lowlevel
 
 from .._distributed.operation import PART, Operation
-from .._distributed.votes import Row
+from .._distributed.votes import Row, any_rank
 from .._engine.device_copies import HOST
 from .._engine.task_groups import single_error
 from .._engine.threads import Threads
 from .._format.naming import METADATA_NAME, data_file
 from .._format.seal import seal
 from .._state.capture import Capture
+from ..errors import SaveCancelled
 from ..storage.base import Storage, object_limits
 from ..storage.error_mapping import write_errors
 from .bounded_staging import largest_piece
@@ -36,6 +37,7 @@ from .commit import (
     remove_if_empty,
 )
 from .manifest import ByteRange, ManifestTemplate, names_of
+from .parts import PartExchange, PartTicket, join
 from .pipeline import WritePipeline
 from .plan_cache import CachedPlan, PlanCache
 from .request import PartRequest, SaveJob, WrittenPart
@@ -114,13 +116,20 @@ class Saver:
 
         await operation.run_phase("stage", take_memory)
 
-    async def save(self, operation: Operation, id_digest: int, take: Callable[[], Awaitable[SaveJob]]) -> list[str]:
+    async def save(
+        self,
+        operation: Operation,
+        id_digest: int,
+        take: Callable[[], Awaitable[SaveJob]],
+        part: PartExchange | None = None,
+    ) -> list[str]:
         """Save what `take` captures, and return the files that are to be removed now.
 
         Args:
             operation: the ranks that save.
             id_digest: of the checkpoint's id, the same on all ranks.
             take: waits for the caller.
+            part: where this is a part of a checkpoint that another process commits, how the caller hears of it.
 
         Raises:
             SaveError: nothing was committed, and what was written is removed.
@@ -143,8 +152,74 @@ class Saver:
         async with self._all_or_nothing(operation, job.checkpoint_id, start.save_id) as files:
             file = data_file(operation.rank, start.save_id)
             written = await self._write(operation, files, None, job, kept.get(start.plan), file)
+            if part is not None:
+                await self._hand_over(operation, files, written, part)
+                job.log.report("done")
+                job.uploaded.reach()
+                return []
             manifest = await self._commit(operation, files, [written], job.custom_metadata)
         return await self._finish([job], manifest, start.save_id)
+
+    async def _hand_over(
+        self, operation: Operation, files: UncommittedFiles, written: WrittenPart, part: PartExchange
+    ) -> None:
+        """Offer what is written, and wait until the caller knows whether it has been committed.
+
+        Raises:
+            SaveCancelled: it has not.
+        """
+        path, save_id = files.checkpoint_id, files.save_id
+
+        async def offer() -> bool:
+            if not operation.is_coordinator:
+                part.offer(None)
+                return True
+            manifest = await self._plans.manifest_of([written.plan])
+            ranges = [[written.plan.frozen_ranges[rank] for rank in range(operation.size)]]
+            tables = manifest.in_order_of_files(save_id, [written.tables])
+            named = zip(manifest.table_files(save_id), tables, strict=True)
+            part.offer(
+                PartTicket(
+                    checkpoint_id=path,
+                    files=tuple(sorted(manifest.files(save_id))),
+                    metadata=manifest.render(path, save_id, ranges),
+                    tables=tuple(named),
+                )
+            )
+            return await operation.wait_for(part.decision)
+
+        files.may_be_committed = True
+        _, (is_refused, *_) = await operation.run_phase(
+            "commit", offer, propose=lambda is_committed: [not is_committed], agree=any_rank, last=True
+        )
+        if is_refused:
+            files.are_given_up = True
+            raise SaveCancelled(path)
+
+    async def commit_parts(
+        self,
+        checkpoint_id: str,
+        tickets: Sequence[PartTicket],
+        custom_metadata: Callable[[], bytes],
+        *,
+        overwrite: bool,
+    ) -> None:
+        """Commit what other processes have written, and remove what that replaces. On one rank.
+
+        Raises:
+            ArgumentError: the parts do not make up a checkpoint.
+            SaveError: a part is gone, or storage failed; nothing was committed.
+        """
+        joined = join(tickets, checkpoint_id, uuid.uuid4().hex)
+        async with AsyncExitStack() as stack:
+            await self._lock(stack, checkpoint_id)
+            if not overwrite:
+                await refuse_existing(self._storage, checkpoint_id)
+            with write_errors(self._storage.describe(checkpoint_id, METADATA_NAME)):
+                content = seal(joined.pickled, custom_metadata(), joined.tables, joined.outline)
+                await commit(self._storage, checkpoint_id, content, joined.files)
+            replaced = await find_replaced(self._storage, checkpoint_id, joined.files)
+            await remove_files(self._storage, checkpoint_id, replaced)
 
     def _propose(self, id_digest: int, kept: dict[int, CachedPlan], *, has_planner: bool) -> Row:
         return SaveProposal(
@@ -252,10 +327,11 @@ class Saver:
                     files.lock = partial(self._lock, stack, checkpoint_id)
                 yield files
         except BaseException:
-            if not operation.is_failure_agreed:
+            is_agreed = operation.is_failure_agreed or files.are_given_up
+            if not is_agreed:
                 self._plans.forget()
             kept_data = files.are_written and (
-                not operation.is_failure_agreed  # the coordinator may have gone on to the commit
+                not is_agreed  # the coordinator may have gone on to the commit
                 or (files.may_be_committed and await may_be_committed(self._storage, checkpoint_id, save_id))
             )
             if not kept_data:

@@ -4,6 +4,7 @@ from .checkpoint import Checkpoint
 from .checkpointer import Checkpointer
 from .joint import JointCheckpoint, joint_checkpoint
 from .optimizer_guard import Guard
+from .part import PartSave, PartTicket
 from .snapshot import Snapshot, SnapshotPart
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "Checkpointer",
     "Guard",
     "JointCheckpoint",
+    "PartSave",
+    "PartTicket",
     "Snapshot",
     "SnapshotPart",
     "joint_checkpoint",

@@ -12,6 +12,7 @@ from .._engine.device_copies import DeviceCopies
 from .._engine.loop import Engine
 from .._engine.milestone import Handle, Milestone, MilestoneSource
 from .._log import SafeLogger
+from .._save.parts import PartExchange
 from .._save.snapshot_source import SnapshotSource
 from .._state.tear_detector import TearDetector
 from .._telemetry.progress import Progress, ProgressLog
@@ -47,6 +48,7 @@ class SaveState:
         device_copies: brings tensors from devices.
         source: of snapshots of what is staged.
         blocked_by: returns the name of a participant that staging waits for, and that may need this very thread.
+        part: of one that another process commits.
     """
 
     def __init__(self, checkpoint_id: str, engine: Engine, owner: object) -> None:
@@ -61,6 +63,7 @@ class SaveState:
         self.tears: TearDetector | None = None
         self.device_copies: DeviceCopies = DeviceCopies()
         self.blocked_by: Callable[[], str] = lambda: ""
+        self.part: PartExchange | None = None
         self.engine = engine
 
     def __del__(self) -> None:
@@ -107,6 +110,8 @@ class SaveState:
             EarlierFailureError.__name__
         }
         self.queued.fail(error)
+        if self.part is not None:
+            self.part.written.fail(error, retrieved=True)
         for milestone in (self.staged, self.uploaded):
             milestone.fail(error, retrieved=cancelled or repeated)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from .._format.checksum import Checksum, default_checksum
 from .._load.options import LoadOptions, Rename
 from .._load.report import LoadReport
 from .._log import SafeLogger
+from .._save.parts import PartExchange, PartTicket
 from .._save.sharing import OnDisagreement
 from .._state.name_patterns import Names
 from .._telemetry.progress_bar import NoBar
@@ -28,6 +29,7 @@ from ..storage.retry import Retry
 from .arguments import CheckpointId, OnBusy, Options, default_copy_threads, metadata_encoder
 from .checkpoint import Checkpoint
 from .optimizer_guard import Guard
+from .part import PartSave
 from .session import Session
 
 log: SafeLogger = SafeLogger(__name__)
@@ -204,6 +206,50 @@ class Checkpointer(SyncContext):
             state_dict, checkpoint_id, encode, planner=planner, on_busy=on_busy, overwrite=overwrite
         )
         return None if state is None else Checkpoint(state)
+
+    async def save_part(self, state_dict: Mapping[str, Any], checkpoint_id: CheckpointId) -> PartSave:
+        """Begin to save a part of a checkpoint that several processes write, and one commits: see `PartSave`.
+
+        For processes that share no process group, such as a controller, its trainers and its actors, each with a
+        `Checkpointer` of its own; one may be several ranks, which all call it. Names must differ between parts: give
+        each a name of its own at the top level.
+
+        Raises:
+            CaptureError: a value cannot be saved; names it.
+            SaveError: an earlier save failed and was not awaited.
+
+        Cancellation: while it waits for an earlier save, withdraws this one.
+        """
+        exchange = PartExchange()
+        encode = metadata_encoder(None)
+        saves = self._session.saves
+        state = await saves.save(state_dict, checkpoint_id, encode, planner=None, on_busy="wait", part=exchange)
+        assert state is not None, "it waits for its turn"
+        return PartSave(state, exchange)
+
+    async def commit(
+        self,
+        checkpoint_id: CheckpointId,
+        tickets: Sequence[PartTicket],
+        *,
+        custom_metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = True,
+    ) -> None:
+        """Make the parts that several processes have written one checkpoint, atomically and durably.
+
+        Args:
+            checkpoint_id: where they were written.
+            tickets: of all parts.
+            custom_metadata, overwrite: see `save`.
+
+        Raises:
+            ArgumentError: there is no ticket, two parts have a value of one name, or one is of another checkpoint.
+            SaveError: a part is gone, or storage failed. Nothing was committed.
+
+        Cancellation: takes effect before the commit has begun.
+        """
+        encode = metadata_encoder(custom_metadata)
+        await self._session.saves.commit(checkpoint_id, tickets, encode, overwrite=overwrite)
 
     def guard(self, *optimizers: torch.optim.Optimizer) -> Guard:
         """Make optimizers wait, before each step, for the staging that is in flight.
@@ -387,6 +433,7 @@ class Checkpointer(SyncContext):
     prepare_sync: Final = sync_method(prepare)
     load_sync: Final = sync_method(load)
     check_sync: Final = sync_method(check)
+    commit_sync: Final = sync_method(commit)
     read_custom_metadata_sync: Final = sync_method(read_custom_metadata)
 
 

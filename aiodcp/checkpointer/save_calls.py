@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from .._distributed.votes import OperationKind
 from .._engine.device_copies import CopyStreams
 from .._engine.gil_fairness import yield_to_engine
 from .._save.commit import remove_files
+from .._save.parts import PartExchange, PartTicket
 from .._save.pipeline import WritePipeline
 from .._save.request import PartRequest, SaveJob
 from .._save.saver import Saver
@@ -106,6 +107,7 @@ class SaveCalls:
         planner: SavePlanner | None,
         on_busy: OnBusy,
         overwrite: bool = True,
+        part: PartExchange | None = None,
     ) -> SaveState | None:
         """Implement `Checkpointer.save`; return None if the save is skipped."""
         flows = self._flows
@@ -130,7 +132,7 @@ class SaveCalls:
                 raise
             if is_skipped:
                 return None
-            state = self._begin(number, path, checkpoint_id, handshake)
+            state = self._begin(number, path, checkpoint_id, handshake, part)
             try:
                 await handshake.wait_for_turn()
                 self.raise_unretrieved()  # of the save that this one waited for
@@ -159,17 +161,52 @@ class SaveCalls:
             return EarlierFailureError.of(error)
         return error if isinstance(error, Exception) else SaveCancelled(str(checkpoint_id))
 
-    def _begin(self, number: int, path: str, checkpoint_id: CheckpointId, handshake: Handshake[SaveJob]) -> SaveState:
+    def _begin(
+        self,
+        number: int,
+        path: str,
+        checkpoint_id: CheckpointId,
+        handshake: Handshake[SaveJob],
+        part: PartExchange | None = None,
+    ) -> SaveState:
         state = SaveState(path, self._flows.engine, self)
+        state.part = part
 
         async def save(operation: Operation) -> list[str]:
             try:
-                return await self._saver.save(operation, digest_of(checkpoint_id), handshake.wait_for_capture)
+                return await self._saver.save(operation, digest_of(checkpoint_id), handshake.wait_for_capture, part)
             finally:
                 state.tears = None  # and with it what it held of the state
 
         state.operation = self._begin_flow(number, path, handshake.give_turn, save, state.fail)
         return state
+
+    async def commit(
+        self,
+        checkpoint_id: CheckpointId,
+        tickets: Sequence[PartTicket],
+        encode_metadata: EncodeMetadata,
+        *,
+        overwrite: bool,
+    ) -> None:
+        """Implement `Checkpointer.commit`."""
+        self._flows.check_open()
+        last = self.last
+        if self._flows.channel is not None and last is not None and last.part is not None and not last.uploaded.done():
+            raise DeadlockError("these ranks have a part in flight, whose end this would wait for: commit elsewhere")
+        path = self._storage.resolve(check_id(checkpoint_id))
+        custom_metadata = await encode_metadata()
+
+        async def commit() -> bytes:
+            await self._saver.commit_parts(path, tickets, custom_metadata, overwrite=overwrite)
+            return b""
+
+        await self._flows.ask("commit parts", commit)
+
+    def give_up_part(self) -> None:
+        """Say of a part in flight that it is not committed, as far as is known: nobody can say so any more."""
+        if self.last is not None and self.last.part is not None:
+            self.last.part.decide(is_committed=False)
 
     # --- several states
 

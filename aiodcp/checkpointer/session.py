@@ -86,6 +86,7 @@ class Session:
         Cancellation: gives up what is under way.
         """
         self.flows.refuse_inside("leave the Checkpointer")
+        self.saves.give_up_part()
         stuck: ClosedError | None = None
         try:
             await self.flows.close()
