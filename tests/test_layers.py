@@ -196,7 +196,7 @@ def test_nobody_reaches_for_an_underscored_attribute_of_another_file() -> None:
 # What may be imported only there.
 ONLY_IN = {
     # In `leases` for a task that renews a lease, whoever leaves its block: no task group can be left by another task.
-    # In `stored_checkpoint` for one that reads ahead, whoever goes on with the iteration.
+    # In `stored_checkpoint` for one that reads ahead, whoever goes on with the iteration. In `ray` for its futures.
     "asyncio": {
         "_engine",
         "checkpointer",
@@ -205,6 +205,7 @@ ONLY_IN = {
         "testing",
         "storage.leases",
         "reader.stored_checkpoint",
+        "integrations.ray",
     },
     "concurrent": {"_engine", "checkpointer", "_cli.bench"},
     # In `_load` and `manager` for the names of levels, in `transformers` for a filter.
