@@ -118,8 +118,6 @@ def test_a_worker_of_ray_train_reports_what_is_durable(cluster: None, tmp_path: 
         scaling_config=ScalingConfig(num_workers=2, use_gpu=False),
         torch_config=TorchConfig(backend="gloo"),
         run_config=RunConfig(storage_path=str(tmp_path), name="run"),
-            storage_path=str(tmp_path), name="run", checkpoint_config=CheckpointConfig(num_to_keep=None)
-        ),
     )
     result = trainer.fit()
     assert result.error is None
