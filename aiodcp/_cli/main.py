@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exits with 0; with 1 if `verify` finds damage or `diff` a difference; with 2 if the command fails.
     """
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(parser)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "show" and options.fqn is None and rest and not rest[0].startswith("-"):
         options.fqn = rest.pop(0)  # argparse finds an optional name only before the flags
@@ -55,6 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = _fail(options, f"{type(error).__name__}: {error}")
     if status:
         sys.exit(status)
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks how a line goes on: `eval "$(register-python-argcomplete aiodcp)"`."""
+    try:
+        import argcomplete
+    except ImportError:
+        return
+    argcomplete.autocomplete(parser)
 
 
 def _fail(options: argparse.Namespace, text: str) -> int:
@@ -159,7 +170,7 @@ def _add_convert(commands: _Commands) -> None:
 def _add_bench(commands: _Commands) -> None:
     text = "measure saving and loading on this machine, or under torchrun, against DCP; takes minutes"
     bench = commands.add("bench", _bench, text)
-    where = "directory on the file system to measure, created if it does not exist; or s3://bucket/prefix (default: .)"
+    where = "directory on the file system to measure, which must exist; or s3://bucket/prefix (default: .)"
     bench.add_argument("directory", nargs="?", default=".", help=where)
     bench.add_argument("--gib", type=_positive_float, default=1.0, help="size of the state in 64 tensors (default: 1)")
     small = "number of tensors in the other state, of 4 KiB, on a device of 16 KiB (default: 10000)"
@@ -318,11 +329,16 @@ def _dtype(name: str | None) -> Any:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    # What is measured with is removed on the way out, also when a scheduler ends the job.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    is_store = "://" in options.directory and not options.directory.startswith("file:")
+    if not options.plan and not is_store and not os.path.isdir(options.directory):
+        raise ArgumentError("directory", f"{options.directory} is not a directory: create it first")
     if options.plan:
         from .bench import planning
 
         planning.run(options.plan, as_json=options.json)
-    elif "://" in options.directory and not options.directory.startswith("file:"):
+    elif is_store:
         from .bench import store
 
         store.run(

@@ -1,7 +1,9 @@
 """The command line, and the benchmark at a size that takes seconds."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -29,6 +31,37 @@ def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.Captur
         main(arguments)
     assert caught.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", str(tmp_path / "typo")])
+    assert caught.value.code == 2
+    assert "create it first" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_benchmark_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aiodcp", "bench", str(tmp_path), "--gib", "0.1", "--repeat", "3"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "round 0" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shell_is_told_how_a_line_goes_on(tmp_path: Path) -> None:
+    line, out = "aiodcp ver", tmp_path / "out"
+    env = os.environ | {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(out),
+        "_ARGCOMPLETE_IFS": "\n",
+    }
+    subprocess.run([sys.executable, "-m", "aiodcp"], env=env, check=True)
+    assert out.read_text().strip() == "verify"
 
 
 def test_the_benchmark_measures_every_system_and_prints_tables_or_json(

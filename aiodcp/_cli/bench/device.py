@@ -296,7 +296,6 @@ def run(device: str, directory: str, shapes: Sequence[Shape], *, repeat: int, as
     if where.type != "cpu" and where.index is None:
         where = torch.device(where.type, torch.accelerator.current_device_index())
     training = Training(where) if where.type != "cpu" else Training(where, width=64, layers=1)
-    Path(directory).mkdir(parents=True, exist_ok=True)
     results = []
     with tempfile.TemporaryDirectory(prefix="aiodcp-bench-", dir=directory) as folder:
         for shape in shapes:

@@ -149,12 +149,12 @@ def run(directory: str, *, gib: float, repeat: int, as_json: bool) -> None:
     """
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo")
+    folder = None
     try:
         rank, size = dist.get_rank(), dist.get_world_size()
         names: list[str | None] = [None]
         if rank == 0:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            names = [tempfile.mkdtemp(prefix="aiodcp-bench-", dir=directory)]
+            names = [folder := tempfile.mkdtemp(prefix="aiodcp-bench-", dir=directory)]
         dist.broadcast_object_list(names)
         results = []
         for kind in ("sharded", "replicated"):
@@ -166,13 +166,14 @@ def run(directory: str, *, gib: float, repeat: int, as_json: bool) -> None:
             nbytes = sum(_whole_nbytes(value) for value in state.values())
             results.append({"state": kind, "nbytes": nbytes, "ranks": gathered})
         if rank == 0:
-            shutil.rmtree(str(names[0]))
             if as_json:
                 print(json.dumps({"torch": torch.__version__, "cores": os.cpu_count(), "states": results}, indent=2))
             else:
                 print(f"torch {torch.__version__}, {size} ranks on {os.cpu_count()} cores, medians of {repeat} rounds")
                 print("\n".join(format_result(result) for result in results))
     finally:
+        if folder is not None:
+            shutil.rmtree(folder)
         dist.destroy_process_group()
 
 

@@ -81,7 +81,7 @@ def run(directory: str, *, gib: float, tensors: int, repeat: int, as_json: bool)
     """Run the benchmark in a fresh folder of `directory` and print what it found.
 
     Args:
-        directory: on the file system that is to be measured; made if it is not there.
+        directory: on the file system that is to be measured.
         gib: size of the state with few large tensors, in GiB: 64 of them.
         tensors: how many tensors of 4 KiB the other state has.
         repeat: rounds that count.
@@ -90,7 +90,6 @@ def run(directory: str, *, gib: float, tensors: int, repeat: int, as_json: bool)
     warnings.filterwarnings("ignore")  # DCP warns of having no process group, on every save
     large = Shape(name=f"{gib:g} GiB in 64 tensors", tensors=64, elements=int(gib * (1 << 30)) // 256)
     small = Shape(name=f"{tensors} tensors of 4 KiB", tensors=tensors, elements=1024)
-    Path(directory).mkdir(parents=True, exist_ok=True)
     results = []
     with tempfile.TemporaryDirectory(prefix="aiodcp-bench-", dir=directory) as folder:
         for shape in (large, small):
