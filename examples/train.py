@@ -214,34 +214,43 @@ async def train(options: argparse.Namespace) -> None:
             checkpointer.write_trace(options.trace)
 
     if saves:
-        print(draw(saves, compute))
+        print(draw(saves[-2:][0], compute))  # the last one, but that nothing is trained under it
     more = "" if app.step < options.steps else f" --steps {2 * options.steps}"
-    print(f"kept steps {manager.steps()}: see `aiodcp ls {options.out}`; --resume{more} goes on")
+    print(f"kept steps {manager.steps()}: --resume{more} goes on")
+    print(f"see `aiodcp ls {options.out}`, and `aiodcp report {options.out}` for pictures of all saves")
     print(f"weights {app.digest()} after step {app.step}")
 
 
-def draw(saves: list[Save], compute: list[Span], width: int = 72) -> str:
-    """The time around the last saves as text: a column is filled where the row was at work for some of it."""
-    shown = saves[-2:]
-    began = shown[0].between("capture")[0]
-    start = max((begin for begin, _ in compute if begin < began), default=began)
-    stop = max(save.between("commit")[1] for save in shown)
+PHASES = {
+    "capture": "captured",
+    "plan": "planned",
+    "stage": "staged",
+    "checksum": "checksums",
+    "write": "written",
+    "commit": "committed",
+}
+
+
+def draw(save: Save, compute: list[Span], width: int = 72) -> str:
+    """The time of one save as text: a column is filled where the row was at work for some of it."""
+    start, stop = save.between("capture")[0], save.between("commit")[1]
     column_s = (stop - start) / width
 
-    def row(spans: list[Span]) -> str:
-        return "".join(
+    def row(name: str, spans: list[Span]) -> str:
+        cells = (
             "█" if any(a < start + (n + 1) * column_s and b > start + n * column_s for a, b in spans) else "·"
             for n in range(width)
         )
+        took = sum(max(0.0, min(b, stop) - max(a, start)) for a, b in spans)
+        return f"{name:>10} {''.join(cells)} {1e3 * took:.1f} ms"
 
-    rows = {
-        "compute": compute,
-        "staging": [save.between("stage") for save in shown],
-        "writing": [save.between("write") for save in shown],
+    spans = save.checkpoint.timeline.spans
+    rows = {"training": compute} | {
+        name: [(span.began_s, span.ended_s) for span in spans if span.name == phase] for phase, name in PHASES.items()
     }
-    steps = " and ".join(str(save.step) for save in shown)
-    head = f"the saves of step {steps}: {1e3 * (stop - start):.0f} ms from left to right"
-    return "\n".join([head, *(f"{name:>8} {row(spans)}" for name, spans in rows.items())])
+    nbytes = save.checkpoint.progress.bytes_total
+    head = f"the save of step {save.step}, {nbytes / 1e6:.1f} MB: {1e3 * (stop - start):.0f} ms from left to right"
+    return "\n".join([head, *(row(name, each) for name, each in rows.items())])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_gc(commands)
     _add_export(commands)
     _add_convert(commands)
+    _add_report(commands)
     _add_bench(commands)
     return commands.parser
 
@@ -165,6 +166,13 @@ def _add_convert(commands: _Commands) -> None:
     convert.add_argument("checkpoint", help="checkpoint directory, safetensors folder or file, torch.save file, or URL")
     convert.add_argument("out", help="directory or URL of the new checkpoint")
     convert.add_argument("--dtype", help="convert floating-point tensors, such as to bfloat16")
+
+
+def _add_report(commands: _Commands) -> None:
+    text = "write an HTML page about the saves below a root: phases, stalls, sizes, failures, retention"
+    report = commands.add("report", _report, text)
+    report.add_argument("root", help="directory or URL that contains the step-<n> directories")
+    report.add_argument("--out", default="report.html", help="the page's file (default: report.html)")
 
 
 def _add_bench(commands: _Commands) -> None:
@@ -307,6 +315,14 @@ def _convert(options: argparse.Namespace) -> int:
 
     where = _run(convert_here())
     _print(options, {"checkpoint_id": where}, lambda: where)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import write_report
+
+    path = write_report(options.root, options.out)
+    _print(options, {"file": path}, lambda: path)
     return 0
 
 

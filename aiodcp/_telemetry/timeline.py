@@ -56,7 +56,7 @@ class Timeline:
 
     def seconds(self, name: str) -> float:
         """Return for how long a phase was at work; what overlaps is counted once."""
-        return _length(_union((span.began_s, span.ended_s) for span in self._spans if span.name == name))
+        return _length(union((span.began_s, span.ended_s) for span in self._spans if span.name == name))
 
     def under(self, name: str, compute: Iterable[tuple[float, float]]) -> float:
         """Return which part of a phase's time lay within `compute`: 0 to 1, and 1 if it took none.
@@ -65,8 +65,8 @@ class Timeline:
             name: the phase.
             compute: when the caller computed, each a begin and an end in seconds of `time.perf_counter()`.
         """
-        work = _union((span.began_s, span.ended_s) for span in self._spans if span.name == name)
-        steps = _union(compute)
+        work = union((span.began_s, span.ended_s) for span in self._spans if span.name == name)
+        steps = union(compute)
         both = sum(max(0.0, min(stop, end) - max(start, begin)) for start, stop in work for begin, end in steps)
         return both / _length(work) if _length(work) else 1.0
 
@@ -84,7 +84,7 @@ class Timeline:
         self._spans.append(Span(name=name, began_s=began_s, ended_s=time.perf_counter()))
 
 
-def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+def union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """Join spans that overlap."""
     joined: list[tuple[float, float]] = []
     for begin, end in sorted(spans):

@@ -22,6 +22,7 @@ class Trace:
     def __init__(self) -> None:
         self._saves: deque[tuple[str, Timeline]] = deque(maxlen=KEPT_SAVES)
         self._steps: deque[tuple[int, Span]] = deque(maxlen=KEPT_STEPS)
+        self._running: list[tuple[int, float]] = []  # steps that are not over
         self._wall_s = time.time() - time.perf_counter()  # one clock for the traces of all ranks
 
     def add(self, checkpoint_id: str, timeline: Timeline) -> None:
@@ -30,10 +31,22 @@ class Trace:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         began = time.perf_counter()
+        self._running.append((number, began))
         try:
             yield
         finally:
+            self._running.remove((number, began))
             self._steps.append((number, Span(name="step", began_s=began, ended_s=time.perf_counter())))
+
+    def steps_between(self, began_s: float, ended_s: float) -> list[Span]:
+        """Return the caller's steps that lay between two times, at least in part, each with its number as its name."""
+        steps = [(number, step.began_s, step.ended_s) for number, step in list(self._steps)]
+        steps += [(number, began, ended_s) for number, began in list(self._running)]
+        return [
+            Span(name=f"step {number}", began_s=began, ended_s=ended)
+            for number, began, ended in steps
+            if began < ended_s and ended > began_s
+        ]
 
     def render(self, rank: int) -> str:
         """Return the Chrome trace, as JSON.

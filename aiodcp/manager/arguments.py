@@ -49,6 +49,7 @@ class ManagerArguments(TypedDict, total=False):
     grace_s: float
     deadline: float | None
     progress: bool
+    history: bool
     on_event: Callable[[Event], None] | None
 
 
@@ -90,6 +91,7 @@ class Options:
     grace_s: float
     deadline: float | None
     progress: bool
+    history: bool
     on_event: Callable[[Event], None] | None
 
     def __post_init__(self) -> None:

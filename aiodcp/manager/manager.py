@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, U
 
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
-from .._distributed.stop_agreement import StopAgreement
 from .._engine.milestone import Milestone
 from .._engine.sync_bridge import SyncContext, sync_method
 from .._load.options import LoadOptions, Rename
@@ -25,6 +24,7 @@ from .arguments import InitialLoad, ManagerArguments, Options
 from .catalog import StepCatalog
 from .deadline import Deadline
 from .events import Event
+from .history import History
 from .pacing import Pacing
 from .reporter import Reporter
 from .retention import Best, Retention
@@ -77,8 +77,7 @@ class CheckpointManager(StepView, SyncContext, Generic[SaveT]):
         keep_for_s: keep the steps of the last so many seconds; instead of `keep_last` or beside it.
         keep_every_s: also keep one step for every so many seconds.
         keep_if: also keep the steps for which this function of a `Step` is true.
-        save_interval: steps between those for which `should_save` is true.
-        save_every_s: seconds between two saves, after which `should_save` is true; by the coordinator's clock.
+        save_interval, save_every_s: steps, or seconds, from one save to the next, for `should_save`.
         save_first, last_step: also for step 1, and for the last one.
         latest_by: which step is `latest`: the one that was committed last, also after going back, or as torchtitan has
             it the one with the largest "number".
@@ -92,6 +91,7 @@ class CheckpointManager(StepView, SyncContext, Generic[SaveT]):
         deadline: when the process will be ended in any case, in seconds of `time.time()`: heard `grace_s` before.
         progress: show a bar on the coordinator's standard error, if that is a terminal and the extra `cli` (rich) is
             installed, for saves and loads that take longer than a second.
+        history: keep what the coordinator has seen below the root, for `aiodcp report`.
         on_event: called with each `Event`, one after the other, in the thread `aiodcp-callbacks`. What it raises is
             logged; leaving the manager waits ten seconds at most for the last call.
     """
@@ -137,6 +137,7 @@ class CheckpointManager(StepView, SyncContext, Generic[SaveT]):
         grace_s: float = 30.0,
         deadline: float | None = None,
         progress: bool = False,
+        history: bool = True,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         self.checkpointer: Checkpointer = checkpointer if checkpointer is not None else Checkpointer()
@@ -163,6 +164,7 @@ class CheckpointManager(StepView, SyncContext, Generic[SaveT]):
             grace_s=grace_s,
             deadline=deadline,
             progress=progress,
+            history=history,
             on_event=on_event,
         )
         self._session = session_of(self.checkpointer)
@@ -174,14 +176,16 @@ class CheckpointManager(StepView, SyncContext, Generic[SaveT]):
         self._catalog = StepCatalog(
             session.storage, options.root, options.retention, options.names, latest_by=options.latest_by
         )
-        self._reporter = Reporter(options.on_event, self.path, options.names.step_of)
+        steps_between = session.saves.trace.steps_between if options.history else None
+        history = steps_between and History(session.storage, lambda: self._catalog.root, steps_between)
+        self._reporter = Reporter(options.on_event, self.path, options.names.step_of, history)
         self._deadline = Deadline(lambda: self._stopping.left_s)
         self._stopping = Stopping(options, on_heard=self._deadline.cut_short, report=self._reporter.preempted)
         warns = options.on_error == "warn"
         self._saves = StepSaves(session, self._catalog, self._reporter, self._deadline, warns=warns)
         self._restores = StepRestores(session, self._catalog, self._reporter)
         self._removals = StepRemovals(session, self._catalog, self._reporter)
-        self._pacing = Pacing(None, lambda number: None, leads=False)
+        self._pacing = Pacing(None, self._session.stop_agreement, leads=False)
 
     def __repr__(self) -> str:
         steps = f"steps {self.steps()}" if self._catalog.has_looked else "not entered yet"
@@ -198,8 +202,9 @@ class CheckpointManager(StepView, SyncContext, Generic[SaveT]):
             problem: Exception | None = None
             try:
                 before: dict[int, Any] = {signal.SIGINT: self._sigint} if self._runner is not None else {}
-                self._stopping.begin(self._session.stop_agreement(), before)
-                self._pacing = Pacing(self._options.save_every_s, self._pace_agreement, leads=flows.is_coordinator)
+                agree = self._session.stop_agreement
+                self._stopping.begin(agree(), before)
+                self._pacing = Pacing(self._options.save_every_s, agree, leads=flows.is_coordinator)
             except (ValueError, OSError) as error:  # the other ranks are to hear of it
                 problem = ArgumentError("signals", f"cannot install signal handlers here: {error}")
                 problem.__cause__ = error
@@ -297,9 +302,6 @@ class CheckpointManager(StepView, SyncContext, Generic[SaveT]):
         by_number = options.save_interval is not None and step > 0 and step % options.save_interval == 0
         at_end = (options.save_first and step == 1) or step == options.last_step
         return stops or is_due or by_number or at_end
-
-    def _pace_agreement(self, number: int) -> StopAgreement | None:
-        return self._session.stop_agreement(f"pace/{number}")
 
     @overload
     async def save(

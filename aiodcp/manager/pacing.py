@@ -25,13 +25,13 @@ class Pacing:
     """When the next save by the clock is due."""
 
     def __init__(
-        self, interval_s: float | None, agreement: Callable[[int], StopAgreement | None], *, leads: bool
+        self, interval_s: float | None, agreement: Callable[[str], StopAgreement | None], *, leads: bool
     ) -> None:
         """Begin an interval now.
 
         Args:
             interval_s: seconds from save to save; None for no saves by the clock.
-            agreement: returns the ranks' agreement number n; None if there is one process.
+            agreement: returns an agreement of the ranks, by name; None if there is one process.
             leads: whether this rank's clock decides.
         """
         self._interval_s = interval_s
@@ -42,7 +42,7 @@ class Pacing:
         self._passed = threading.Event()  # the step of the agreement is passed: the next interval begins
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        if interval_s is not None and (first := agreement(0)) is not None:
+        if interval_s is not None and (first := agreement("pace/0")) is not None:
             self._agreement = first
             self._thread = start_thread("pacing", self._listen)
 
@@ -89,7 +89,7 @@ class Pacing:
             self._passed.clear()
             number += 1
             self._began_s = time.monotonic()
-            self._agreement = self._new_agreement(number)
+            self._agreement = self._new_agreement(f"pace/{number}")
 
     def _wait_until_due(self, agreement: StopAgreement) -> bool:
         """Wait for the clock, or for the rank whose clock decides; return False when closed before."""

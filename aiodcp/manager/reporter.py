@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from .events import (
     Stats,
     StepRemoved,
 )
+from .history import History
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,11 @@ class Reporter:
         on_event: Callable[[Event], None] | None,
         path_of: Callable[[int], str],
         step_of: Callable[[str], int | None],
+        history: History | None,
     ) -> None:
         """Begin; `path_of` returns the path of a step, and `step_of` the step of a directory's name."""
+        self._history = history
+        self._is_kept = False  # where nothing is saved nothing is written
         self._feed = EventFeed(on_event)
         self._rank = 0
         self._shows = False
@@ -70,12 +74,30 @@ class Reporter:
     def begin(self, *, rank: int, shows: bool) -> None:
         """Report from now on, of this rank; `shows` is whether bars are shown here."""
         self._rank, self._shows = rank, shows
+        if self._history is not None:
+            self._history.begin()
         self._feed.begin()
 
     async def end(self) -> None:
         """Let the callback see all events, and those who follow come to an end."""
         await self._feed.flush()
         self._feed.end()
+
+    async def write_history(self) -> None:
+        """Write what has happened, if it is to be kept, and it is time. On the coordinator, on the engine's loop."""
+        if self._history is not None and self._is_kept:
+            await self._history.write()
+
+    @asynccontextmanager
+    async def keeping_history(self) -> AsyncIterator[None]:
+        """Write what has happened while the block runs, if it is to be kept, and all of it at its end."""
+        self._is_kept = True
+        try:
+            yield
+        finally:
+            self._is_kept = False
+            if self._history is not None:
+                await self._history.write(at_once=True)
 
     def follow(self) -> AsyncIterator[Event]:
         """Return the events from now on, until the end."""
@@ -96,13 +118,18 @@ class Reporter:
     def _of(self, step: int) -> dict[str, Any]:
         return {"step": step, "rank": self._rank, "checkpoint_id": self._path_of(step)}
 
+    def _publish(self, event: Event, began_s: float = 0.0, timelines: Sequence[Timeline] = ()) -> None:
+        if self._history is not None:
+            self._history.note(event, began_s, timelines)
+        self._feed.publish(event)
+
     def save(self, step: int) -> SaveRecord:
         """Begin to report on a save, which is asked for now."""
         return SaveRecord(step=step, began_s=time.perf_counter(), here=self._exporter.here())
 
     def skipped(self, step: int) -> None:
         self._skipped += 1
-        self._feed.publish(SaveSkipped(**self._of(step)))
+        self._publish(SaveSkipped(**self._of(step)))
 
     def began(self, record: SaveRecord, timeline: Timeline) -> None:
         """Report that a state is captured."""
@@ -110,7 +137,7 @@ class Reporter:
         assert captured is not None
         waited_s = captured[0] - record.began_s
         self._waited_s += waited_s
-        self._feed.publish(SaveBegan(**self._of(record.step), waited_s=waited_s, held_s=captured[1] - captured[0]))
+        self._publish(SaveBegan(**self._of(record.step), waited_s=waited_s, held_s=captured[1] - captured[0]))
 
     def ended(self, record: SaveRecord, states: Sequence[SaveState], error: Exception | None) -> None:
         """Report how a save has ended, of one state or several."""
@@ -119,11 +146,11 @@ class Reporter:
         timelines = [state.timeline for state in states]
         if error is not None:
             self._failed += 1
-            self._feed.publish(SaveFailed(**facts, error=error))
+            self._publish(SaveFailed(**facts, error=error), record.began_s, timelines)
         else:
             self._saved += 1
             self._last_commit = time.monotonic()
-            self._feed.publish(SaveFinished(**facts, nbytes=nbytes, **_times_of(timelines)))
+            self._publish(SaveFinished(**facts, nbytes=nbytes, **_times_of(timelines)), record.began_s, timelines)
         attributes = {f"aiodcp.{name}": value for name, value in facts.items()} | {"aiodcp.nbytes": nbytes}
         self._exporter.export("aiodcp.save", record.here, record.began_s, attributes, timelines, error)
 
@@ -142,21 +169,21 @@ class Reporter:
         step = self._step_of(checkpoint_id.rpartition("/")[2])
         step = -1 if step is None else step
         retried = Retried(step=step, rank=self._rank, checkpoint_id=checkpoint_id, path=path, attempt=attempt)
-        self._feed.publish(retried)
+        self._publish(retried)
 
     def removed(self, step: int, error: OSError | None) -> None:
         """Report that a step is removed, or why it cannot be."""
         if error is None:
             self._removed += 1
-            self._feed.publish(StepRemoved(**self._of(step)))
+            self._publish(StepRemoved(**self._of(step)))
         else:
-            self._feed.publish(RemovalFailed(**self._of(step), error=error))
+            self._publish(RemovalFailed(**self._of(step), error=error))
 
     def cleared(self, step: int) -> None:
-        self._feed.publish(LeftoverRemoved(**self._of(step)))
+        self._publish(LeftoverRemoved(**self._of(step)))
 
     def preempted(self, step: int, reason: str, left_s: float) -> None:
-        self._feed.publish(Preempted(**self._of(step), reason=reason, left_s=left_s))
+        self._publish(Preempted(**self._of(step), reason=reason, left_s=left_s))
 
     @contextmanager
     def restoring(self, step: int) -> Iterator[Bar]:
@@ -166,7 +193,7 @@ class Reporter:
         try:
             with bar(f"loading step {step}", wanted=self._shows) as shown:
                 yield shown
-            self._feed.publish(Restored(**facts, seconds=time.perf_counter() - began_s))
+            self._publish(Restored(**facts, seconds=time.perf_counter() - began_s))
         except Exception as error:
             failure = error
             raise
@@ -175,7 +202,7 @@ class Reporter:
             self._exporter.export("aiodcp.restore", here, began_s, attributes, (), failure)
 
     def fell_back(self, step: int, error: Exception) -> None:
-        self._feed.publish(FellBack(**self._of(step), error=error))
+        self._publish(FellBack(**self._of(step), error=error))
 
 
 def _times_of(timelines: Sequence[Timeline]) -> dict[str, Any]:

@@ -174,6 +174,7 @@ class StepSaves:
             await flows.run(lock.enter_async_context, self._session.storage.lock(self._catalog.root, exclusive=False))
         if self._lock is None:
             await flows.keep_until_close(lock)
+            await flows.keep_until_close(self._reporter.keeping_history())
             self._lock = lock
         self._clears_at = float("inf") if is_clear else time.monotonic() + CLEAR_AGAIN_S
 
@@ -205,3 +206,4 @@ class StepSaves:
             log.warning("step %d: the save reported a failure after its commit; the step is complete", step)
             self._catalog.mark_for_removal(removes=self._session.flows.is_coordinator)
         await self._catalog.prune(self._reporter.removed)
+        await self._reporter.write_history()

@@ -190,7 +190,7 @@ class LocalStorage:
             await remove_tree(checkpoint_id)
 
     async def list_children(self, root: str) -> list[str]:
-        return await list_directories(root)
+        return [name for name in await list_directories(root) if name != INTERNAL_DIRECTORY]
 
     def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
         """By a lock on a file of `root`'s, which the system takes back when the process ends, however it ends.

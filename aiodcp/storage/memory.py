@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
+from .base import INTERNAL_DIRECTORY
 from .process_locks import ProcessLocks
 
 
@@ -73,7 +74,7 @@ class MemoryStorage:
 
     async def list_children(self, root: str) -> list[str]:
         below = [each[len(root) + 1 :] for each, files in self.files.items() if files and each.startswith(f"{root}/")]
-        return sorted({each.split("/")[0] for each in below})
+        return sorted({each.split("/")[0] for each in below} - {INTERNAL_DIRECTORY})
 
     def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AbstractAsyncContextManager[bool]:
         return self._locks.hold(root, exclusive=exclusive)

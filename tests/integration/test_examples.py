@@ -41,8 +41,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_training_prints_a_line_for_each_save_and_the_timeline(uninterrupted: str) -> None:
     assert len(re.findall(r"saved step \d+: .* MB, stalled .* ms, durable after .*under compute", uninterrupted)) == 4
     assert len(re.findall(r"saved step 14: .*no step follows", uninterrupted)) == 1
-    for name in ("compute", "staging", "writing"):
-        [row] = re.findall(rf"^ *{name} ([█·]+)$", uninterrupted, re.MULTILINE)
+    for name in ("training", "captured", "planned", "staged", "checksums", "written", "committed"):
+        [row] = re.findall(rf"^ *{name} ([█·]+) [\d.]+ ms$", uninterrupted, re.MULTILINE)
         assert len(row) == 72
         assert "█" in row
 

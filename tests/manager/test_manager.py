@@ -51,7 +51,7 @@ from ..support.states import assert_equal, blank, make_state
 
 
 def _on(storage: FaultyStorage, root: str = "root", **options: Any) -> CheckpointManager:
-    return CheckpointManager(root, checkpointer=Checkpointer(storage=storage), **options)
+    return CheckpointManager(root, checkpointer=Checkpointer(storage=storage), history=False, **options)
 
 
 def _there(storage: FaultyStorage) -> set[str]:

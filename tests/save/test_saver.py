@@ -322,7 +322,7 @@ async def test_an_error_while_capturing_changes_nothing_and_the_next_save_works(
 
 
 async def test_an_unexpected_error_becomes_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def surprise(self: Saver, operation: Any, place: int, take: Any) -> None:
+    async def surprise(self: Saver, operation: Any, place: int, take: Any, part: Any) -> None:
         await take()
         raise ZeroDivisionError("surprise")
 
