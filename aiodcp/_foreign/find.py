@@ -17,7 +17,7 @@ from ..storage.error_mapping import read_errors
 from .dcp_safetensors import find_safetensors_items
 from .index import MAGIC, ForeignIndex
 from .rank_metadata import join_rank_metadata, prefer_own, rank_metadata_names
-from .safetensors_files import INDEX_SUFFIX, SUFFIX, choose_files, looks_like_safetensors, read_safetensors
+from .safetensors_files import INDEX_SUFFIX, SUFFIX, choose_files, looks_like_safetensors, read_index, read_safetensors
 from .torch_file import looks_like_old_torch_file, looks_like_torch_file, read_torch_file
 
 _START_NBYTES = 16  # of a file: enough to know its format
@@ -83,10 +83,11 @@ async def _read_folder(
         with read_errors(storage.describe(folder)):
             index = await storage.get(folder, indices[0]) if indices else None
         try:
-            files = choose_files(names, index)
+            weight_map = read_index(index) if index is not None else None
+            files = choose_files(names, weight_map)
         except ValueError as error:
-            raise CorruptError(storage.describe(folder, indices[0]), "", str(error)) from error
-        return await read_safetensors(storage, folder, files)
+            raise CorruptError(storage.describe(folder, indices[0] if indices else ""), "", str(error)) from error
+        return await read_safetensors(storage, folder, files, weight_map=weight_map)
     if "pytorch_model.bin" in names:
         return await read_torch_file(storage, folder, "pytorch_model.bin", threads, weights_only=weights_only)
     if any(name.endswith(".bin.index.json") for name in names):

@@ -24,10 +24,16 @@ from .._format.dcp import (
     StorageInfo,
     TensorStorageMetadata,
 )
-from .._format.extension import INLINE, Containers, ForeignLayout, set_foreign_layout
+from .._format.extension import INLINE, Containers, ForeignLayout, Stamp, set_foreign_layout
+from ..storage.base import Reader
 
 MAGIC = b"aiodcp-foreign\n"
 """No `.metadata` begins so: a pickle begins with its protocol."""
+
+
+def stamp_of(reader: Reader) -> Stamp:
+    """Return what tells a file from another one that takes its place."""
+    return reader.nbytes, reader.modified_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ class ForeignIndex:
         paths: keys that lead to them, if they are nested.
         containers: what is known of those.
         notes: small facts that the files say of themselves.
+        stamps: of the files, by name.
     """
 
     written_by: str
@@ -70,6 +77,7 @@ class ForeignIndex:
     paths: dict[str, KeyPath] = field(default_factory=dict)
     containers: Containers = field(default_factory=Containers)
     notes: dict[str, str] = field(default_factory=dict)
+    stamps: dict[str, Stamp] = field(default_factory=dict)
 
     def pack(self) -> bytes:
         """Return it as bytes."""
@@ -89,6 +97,7 @@ class ForeignIndex:
             "empty": self.containers.empty,
             "int_keys": self.containers.int_keys,
             "notes": self.notes,
+            "stamps": self.stamps,
         }
         return MAGIC + json.dumps(found, separators=(",", ":")).encode()
 
@@ -115,6 +124,7 @@ class ForeignIndex:
                 [tuple(path) for path in found["empty"]], [tuple(path) for path in found["int_keys"]]
             ),
             notes=found["notes"],
+            stamps={file: (nbytes, modified_at) for file, (nbytes, modified_at) in found["stamps"].items()},
         )
 
     def to_metadata(self) -> Metadata:
@@ -142,6 +152,7 @@ class ForeignIndex:
             inline=list(self.values.values()),
             notes=self.notes,
             in_parent=self.in_parent,
+            stamps=self.stamps,
         )
         set_foreign_layout(metadata, layout, self.containers)
         return metadata

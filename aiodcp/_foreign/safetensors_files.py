@@ -7,8 +7,10 @@ Source: https://huggingface.co/docs/safetensors/index#format; `torch.distributed
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -16,10 +18,11 @@ import anyio
 import torch
 
 from .._engine.task_groups import single_error
+from .._format.extension import Stamp
 from ..errors import CorruptError, FormatError
 from ..storage.base import Reader, Storage, object_limits
 from ..storage.error_mapping import read_errors
-from .index import ForeignChunk, ForeignIndex
+from .index import ForeignChunk, ForeignIndex, stamp_of
 
 SUFFIX = ".safetensors"
 
@@ -66,24 +69,51 @@ def looks_like_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < HEADER_NBYTES
 
 
-def choose_files(names: Sequence[str], index: bytes | None) -> list[str]:
+def choose_files(names: Sequence[str], weight_map: Mapping[str, str] | None) -> list[str]:
     """Return which files of a folder hold its tensors: what its index names, else its one model, else all there are.
 
     Raises:
-        ValueError: the index is none, or names a file that is not there; says so.
+        ValueError: files are missing; says which.
     """
-    if index is not None:
-        try:
-            files = sorted(set(json.loads(index)["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError("is no index of files: it has no weight_map") from error
-        missing = [str(file) for file in files if file not in names]
+    if weight_map is not None:
+        files = sorted(set(weight_map.values()))
+        missing = [file for file in files if file not in names]
         if missing:
             raise ValueError(f"names {', '.join(missing[:3])}, which is not in the folder")
         return files
     if f"model{SUFFIX}" in names:
         return [f"model{SUFFIX}"]
-    return [name for name in names if name.endswith(SUFFIX)]
+    files = [name for name in names if name.endswith(SUFFIX)]
+    for file in files:
+        if (found := _ONE_OF_SEVERAL.search(file)) and not _has_all(file, found, files):
+            raise ValueError(f"{file} is one of {int(found[2])}, and the others are not all there")
+    return files
+
+
+_ONE_OF_SEVERAL = re.compile(r"-(\d{1,9})-of-(\d{1,9})\.safetensors$")
+
+
+def _has_all(file: str, found: re.Match[str], files: Sequence[str]) -> bool:
+    """Return whether all of a model's files are among `files`, by the numbers in the name of one."""
+    stem, of_all = file[: found.start()], int(found[2])
+    others = ((other, _ONE_OF_SEVERAL.search(other)) for other in files)
+    numbers = {int(n[1]) for other, n in others if n is not None and other[: n.start()] == stem and int(n[2]) == of_all}
+    return len(numbers) >= of_all
+
+
+def read_index(text: bytes) -> dict[str, str]:
+    """Return the file of each tensor, as an index says it.
+
+    Raises:
+        ValueError: it is no index; says so.
+    """
+    try:
+        weight_map = json.loads(text)["weight_map"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError("is no index of files: it has no weight_map") from error
+    if not isinstance(weight_map, dict) or not all(type(file) is str for file in weight_map.values()):
+        raise ValueError(f"is no index of files: its weight_map is {weight_map!r:.80}")
+    return weight_map
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +136,19 @@ class Header:
 
 
 async def read_safetensors(
-    storage: Storage, folder: str, files: Sequence[str], *, in_parent: bool = False
+    storage: Storage,
+    folder: str,
+    files: Sequence[str],
+    *,
+    weight_map: Mapping[str, str] | None = None,
+    in_parent: bool = False,
 ) -> ForeignIndex:
     """Return what some files of a folder hold.
+
+    Args:
+        storage, folder, files: which.
+        weight_map: the file of each tensor, where an index says it.
+        in_parent: whether the checkpoint's id is the one file's.
 
     Raises:
         CorruptError: a file is damaged, or cut off.
@@ -116,6 +156,7 @@ async def read_safetensors(
         ReadError: storage failed.
     """
     headers: dict[str, Header] = {}
+    stamps: dict[str, Stamp] = {}
     limits = object_limits(storage, folder)
     limit = anyio.Semaphore(limits.reads_at_once if limits else _FILES_AT_ONCE)
 
@@ -124,13 +165,14 @@ async def read_safetensors(
         async with limit:
             with read_errors(path):
                 async with storage.open(folder, file) as reader:
+                    stamps[file] = stamp_of(reader)
                     headers[file] = await read_header(reader, 0, path)
 
     with single_error():
         async with anyio.create_task_group() as group:
             for file in files:
                 group.start_soon(read_one, file)
-    index = ForeignIndex(written_by=WRITTEN_BY, in_parent=in_parent)
+    index = ForeignIndex(written_by=WRITTEN_BY, in_parent=in_parent, stamps=stamps)
     for file in files:
         index.notes |= headers[file].notes
         for fqn, dtype, chunk in chunks_of(headers[file], file, storage.describe(folder, file)):
@@ -139,6 +181,9 @@ async def read_safetensors(
                 problem = f"{fqn} is in {held[1][0].file} and in {file}: load the one file that is meant"
                 raise FormatError(storage.describe(folder), problem)
             held[1].append(chunk)
+    for fqn, file in (weight_map or {}).items():
+        if fqn not in headers[file].entries:
+            raise CorruptError(storage.describe(folder, file), fqn, "is in the index of the files, and not in this one")
     index.tensors = dict(sorted(index.tensors.items()))
     return index
 
@@ -166,7 +211,7 @@ async def read_header(reader: Reader, offset: int, path: str) -> Header:
         await reader.read_into(offset + 8 + len(text), [memoryview(rest)])
         text += bytes(rest)
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=_without_duplicates)
         notes = entries.pop(_NOTES, None) or {}
         sharding = json.loads(notes.pop(_SHARDING, "{}"))
         return Header(
@@ -180,6 +225,29 @@ async def read_header(reader: Reader, offset: int, path: str) -> Header:
         raise CorruptError(path, "", f"its header of safetensors is malformed: {type(error).__name__}") from error
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that is there twice")
+    return found
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    """Return sizes or offsets, that a tensor of torch may have.
+
+    Raises:
+        ValueError, TypeError: they are none.
+    """
+    if not isinstance(values, list) or not all(type(each) is int and 0 <= each < _TOO_MANY for each in values):
+        raise ValueError("no sizes")
+    if prod(max(each, 1) for each in values) >= _TOO_MANY:
+        raise ValueError("too many elements")
+    return tuple(values)
+
+
+_TOO_MANY = 1 << 62
+
+
 def chunks_of(header: Header, file: str, path: str) -> Iterator[tuple[str, torch.dtype, ForeignChunk]]:
     """Return what a header says is in its file.
 
@@ -187,13 +255,14 @@ def chunks_of(header: Header, file: str, path: str) -> Iterator[tuple[str, torch
         CorruptError: it is malformed, or the file is too short.
         FormatError: a dtype is not known to torch.
     """
+    ends: list[tuple[int, int, str]] = []
     for fqn, entry in header.entries.items():
         try:
-            name, shape, (first, last) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            name, shape, (first, last) = entry["dtype"], _sizes(entry["shape"]), _sizes(entry["data_offsets"])
             noted = header.sharding.get(fqn)
-            offsets = tuple(map(int, noted[_OFFSETS])) if noted is not None else (0,) * len(shape)
+            offsets = _sizes(noted[_OFFSETS]) if noted is not None else (0,) * len(shape)
             dtype = DTYPES.get(name)
-            is_sound = 0 <= first <= last and min((*shape, *offsets, 0)) >= 0 and len(offsets) == len(shape)
+            is_sound = first <= last and len(offsets) == len(shape)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptError(path, fqn, "its entry in the header of safetensors is malformed") from error
         if dtype is None:
@@ -203,4 +272,9 @@ def chunks_of(header: Header, file: str, path: str) -> Iterator[tuple[str, torch
         if last > header.nbytes:
             end = header.start + header.nbytes
             raise CorruptError(path, fqn, f"truncated: {end} bytes, the tensor ends at {header.start + last}")
+        ends.append((first, last, fqn))
         yield fqn, dtype, ForeignChunk(offsets, shape, file, header.start + first, last - first)
+    ends.sort()
+    for (_, end, before), (start, last, fqn) in pairwise(ends):
+        if start < end and start < last:
+            raise CorruptError(path, fqn, f"its elements are {before}'s, too")

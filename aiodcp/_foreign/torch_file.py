@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,14 +20,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .._engine.task_groups import single_error
 from .._engine.threads import Threads, in_thread
 from .._format.archive_reader import check_records
-from .._format.plain_data import STAND_INS, NotPlainError, load_archive, load_with_storages, quietly
+from .._format.plain_data import NotPlainError, load_with_storages
 from .._state.flatten import Leaves, flatten
 from .._state.freeze import freeze
 from .._state.plain_tensors import PLAIN_TENSORS, QUANTIZED
 from ..errors import CaptureError, CheckpointError, CorruptError, FormatError, UnsafeError
 from ..storage.base import Reader, Storage, object_limits
 from ..storage.error_mapping import read_errors
-from .index import ForeignChunk, ForeignIndex
+from .index import ForeignChunk, ForeignIndex, stamp_of
 
 WRITTEN_BY = "torch.save"
 
@@ -38,6 +38,9 @@ _LOCAL_NBYTES, _LENGTHS = 30, struct.Struct("<26x2H")  # before a record: the le
 _TAIL_NBYTES = 256 << 10  # read at first: the directory of an archive with two thousand storages
 
 _HEADERS_AT_ONCE = 8
+
+SHARED = 10_000
+"""Values that a file may hold beyond those in its pickle, since containers are shared: each takes two bytes there."""
 
 
 def looks_like_torch_file(start: bytes) -> bool:
@@ -91,10 +94,11 @@ async def read_torch_file(
                 raise FormatError(path, "was written on a machine of the other byte order: load it with torch.load")
             pickled = await read(names[0])
             found = _TorchFile(file, path, prefix, records, starts, weights_only=weights_only, in_parent=in_parent)
-            if not await in_thread(threads.compute, found.describe, pickled):
-                whole = bytearray(reader.nbytes)
-                await reader.read_into(0, [memoryview(whole)])
-                await in_thread(threads.compute, found.fill_in, bytes(whole))
+            found.index.stamps[file] = stamp_of(reader)
+            await in_thread(threads.compute, found.describe, pickled)
+            if found.is_unfinished:
+                contents = {name: await read(name) for name in found.needed}
+                await in_thread(threads.compute, found.fill_in, pickled, contents)
     return found.index
 
 
@@ -155,15 +159,30 @@ class _TorchFile:
         self._weights_only = weights_only
         self._storages: dict[str, torch.UntypedStorage] = {}  # without memory, by record
         self._names: dict[int, str] = {}  # of records, by storage
+        self._contents: Mapping[str, bytes] = {}  # of records that are needed
+        self._uses: Counter[str] = Counter()  # by record, how many tensors have their elements there
+        self._dense: dict[str, set[int]] = {}  # of these, by record, those whose elements are read by who wants them
         self._leaves: Leaves
-        self._left: list[int] = []  # leaves that only the whole archive can give
+        self._left: list[int] = []  # leaves that only the storages of their tensors can give
 
-    def describe(self, pickled: bytes) -> bool:
-        """Find out from the pickle what is there; return False if the whole archive is needed for that."""
-        self._leaves = self._flatten(self._load(lambda: self._unpickle(pickled)))
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether there are values that `describe` could not find out."""
+        return bool(self._left)
+
+    @property
+    def needed(self) -> list[str]:
+        """The records that these may need: those in which there is anything else than tensors that are dense."""
+        return sorted(name for name, uses in self._uses.items() if uses > len(self._dense.get(name, ())))
+
+    def describe(self, pickled: bytes) -> None:
+        """Find out from the pickle what is there."""
+        self._leaves = self._flatten(self._load(lambda: self._unpickle(pickled, is_outline=True)), len(pickled))
         index = self.index
         index.containers = self._leaves.containers
         for number, (fqn, value) in enumerate(zip(self._leaves.fqns, self._leaves.values, strict=True)):
+            if fqn in index.paths:
+                raise FormatError(self._path, f"two of its values have the name {fqn!r}: load it with torch.load")
             index.paths[fqn] = self._leaves.paths[number]
             if isinstance(value, torch.Tensor):
                 chunk = self._chunk_of(fqn, value)
@@ -177,12 +196,17 @@ class _TorchFile:
                 self._left.append(number)
             else:
                 index.values[fqn] = frozen
-        return not self._left
 
-    def fill_in(self, archive: bytes) -> None:
-        """Take from the whole archive what its pickle cannot give: tensors that are not dense, or inside values."""
-        load = load_archive if self._weights_only else _load_any
-        leaves = self._flatten(self._load(lambda: load(archive)))
+    def fill_in(self, pickled: bytes, contents: Mapping[str, bytes]) -> None:
+        """Take from records what the pickle alone cannot give: tensors that are not dense, or inside values.
+
+        Args:
+            pickled: the pickle.
+            contents: the records that are `needed`.
+        """
+        self._contents = contents
+        self._storages.clear()
+        leaves = self._flatten(self._load(lambda: self._unpickle(pickled, is_outline=False)), len(pickled))
         for number in self._left:
             fqn = self._leaves.fqns[number]
             try:
@@ -191,12 +215,8 @@ class _TorchFile:
                 problem = f"{fqn} is a {type(leaves.values[number]).__name__}, which only torch.load can give back"
                 raise FormatError(self._path, problem) from error
 
-    def _unpickle(self, pickled: bytes) -> Any:
-        if self._weights_only:
-            return load_with_storages(pickled, self._find_storage)
-        unpickler: Any = _AnyUnpickler(io.BytesIO(pickled))
-        unpickler.persistent_load = self._find_storage
-        return unpickler.load()
+    def _unpickle(self, pickled: bytes, *, is_outline: bool) -> Any:
+        return load_with_storages(pickled, self._find_storage, is_outline=is_outline, weights_only=self._weights_only)
 
     def _load(self, load: Any) -> Any:
         try:
@@ -213,11 +233,17 @@ class _TorchFile:
                 self._path, "", f"cannot be unpickled: {type(error).__name__}: {error!s:.200}"
             ) from error
 
-    def _flatten(self, value: Any) -> Leaves:
+    def _flatten(self, value: Any, pickled_nbytes: int) -> Leaves:
         if not isinstance(value, Mapping):
             problem = f"holds a {type(value).__name__}, not a mapping of names to values: load it with torch.load"
             raise FormatError(self._path, problem)
-        return flatten(value)
+        if not _is_smaller(value, SHARED + 2 * pickled_nbytes):
+            problem = "holds the same containers again and again, or one that contains itself: load it with torch.load"
+            raise FormatError(self._path, problem)
+        try:
+            return flatten(value)
+        except CaptureError as error:
+            raise FormatError(self._path, f"{error}: load it with torch.load") from error
 
     def _find_storage(self, pid: Any) -> torch.TypedStorage:
         _, kind, key, _, numel = pid
@@ -227,8 +253,14 @@ class _TorchFile:
             nbytes = int(numel) * dtype.itemsize
             if self._records[name].file_size < nbytes:
                 raise CorruptError(self._path, "", f"the record {name:.80} is smaller than the storage in it")
-            self._storages[name] = storage = _storage(nbytes, device="meta")
+            if name in self._contents:
+                content = bytearray(self._contents[name][:nbytes])
+                storage = torch.frombuffer(content, dtype=torch.uint8).untyped_storage() if content else _storage(0)
+            else:
+                storage = _storage(nbytes, device="meta")
+            self._storages[name] = storage
             self._names[_identity(storage)] = name
+        self._uses[name] += 1
         typed: torch.TypedStorage = _typed_storage(wrap_storage=self._storages[name], dtype=dtype, _internal=True)
         return typed
 
@@ -242,11 +274,14 @@ class _TorchFile:
         if name is None:
             return None
         itemsize, shape, strides = value.dtype.itemsize, tuple(value.shape), value.stride()
+        if min(strides, default=0) < 0:
+            raise CorruptError(self._path, fqn, f"has the strides {strides}, which no tensor has")
         steps = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         nbytes = (steps + 1) * itemsize if value.numel() else 0
         first = int(value.storage_offset()) * itemsize
         if first + nbytes > self._records[name].file_size:
             raise CorruptError(self._path, fqn, "reaches beyond the end of its storage")
+        self._dense.setdefault(name, set()).add(id(value))
         start = self._starts[name] + first
         own = None if value.is_contiguous() else strides
         return ForeignChunk((0,) * len(shape), shape, self._file, start, nbytes, own)
@@ -260,8 +295,15 @@ class _TorchFile:
         return None if frozen.framed else frozen.archive()
 
 
-def _load_any(archive: bytes) -> Any:
-    return quietly(lambda: torch.load(io.BytesIO(archive), map_location="cpu", weights_only=False))
+def _is_smaller(value: Any, limit: int) -> bool:
+    """Return whether there are fewer than so many values: one that is shared counts wherever it is."""
+    count, rest = 0, [value]
+    while rest and count < limit:
+        each = rest.pop()
+        inside = each.values() if isinstance(each, Mapping) else each if type(each) in (list, tuple) else ()
+        count += 1 + len(inside)
+        rest.extend(below for below in inside if isinstance(below, Mapping | list | tuple))
+    return count < limit
 
 
 _storage: Any = torch.UntypedStorage  # untyped in torch
@@ -273,11 +315,6 @@ def _identity(storage: torch.UntypedStorage) -> int:
     """Return what is the same for all tensors that have this storage."""
     identity: int = StorageWeakRef(storage).cdata  # type: ignore[no-untyped-call]
     return identity
-
-
-class _AnyUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return STAND_INS[module, name] if (module, name) in STAND_INS else super().find_class(module, name)
 
 
 class _NotInTailError(Exception):

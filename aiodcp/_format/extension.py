@@ -50,6 +50,10 @@ def opaque_names(metadata: Metadata) -> frozenset[str]:
     return frozenset(mark.get("opaque", ())) if isinstance(mark, dict) else frozenset()
 
 
+Stamp = tuple[int, float | None]
+"""A file's size in bytes, and when it was written, if storage knows: one that was replaced has another."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForeignLayout:
     """How a checkpoint that is not DCP's lies in its files.
@@ -61,6 +65,7 @@ class ForeignLayout:
             the number of one for its offset.
         notes: small facts that the files say of themselves.
         in_parent: whether the checkpoint's id names a file: what it refers to lies beside that, not below it.
+        stamps: of the files as they were when their headers were read, by name.
     """
 
     written_by: str
@@ -68,6 +73,7 @@ class ForeignLayout:
     inline: Sequence[bytes] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
     in_parent: bool = False
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
 
 INLINE = ""

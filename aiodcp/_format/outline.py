@@ -71,6 +71,8 @@ def decode_outline(text: bytes) -> Outline:
             raise ValueError("a dtype that this torch does not have")
     kinds.append(None)  # -1
     tensors = {name: kinds[code] for name, code in zip(_texts(names), codes, strict=True)}
+    if len(tensors) < len(names):
+        raise ValueError("a name that is there twice")
     return Outline(tensors=tensors)
 
 

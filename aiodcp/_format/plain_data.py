@@ -130,14 +130,17 @@ class StandIn:
         raise TypeError("stands for a tensor")
 
 
+_PARAMETER: Global = ("torch._utils", "_rebuild_parameter")
+
+
 def _rebuild_parameter(data: Any, *rest: Any) -> Any:
     rebuild: Any = torch._utils._rebuild_parameter
     return data if isinstance(data, StandIn) else rebuild(data, *rest)
 
 
 # How torch makes tensors that are not dense, or are wrapped; all others can be made of a storage without memory.
-STAND_INS: dict[Global, Any] = {
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+_STAND_INS: dict[Global, Any] = {
+    _PARAMETER: _rebuild_parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): StandIn,
 } | {
     ("torch._utils", f"_rebuild_{kind}"): StandIn
@@ -153,25 +156,46 @@ STAND_INS: dict[Global, Any] = {
 }
 
 
-def load_with_storages(pickled: bytes, find_storage: Callable[[Any], Any]) -> Any:
+def _unless_on_meta(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes a tensor, or a `StandIn` where what it is made of has no bytes."""
+    return lambda *args: StandIn() if _is_on_meta(args) else make(*args)
+
+
+def _is_on_meta(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(map(_is_on_meta, value))
+    if isinstance(value, torch.Tensor | torch.TypedStorage):
+        return value.device.type == "meta"
+    return isinstance(value, StandIn)
+
+
+def load_with_storages(
+    pickled: bytes, find_storage: Callable[[Any], Any], *, is_outline: bool, weights_only: bool = True
+) -> Any:
     """Return the value that the pickle of an archive describes, made of plain data, tensors, and `StandIn`s of others.
 
     Args:
         pickled: the record `data.pkl` of an archive of `torch.save`.
-        find_storage: returns the storage that stands for a persistent id.
+        find_storage: returns the storage that stands for a persistent id; on "meta" for one without its bytes.
+        is_outline: whether to make no tensor that is not dense, or is wrapped; else those whose bytes are there.
+        weights_only: whether it may be made of nothing else.
 
     Raises:
         NotPlainError: it is made of anything else; names all that it needs.
         Exception: whatever a damaged pickle raises.
     """
-    unpickler: Any = _OutlineUnpickler(io.BytesIO(pickled))
+    unpickler: Any = (_OutlineUnpickler if weights_only else _AnyUnpickler)(io.BytesIO(pickled))
     unpickler.persistent_load = find_storage
+    unpickler.is_outline = is_outline
     try:
-        return unpickler.load()
+        value = quietly(unpickler.load)
     except NotPlainError as error:
         known = torch._weights_only_unpickler._get_allowed_globals()
         unknown = sorted(set(not_plain(pickled)) - known.keys())
         raise NotPlainError(unknown or error.names) from error
+    validate: Any = torch._utils._validate_loaded_sparse_tensors  # as torch.load does
+    validate()
+    return value
 
 
 def quietly(load: Callable[[], Any]) -> Any:
@@ -360,8 +384,25 @@ class _ArchiveUnpickler(_PlainUnpickler):
 
 
 class _OutlineUnpickler(_ArchiveUnpickler):
+    is_outline: bool
+
     def find_class(self, module: str, name: str) -> Any:
-        return STAND_INS[module, name] if (module, name) in STAND_INS else super().find_class(module, name)
+        if (module, name) not in _STAND_INS:
+            return super().find_class(module, name)
+        if self.is_outline or (module, name) == _PARAMETER:
+            return _STAND_INS[module, name]
+        return _unless_on_meta(super().find_class(module, name))
+
+
+class _AnyUnpickler(pickle.Unpickler):
+    is_outline: bool
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _STAND_INS:
+            return super().find_class(module, name)
+        if self.is_outline or (module, name) == _PARAMETER:
+            return _STAND_INS[module, name]
+        return _unless_on_meta(super().find_class(module, name))
 
 
 class _ArchivePickle:

@@ -7,8 +7,8 @@ go; a large tensor that is contiguous in host memory is read straight into it.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,12 @@ from .._engine.gc_pause import gc_paused
 from .._engine.host_memory import memory_of
 from .._engine.task_groups import single_error
 from .._engine.threads import Threads, in_thread
+from .._foreign.index import stamp_of
 from .._format.archive_reader import StoredTensor, find_tensor
-from .._format.extension import INLINE
+from .._format.extension import INLINE, ForeignLayout, Stamp
 from .._format.item_tables import ItemTables
 from .._telemetry.progress_bar import Bar
-from ..errors import CorruptError, ReadError
+from ..errors import CorruptError, LoadError, ReadError
 from ..storage.base import ObjectLimits, Reader, Storage, object_limits
 from ..storage.error_mapping import read_errors
 from .chunk_index import read_rows
@@ -58,7 +59,7 @@ class FileReads:
         checkpoint_id: str,
         tables: ItemTables,
         decoder: ItemDecoder,
-        inline: Sequence[bytes] = (),
+        layout: ForeignLayout | None,
     ) -> None:
         """Begin without an open file.
 
@@ -67,14 +68,15 @@ class FileReads:
             threads: the engine's.
             tables: what `.metadata` says of the files' tables of checksums.
             decoder: checks and decodes items.
-            inline: values that are in no file: see `ForeignLayout`.
+            layout: how it lies in its files if it is of another format.
         """
         self._storage = storage
         self._threads = threads
         self._checkpoint_id = checkpoint_id
         self._tables = tables
         self._decoder = decoder
-        self._inline = inline
+        self._inline: Sequence[bytes] = layout.inline if layout is not None else ()
+        self._stamps: Mapping[str, Stamp] = layout.stamps if layout is not None else {}
         self._limits = limits = object_limits(storage, checkpoint_id)
         self._at_once = limits.reads_at_once if limits else READS_AT_ONCE
         self._gap_nbytes = limits.gap_nbytes if limits else GAP_NBYTES
@@ -137,6 +139,22 @@ class FileReads:
                 raise CorruptError(path, fqn, "the file is missing") from error.__cause__
             raise
         await self._read_table(file, path)
+
+    async def check_unchanged(self, reads: Sequence[ValueRead | TensorRead]) -> None:
+        """Make sure that the files that were read are those whose headers were read, in another format than DCP's.
+
+        Raises:
+            LoadError: one has been replaced, or written to.
+            ReadError: storage failed.
+        """
+        for file in sorted({read.file for read in reads} & self._stamps.keys()):
+            path = self._storage.describe(self._checkpoint_id, file)
+            found: Stamp | None = None
+            with read_errors(path), suppress(FileNotFoundError):
+                async with self._storage.open(self._checkpoint_id, file) as reader:
+                    found = stamp_of(reader)
+            if found != self._stamps[file]:
+                raise LoadError(f"{path}: has been replaced since it was opened: open it again")
 
     async def _read_table(self, file: str, path: str) -> None:
         """Read the table at a file's end, if it has one."""

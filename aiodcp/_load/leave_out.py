@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._format.dcp import KeyPath
-from .._state.name_patterns import Names, matcher
+from .._state.name_patterns import Matcher, Names
 from ..errors import ArgumentError
+from .name_hints import did_you_mean
 from .stored_names import StoredNames
 from .targets import LoadTargets
 
@@ -15,25 +16,32 @@ Kept = list[tuple[KeyPath, Any]]
 """Leaves that stay as they are: where, and what."""
 
 
-def chooser(include: Names | None, exclude: Names | None) -> Callable[[str], bool] | None:
-    """Return a function: whether a name is wanted; None if all are.
+class Choice:
+    """Says whether a name is wanted."""
 
-    Raises:
-        ArgumentError: these are no names.
-    """
-    if include is None and exclude is None:
-        return None
-    is_in = matcher(include, "include") if include is not None else lambda fqn: True
-    is_out = matcher(exclude, "exclude") if exclude is not None else lambda fqn: False
-    return lambda fqn: is_in(fqn) and not is_out(fqn)
+    def __init__(self, include: Names | None, exclude: Names | None) -> None:
+        """Take what the caller gives.
+
+        Raises:
+            ArgumentError: these are no names.
+        """
+        self.include: Matcher | None = Matcher(include, "include") if include is not None else None
+        self._exclude = Matcher(exclude, "exclude") if exclude is not None else None
+
+    def __call__(self, fqn: str) -> bool:
+        is_in = self.include is None or self.include(fqn)
+        return is_in and (self._exclude is None or not self._exclude(fqn))
 
 
-def leave_out(targets: LoadTargets, stored: StoredNames, is_wanted: Callable[[str], bool]) -> Kept:
+def leave_out(targets: LoadTargets, stored: StoredNames, is_wanted: Choice) -> Kept:
     """Take what is not wanted out of the targets, and out of what is stored; return what stays as it is.
 
     Raises:
-        ArgumentError: of an optimizer only a part is wanted.
+        ArgumentError: of an optimizer only a part is wanted, or what is included is no name.
     """
+    if is_wanted.include is not None:
+        known = [*dict.fromkeys((*targets.fqns, *stored.entries))]
+        is_wanted.include.refuse_unused(known, lambda pattern: did_you_mean(pattern, known))
     keeps = [is_wanted(fqn) for fqn in targets.fqns]
     _refuse_parts_of_optimizers(targets, sorted({*targets.fqns, *stored.entries}), is_wanted)
     stored.entries = {fqn: entry for fqn, entry in stored.entries.items() if is_wanted(fqn)}

@@ -42,7 +42,7 @@ from .file_reads import FileReads
 from .fill_tensors import ending, fill_tensors
 from .find_targets import allocate_optimizers
 from .fitting import fill_whole, settle_values
-from .leave_out import Kept, chooser, leave_out
+from .leave_out import Choice, Kept, leave_out
 from .name_union import join_marks, pack_marks, unwanted
 from .options import Loaded, LoadOptions
 from .plan import ReadPlan, ValueRead
@@ -301,15 +301,15 @@ class _LoadFlow:
             raise CorruptError(path, "", "the number of data files is not the number of checksum tables") from error
         self._folder = folder_of(self._checkpoint_id, metadata)
         layout = foreign_layout(metadata)
-        inline = layout.inline if layout is not None else ()
-        self._reads = FileReads(self._storage, self._threads, self._folder, tables, self._decoder, inline)
+        self._reads = FileReads(self._storage, self._threads, self._folder, tables, self._decoder, layout)
         return metadata
 
     def _compare(self, targets: LoadTargets, metadata: Metadata) -> tuple[StoredNames, Kept, list[str]]:
         with self._planning():
             stored = StoredNames(metadata, targets.kinds, self._options.rename)
-            is_wanted = chooser(self._options.include, self._options.exclude)
-            kept = leave_out(targets, stored, is_wanted) if is_wanted is not None else []
+            include, exclude = self._options.include, self._options.exclude
+            chooses = include is not None or exclude is not None
+            kept = leave_out(targets, stored, Choice(include, exclude)) if chooses else []
             return stored, kept, groups_needed(targets, stored)
 
     def _refuse(self, targets: LoadTargets, error: MismatchError | None) -> None:

@@ -31,6 +31,13 @@ def near(name: str, known: Sequence[str]) -> list[str]:
     return get_close_matches(name, likely, 3, 0.6) or get_close_matches(name, known[:SEARCHED], 3, 0.6)
 
 
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return the end of a sentence: which names, or what they are below, were most likely meant; empty if none was."""
+    above = [*dict.fromkeys(each[:end] for each in known for end, letter in enumerate(each) if letter == ".")]
+    names = near(name, [*above, *known])
+    return f": did you mean {' or '.join(names)}?" if names else ""
+
+
 def explain(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """Say in one sentence by what the names differ, if it is one prefix; else nothing."""
     if not missing or not unexpected:

@@ -13,9 +13,10 @@ from .._engine.device_copies import DeviceCopies
 from .._engine.gc_pause import gc_paused
 from .._engine.threads import Threads, in_thread
 from .._foreign.find import complete, find_metadata, folder_of, read_found
+from .._foreign.index import stamp_of
 from .._format.checksum import Checksum
 from .._format.dcp import ChunkStorageMetadata, Metadata, StorageInfo, TensorStorageMetadata
-from .._format.extension import ForeignLayout, foreign_layout, is_ours
+from .._format.extension import ForeignLayout, Stamp, foreign_layout, is_ours
 from .._format.item_tables import ItemTables
 from .._format.naming import METADATA_NAME
 from .._format.outline import Outline, decode_outline, outline_of
@@ -80,6 +81,7 @@ class StoredReader:
         self._folder = checkpoint_id
         self._stack: AsyncExitStack
         self._data = b""
+        self._stamp: Stamp | None = None
         self._loaded: _Loaded | None = None
         self._decoder = ItemDecoder(
             describe=lambda name: storage.describe(self._folder, name), crc32=checksum, weights_only=weights_only
@@ -95,6 +97,7 @@ class StoredReader:
         Raises:
             NotACheckpointError, FormatError, CorruptError, UnsafeError, ReadError: see `find_metadata`.
         """
+        self._stamp = await self._look_at_metadata()
         self._data = await self._find()
         outline = await in_thread(self._threads.compute, self._read_outline)
         if outline is not None:
@@ -131,6 +134,8 @@ class StoredReader:
         if self._loaded is None:
             with gc_paused():
                 metadata, self.seal = read_found(self._data, self._path)
+                if self.outline.tensors and outline_of(metadata) != self.outline:
+                    raise CorruptError(self._path, "", "its outline contradicts its metadata")
             self._loaded = self._make_ready(metadata)
 
     def _make_ready(self, metadata: Metadata) -> _Loaded:
@@ -141,8 +146,7 @@ class StoredReader:
             raise CorruptError(self._path, "", problem) from error
         self._folder = folder_of(self.checkpoint_id, metadata)
         layout = foreign_layout(metadata)
-        inline = layout.inline if layout is not None else ()
-        reads = FileReads(self._storage, self._threads, self._folder, tables, self._decoder, inline)
+        reads = FileReads(self._storage, self._threads, self._folder, tables, self._decoder, layout)
         return _Loaded(metadata=metadata, pieces=ChunkIndex(metadata, self.checkpoint_id), reads=reads)
 
     @property
@@ -166,6 +170,14 @@ class StoredReader:
     def is_ours(self) -> bool:
         """Whether this library has written it."""
         return self._loaded is None or is_ours(self._loaded.metadata)
+
+    async def _look_at_metadata(self) -> Stamp | None:
+        """Return what tells the metadata's file from another one that takes its place; None if there is none."""
+        try:
+            async with self._storage.open(self.checkpoint_id, METADATA_NAME) as reader:
+                return stamp_of(reader)
+        except OSError:  # what is wrong is found by who reads it
+            return None
 
     async def _find(self) -> bytes:
         return await find_metadata(self._storage, self.checkpoint_id, self._threads, weights_only=self._weights_only)
@@ -204,12 +216,20 @@ class StoredReader:
         """
         with ending(device_copies):
             try:
-                return await self._read(wanted, device_copies, bar)
+                values = await self._read(wanted, device_copies, bar)
             except CorruptError as error:
-                if isinstance(error.__cause__, FileNotFoundError) and await self._find() != self._data:
-                    problem = f"{self.checkpoint_id}: has been replaced since it was opened: open it again"
-                    raise LoadError(problem) from error
+                if self._may_be_replaced(error) and await self._find() != self._data:
+                    raise self._replaced() from error
                 raise
+            if not self.is_ours and await self._look_at_metadata() != self._stamp:
+                raise self._replaced()  # dcp.save writes to files of the same names
+            return values
+
+    def _may_be_replaced(self, error: CorruptError) -> bool:
+        return isinstance(error.__cause__, FileNotFoundError) or not self.is_ours
+
+    def _replaced(self) -> LoadError:
+        return LoadError(f"{self.checkpoint_id}: has been replaced since it was opened: open it again")
 
     async def _read(self, wanted: Sequence[Wanted], device_copies: DeviceCopies, bar: Bar) -> list[Any]:
         known = self._known
@@ -232,6 +252,7 @@ class StoredReader:
             if problems := settle_values(plan, targets, cast=True):
                 raise MismatchError(self.checkpoint_id, problems=problems)
             await fill_tensors(known.reads, plan, device_copies, self._threads, bar)
+            await known.reads.check_unchanged([*plan.values, *plan.tensors])
         await in_thread(self._threads.compute, _finish, plan, targets)
         numbers = {id(each): number for number, each in enumerate(whole)}
         return [targets.value(numbers[id(each)]) if id(each) in numbers else each.into for each in wanted]

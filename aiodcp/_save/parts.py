@@ -21,6 +21,7 @@ from .._format.dcp import (
 from .._format.extension import Containers, containers_of, opaque_names
 from .._format.metadata_reader import read_metadata
 from .._format.metadata_writer import build_metadata
+from .._format.naming import save_id_of
 from .._format.outline import encode_outline
 from .._format.pickle_template import dump_metadata
 from .._format.seal import in_pieces
@@ -60,7 +61,8 @@ def join(tickets: Sequence[PartTicket], checkpoint_id: str, save_id: str) -> Joi
     """Return what is to be committed.
 
     Raises:
-        ArgumentError: there is none, two parts have a value of one name, or one is of another checkpoint.
+        ArgumentError: there is none, one is malformed or of another checkpoint, two parts have a value of one name, or
+            what is a container in one is none in another.
         CorruptError, UnsafeError: what a ticket says is not metadata.
     """
     if not tickets:
@@ -71,23 +73,28 @@ def join(tickets: Sequence[PartTicket], checkpoint_id: str, save_id: str) -> Joi
     opaque: list[str] = []
     containers = Containers()
     tables: dict[str, int] = {}
+    kinds: dict[KeyPath, str] = {}
     for number, ticket in enumerate(tickets):
         if not isinstance(ticket, PartTicket):
             raise ArgumentError("tickets", f"must be PartTickets, got {type(ticket).__name__}")
+        if not all(type(file) is str and save_id_of(file) for file in ticket.files):
+            raise ArgumentError("tickets", f"ticket {number} names files that no part has: {ticket.files!r:.200}")
         if ticket.checkpoint_id != checkpoint_id:
             problem = f"one is of a part of {ticket.checkpoint_id}, and cannot be committed as {checkpoint_id}"
             raise ArgumentError("tickets", problem)
         metadata = read_metadata(ticket.metadata, f"ticket {number}")
         if twice := metadata.state_dict_metadata.keys() & entries.keys():
             raise ArgumentError("tickets", f"two parts have a value named {sorted(twice)[0]!r}")
+        known = containers_of(metadata) or Containers()
         # What is read is of classes that live as long as it: what is to be written is made anew.
         for fqn, entry in metadata.state_dict_metadata.items():
             entries[fqn] = entry if isinstance(entry, TensorStorageMetadata) else BytesStorageMetadata()
         for index, info in metadata.storage_data.items():
             stored[index] = StorageInfo(info.relative_path, info.offset, info.length)
+        for path in (metadata.planner_data or {}).values():
+            _note_kinds(kinds, path, known.int_keys)
         paths |= metadata.planner_data or {}
         opaque += opaque_names(metadata)
-        known = containers_of(metadata) or Containers()
         containers.empty += known.empty
         containers.int_keys += known.int_keys
         tables |= dict(ticket.tables)
@@ -99,6 +106,25 @@ def join(tickets: Sequence[PartTicket], checkpoint_id: str, save_id: str) -> Joi
         tables=[tables[file] for file in sorted(tables)],
         files={file for ticket in tickets for file in ticket.files},
     )
+
+
+def _note_kinds(kinds: dict[KeyPath, str], path: KeyPath, int_keys: Sequence[KeyPath]) -> None:
+    """Note what is at a path, and what all above it are.
+
+    Raises:
+        ArgumentError: another part has something else there.
+    """
+    for depth in range(1, len(path) + 1):
+        here = path[:depth]
+        if depth == len(path):
+            kind = "a value"
+        elif type(path[depth]) is int:
+            kind = "a list"
+        else:
+            kind = "a dict with int keys" if here in int_keys else "a dict"
+        if kinds.setdefault(here, kind) != kind:
+            name = ".".join(map(str, here))
+            raise ArgumentError("tickets", f"{name!r} is {kinds[here]} in one part, and {kind} in another")
 
 
 class PartExchange:

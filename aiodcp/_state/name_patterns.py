@@ -2,56 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
 
 from ..errors import ArgumentError
 
 Names = str | Iterable[str] | Callable[[str], bool]
-"""Patterns of dotted names, with `*`, `?` and `[...]`, each for what it matches and all below; or a predicate."""
+"""Patterns of dotted names, with `*`, `?` and `[...]`, each for what it matches and all below; or a predicate.
+
+A name that is spelled out is meant in any case, whatever is in it.
+"""
 
 
-def matcher(names: Names, argument: str) -> Callable[[str], bool]:
-    """Return a function: whether a name is meant.
+class Matcher:
+    """Says whether a name is meant."""
 
-    Raises:
-        ArgumentError: these are no names; from the function, that the caller's predicate raised.
-    """
-    if isinstance(names, str):
-        names = (names,)
-    if callable(names):
-        predicate = names
+    def __init__(self, names: Names, argument: str) -> None:
+        """Take names as the caller gives them, in an argument of this name.
 
-        def ask(name: str) -> bool:
+        Raises:
+            ArgumentError: these are no names.
+        """
+        self._argument = argument
+        self._predicate: Callable[[str], bool] | None = None
+        self._patterns: list[str] = []
+        if callable(names):
+            self._predicate = names
+            return
+        try:
+            given: tuple[object, ...] = tuple((names,) if isinstance(names, str) else names)
+        except TypeError:
+            problem = f"must be names, patterns of them, or a function of a name, got a {type(names).__name__}"
+            raise ArgumentError(argument, problem) from None
+        for each in given:
+            if not isinstance(each, str) or not each:
+                raise ArgumentError(argument, f"{each!r} is no name, and no pattern of names")
+            self._patterns.append(each)
+        self._exact = frozenset(self._patterns)
+        self._above = tuple(f"{each}." for each in self._patterns if not _MAGIC.intersection(each))
+        magic = [each for each in self._patterns if _MAGIC.intersection(each)]
+        self._magic = [form for each in magic for form in (each, f"{each}.*")]
+
+    def __call__(self, name: str) -> bool:
+        """Whether a name is meant.
+
+        Raises:
+            ArgumentError: the caller's predicate raised.
+        """
+        if self._predicate is not None:
             try:
-                return bool(predicate(name))
+                return bool(self._predicate(name))
             except Exception as error:
-                raise ArgumentError(argument, f"raised {error!r} for {name!r}") from error
-
-        return ask
-    try:
-        patterns = _checked(names, argument)
-    except TypeError:
-        problem = f"must be names, patterns of them, or a function of a name, got a {type(names).__name__}"
-        raise ArgumentError(argument, problem) from None
-    exact = {pattern for pattern in patterns if not _MAGIC.intersection(pattern)}
-    others = [each for pattern in patterns if _MAGIC.intersection(pattern) for each in (pattern, f"{pattern}.*")]
-
-    def matches(name: str) -> bool:
-        if exact and (name in exact or name.startswith(tuple(f"{each}." for each in exact))):
+                raise ArgumentError(self._argument, f"raised {error!r} for {name!r}") from error
+        if name in self._exact or name.startswith(self._above):
             return True
-        return any(fnmatchcase(name, each) for each in others)
+        return any(fnmatchcase(name, each) for each in self._magic)
 
-    return matches
+    def refuse_unused(self, names: Collection[str], hint: Callable[[str], str]) -> None:
+        """Refuse what means none of these names: a typing error, most likely.
 
-
-def _checked(names: Iterable[object], argument: str) -> list[str]:
-    patterns = []
-    for each in names:
-        if not isinstance(each, str) or not each:
-            raise ArgumentError(argument, f"{each!r} is no name, and no pattern of names")
-        patterns.append(each)
-    return patterns
+        Raises:
+            ArgumentError: of the patterns one means nothing, or the predicate does; with the hint for that pattern.
+        """
+        if self._predicate is not None:
+            if not any(map(self, names)):
+                raise ArgumentError(self._argument, "is true for no name")
+            return
+        for each in self._patterns:
+            if not any(map(Matcher(each, self._argument), names)):
+                raise ArgumentError(self._argument, f"{each!r} means nothing that is wanted or stored{hint(each)}")
 
 
 _MAGIC = set("*?[")

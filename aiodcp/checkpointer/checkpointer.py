@@ -225,7 +225,7 @@ class Checkpointer(SyncContext):
         saves = self._session.saves
         state = await saves.save(state_dict, checkpoint_id, encode, planner=None, on_busy="wait", part=exchange)
         assert state is not None, "it waits for its turn"
-        return PartSave(state, exchange)
+        return PartSave(state, exchange, self._session.flows)
 
     async def commit(
         self,

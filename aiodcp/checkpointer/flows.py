@@ -340,11 +340,12 @@ class Flows:
         """Refuse what would wait for the end of the block from which it is asked for.
 
         Raises:
-            DeadlockError: the caller is in the block of a joint checkpoint.
+            DeadlockError: the caller is in the block of a joint checkpoint, or of a part.
         """
         if self.is_inside():
             raise DeadlockError(
-                f"cannot {what} inside a joint checkpoint's block, which it would wait for: leave the block first"
+                f"cannot {what} inside the block of a joint checkpoint, or of a part of one, which it would wait for: "
+                "leave the block first"
             )
 
     @contextmanager

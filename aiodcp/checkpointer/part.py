@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import TracebackType
 
 from .._engine.milestone import Milestone
@@ -9,6 +10,7 @@ from .._save.parts import PartExchange
 from .._save.parts import PartTicket as PartTicket
 from ..errors import CheckpointError, SaveCancelled
 from .checkpoint import Checkpoint, SaveState
+from .flows import Flows
 from .snapshot import SnapshotBlock
 
 
@@ -27,24 +29,29 @@ class PartSave:
         staged: reached when the state may change again.
     """
 
-    def __init__(self, state: SaveState, exchange: PartExchange) -> None:
+    def __init__(self, state: SaveState, exchange: PartExchange, flows: Flows) -> None:
         self.checkpoint_id: str = state.checkpoint_id
         self.staged: Milestone = Milestone(state.staged)
         self._checkpoint = Checkpoint(state)
         self._state = state
         self._exchange = exchange
         self._is_committed = False
+        self._flows = flows
+        self._block = ExitStack()
 
     def __repr__(self) -> str:
         return f"<PartSave of {self.checkpoint_id!r}, {self._checkpoint.progress.phase}>"
 
     async def __aenter__(self) -> PartSave:
+        assert self._state.operation is not None, "it has begun"
+        self._block.enter_context(self._flows.inside(self._state.operation))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.finish(committed=self._is_committed)
+        with self._block:
+            await self.finish(committed=self._is_committed)
 
     async def ticket(self) -> PartTicket | None:
         """Wait until the part is durable, and return what the one that commits needs; None but on the coordinator.

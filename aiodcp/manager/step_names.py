@@ -59,7 +59,7 @@ def _pattern_of(text: object) -> str:
     if [name for name, *_ in fields] != ["step"]:
         raise ArgumentError("step_format", problem)
     [(_, spec, conversion)] = fields
-    if conversion or not re.fullmatch("(0[0-9]+)?d?", spec or ""):
+    if conversion or not re.fullmatch("(0[0-9]{1,2})?d?", spec or ""):
         raise ArgumentError("step_format", problem)
     if "/" in literal or text.startswith(".") or "\0" in literal or (literal and literal[-1].isdecimal()):
         raise ArgumentError("step_format", problem)

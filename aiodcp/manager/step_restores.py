@@ -98,7 +98,13 @@ class StepRestores:
         return None
 
     async def load_initial(self, state_dict: MutableMapping[str, Any], initial: InitialLoad) -> None:
-        """Load what a run begins with."""
+        """Load what a run begins with.
+
+        Raises:
+            ArgumentError: `initial` is no `InitialLoad`.
+        """
+        if not isinstance(initial, InitialLoad):
+            raise ArgumentError("initial", f"must be an InitialLoad, got {type(initial).__name__}")
         options = LoadOptions(
             strict=initial.strict,
             cast=initial.cast,

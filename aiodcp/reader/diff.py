@@ -68,7 +68,8 @@ async def diff(
         bar.total(sum(_tensor_nbytes(of_a[fqn]) for fqn in alike))
         if not alike:
             return sorted(found, key=lambda each: each.fqn)
-        streams = of_a.stream(alike, order=alike), of_b.stream(alike, order=alike)
+        chosen = frozenset(alike).__contains__
+        streams = of_a.stream(chosen, order=alike), of_b.stream(chosen, order=alike)
         async with aclosing(streams[0]) as stream_a, aclosing(streams[1]) as stream_b:
             async for fqn, one in stream_a:
                 _, other = await anext(stream_b)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from anyio import to_thread
 from .._engine.sync_bridge import sync_function
 from .._load.options import Rename
 from .._load.stored_names import renaming
-from .._state.name_patterns import Names, matcher
+from .._state.name_patterns import Matcher, Names
 from .._telemetry.progress_bar import Bar, NoBar
 from ..checkpointer.arguments import CheckpointId
 from ..checkpointer.checkpointer import Checkpointer
@@ -25,6 +25,7 @@ from ..checkpointer.snapshot import Snapshot
 from ..errors import ArgumentError, NotACheckpointError, WriteError
 from ..storage.base import Storage
 from ..storage.object_urls import scheme_of
+from .read_targets import check_dtype
 from .stored_checkpoint import StoredCheckpoint, open_checkpoint
 from .stored_values import StoredTensor, StoredValue
 
@@ -58,7 +59,7 @@ class _Source(Protocol):
     def checkpoint_id(self) -> str: ...
     def __iter__(self) -> Iterator[str]: ...
     def __getitem__(self, fqn: str, /) -> StoredTensor | StoredValue: ...
-    async def read(self, what: list[str], /, *, dtype: torch.dtype | None = None) -> Any: ...
+    async def read(self, what: Callable[[str], bool], /, *, dtype: torch.dtype | None = None) -> Any: ...
 
 
 class _Staged:
@@ -78,8 +79,8 @@ class _Staged:
             raise ArgumentError("source", problem)
         return StoredTensor(fqn=fqn, shape=shape, dtype=tensor.dtype, nbytes=tensor.nbytes)
 
-    async def read(self, what: list[str], *, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        tensors = {fqn: self._snapshot[fqn] for fqn in what}
+    async def read(self, what: Callable[[str], bool], *, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        tensors = {fqn: self._snapshot[fqn] for fqn in self._snapshot if what(fqn)}
         if dtype is None:
             return tensors
         return await to_thread.run_sync(
@@ -132,9 +133,12 @@ async def export(
         LoadError: the checkpoint cannot be read.
         WriteError: a file exists, or cannot be written.
 
-    Cancellation: takes effect when the file under way is written; those that are complete stay.
+    Cancellation: takes effect when the file under way is written; nothing stays.
     """
     target = os.fspath(out)
+    check_dtype(dtype)
+    if not target or "\0" in target:
+        raise ArgumentError("out", f"{target!r} is not a path")
     if scheme_of(target) is not None:
         raise ArgumentError("out", f"{target} is a URL: export to a directory, and copy it from there")
     if format not in ("safetensors", "torch"):
@@ -149,7 +153,7 @@ async def export(
             found = _Staged(source)
         else:
             found = await stack.enter_async_context(open_checkpoint(source, storage=storage))
-        names = _names(found, include, exclude, rename)
+        names = _names(found, include, exclude, rename, format)
         if format == "torch":
             if rename is not None or tied:
                 raise ArgumentError("rename" if tied is None else "tied", "is for safetensors, whose names are flat")
@@ -160,10 +164,16 @@ async def export(
         return await writer.write(shard_nbytes)
 
 
-def _names(checkpoint: _Source, include: Names | None, exclude: Names | None, rename: Rename | None) -> dict[str, str]:
+def _names(
+    checkpoint: _Source,
+    include: Names | None,
+    exclude: Names | None,
+    rename: Rename | None = None,
+    format: Format = "torch",  # noqa: A002
+) -> dict[str, str]:
     """Return the names in the files, by stored ones."""
-    is_in = matcher(include, "include") if include is not None else lambda fqn: True
-    is_out = matcher(exclude, "exclude") if exclude is not None else lambda fqn: False
+    is_in = Matcher(include, "include") if include is not None else lambda fqn: True
+    is_out = Matcher(exclude, "exclude") if exclude is not None else lambda fqn: False
     renamed = renaming(rename) if rename is not None else lambda fqn: fqn
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
@@ -175,6 +185,8 @@ def _names(checkpoint: _Source, include: Names | None, exclude: Names | None, re
             problem = f"makes {name!r} of {fqn!r}" + (f", and of {taken[name]!r}" if name in taken else "")
             raise ArgumentError("rename", problem)
         names[fqn], taken[name] = name, fqn
+    if format == "safetensors" and "__metadata__" in taken:
+        raise ArgumentError("rename", f"{taken['__metadata__']!r} cannot have the name '__metadata__' in safetensors")
     if not names:
         meant = f" that {include!r} means" if include is not None else ""
         raise ArgumentError("include", f"{checkpoint.checkpoint_id} has nothing{meant}, or all of it is excluded")
@@ -183,10 +195,15 @@ def _names(checkpoint: _Source, include: Names | None, exclude: Names | None, re
 
 async def _export_torch(checkpoint: StoredCheckpoint, fqns: list[str], out: str, dtype: torch.dtype | None) -> Exported:
     _refuse_existing(Path(out))
-    state = await checkpoint.state_dict(None if len(fqns) == len(checkpoint) else fqns, dtype=dtype)
+    state = await checkpoint.state_dict(_exactly(fqns, checkpoint), dtype=dtype)
     await to_thread.run_sync(_save, state, out)
     tensors = sum(isinstance(checkpoint[fqn], StoredTensor) for fqn in fqns)
     return Exported(files=[out], tensors=tensors, left_out=[])
+
+
+def _exactly(fqns: Collection[str], checkpoint: StoredCheckpoint) -> Callable[[str], bool] | None:
+    """Return what means these names, none below them, and takes no name for a pattern; None for all that there are."""
+    return None if len(fqns) == len(checkpoint) else frozenset(fqns).__contains__
 
 
 def _save(state: Any, out: str) -> None:
@@ -243,16 +260,26 @@ class _Safetensors:
         except OSError as error:
             raise WriteError(str(self._folder), f"cannot create the directory: {error.strerror}") from error
         self._bar.total(sum(sizes.values()))
+        try:
+            await self._write_files(save_file, files, shards, sizes)
+            paths = [str(self._folder / file) for file in files]
+            if len(shards) > 1:
+                paths.append(self._write_index(sizes, dict(zip(files, shards, strict=True))))
+        except BaseException:  # a part of a model is none
+            for file in files:
+                (self._folder / file).unlink(missing_ok=True)
+            raise
+        return Exported(files=paths, tensors=len(self._tensors), left_out=self._left_out)
+
+    async def _write_files(
+        self, save_file: Any, files: list[str], shards: list[list[str]], sizes: Mapping[str, int]
+    ) -> None:
         for file, names in zip(files, shards, strict=True):
             fqns = [self._tensors[name].fqn for name in names]
-            values = await self._checkpoint.read(fqns, dtype=self._dtype)
+            values = await self._checkpoint.read(frozenset(fqns).__contains__, dtype=self._dtype)
             tensors = {name: values.pop(fqn) for name, fqn in zip(names, fqns, strict=True)}
             await to_thread.run_sync(partial(_write, save_file, tensors, self._folder / file))
             self._bar.advance(sum(sizes[name] for name in names))
-        paths = [str(self._folder / file) for file in files]
-        if len(shards) > 1:
-            paths.append(self._write_index(sizes, dict(zip(files, shards, strict=True))))
-        return Exported(files=paths, tensors=len(self._tensors), left_out=self._left_out)
 
     def _nbytes(self, stored: StoredTensor) -> int:
         if self._dtype is None or not stored.dtype.is_floating_point:
@@ -265,7 +292,7 @@ class _Safetensors:
                 missing = name if name not in self._tensors else other
                 raise ArgumentError("tied", f"{missing!r} is not among the names in the files")
             one, two = self._tensors[name].fqn, self._tensors[other].fqn
-            values = await self._checkpoint.read([one, two])
+            values = await self._checkpoint.read({one, two}.__contains__)
             if values[one].shape != values[two].shape or not torch.equal(values[one], values[two]):
                 raise ArgumentError("tied", f"{name!r} and {other!r} are not equal: they are not tied")
             del self._tensors[name]
@@ -352,6 +379,7 @@ async def convert(
 
     Cancellation: leaves nothing at `out`.
     """
+    check_dtype(dtype)
     async with Checkpointer(storage=storage, no_dist=True, keep_buffers=False, check_torn=False) as checkpointer:
         try:
             await checkpointer.read_custom_metadata(out)
@@ -360,8 +388,8 @@ async def convert(
         else:
             raise WriteError(os.fspath(out), "there is a checkpoint, which will not be overwritten")
         async with open_checkpoint(checkpoint_id, storage=storage) as checkpoint:
-            names = _names(checkpoint, include, exclude, None)
-            state = await checkpoint.state_dict(None if len(names) == len(checkpoint) else list(names), dtype=dtype)
+            names = _names(checkpoint, include, exclude)
+            state = await checkpoint.state_dict(_exactly(names, checkpoint), dtype=dtype)
             saved = await checkpointer.save(state, out)
         try:
             await saved.uploaded

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, empty
 
 from .._engine.sync_bridge import SyncContext, sync_method
-from .._format.chunks import cut
 from .._format.custom_metadata import decode_custom_metadata
-from .._format.dcp import TensorStorageMetadata
-from .._load.name_hints import near
-from .._load.stored_reader import Part, StoredReader, Wanted
-from .._state.name_patterns import Names, matcher
+from .._load.name_hints import did_you_mean
+from .._load.stored_reader import StoredReader, Wanted
+from .._state.name_patterns import Matcher, Names
 from ..checkpointer.arguments import CheckpointId
 from ..checkpointer.checkpointer import Checkpointer, session_of
 from ..checkpointer.load_calls import LoadCalls
 from ..errors import ArgumentError, ClosedError
 from ..storage.base import Storage
 from .nesting import nest
+from .read_targets import Placements, ReadTargets, Rows
 from .stored_values import StoredTensor, StoredValue
-
-Placements = Sequence[Placement] | Callable[[StoredTensor], Sequence[Placement]]
-"""Of all tensors, or of each."""
-
-Rows = slice | tuple[slice, ...]
-"""Of a tensor's first dimension, or of its first ones."""
 
 Order = Literal["stored", "saved", "name"]
 
@@ -140,15 +132,17 @@ class StoredCheckpoint(SyncContext, Mapping[str, StoredTensor | StoredValue]):
         Only what is asked for is read: of a tensor's rows those bytes, and as many as 64 KiB around them.
 
         Args:
-            what: a name; or patterns (`*`, `?`, `[...]`; a name stands for all below it, too), or a function of a name.
+            what: a name, whatever is in it; or patterns (`*`, `?`, `[...]`; a name stands for all below it, too), or a
+                function of a name.
             rows: which part of the one tensor: of its first dimension, or of each of its first ones.
             device: where tensors are wanted, by default in host memory.
             dtype: to which floating-point tensors are converted.
             device_mesh: over which tensors are sharded: each rank reads its own part, and calls this by itself.
-            placements: how, on that mesh; for all tensors, or a function of a `StoredTensor`.
+            placements: how, on that mesh; for all tensors, or a function of a `StoredTensor`. One without dimensions is
+                replicated where it would be sharded.
 
         Raises:
-            ArgumentError: nothing of that name is stored, or `rows` are no part of it.
+            ArgumentError: nothing of that name is stored, `rows` are no part of it, or it cannot be so placed.
             CorruptError: what is stored is not what was saved.
             UnsafeError: a value needs more than plain data.
             LoadError: the checkpoint has been replaced since it was opened, or there is no memory.
@@ -156,7 +150,7 @@ class StoredCheckpoint(SyncContext, Mapping[str, StoredTensor | StoredValue]):
 
         Cancellation: takes effect when the read under way is done.
         """
-        make = _Targets(self._reader, device, dtype, device_mesh, placements)
+        make = ReadTargets(self._reader, device, dtype, device_mesh, placements)
         if isinstance(what, str) and what in self:
             return (await self._read([make.target(self, what, rows)], make))[0]
         fqns = self._select(what)
@@ -185,7 +179,7 @@ class StoredCheckpoint(SyncContext, Mapping[str, StoredTensor | StoredValue]):
 
         Cancellation: takes effect when the read under way is done.
         """
-        make = _Targets(self._reader, device, dtype, device_mesh, placements)
+        make = ReadTargets(self._reader, device, dtype, device_mesh, placements)
         fqns = list(self) if what is None else self._select(what)
         values = await self._read([make.target(self, fqn, None) for fqn in fqns], make)
         return nest(dict(zip(fqns, values, strict=True)), self._reader.metadata, is_whole=what is None)
@@ -221,7 +215,7 @@ class StoredCheckpoint(SyncContext, Mapping[str, StoredTensor | StoredValue]):
 
         Cancellation: takes effect when the read under way is done.
         """
-        make = _Targets(self._reader, device, dtype, device_mesh, placements)
+        make = ReadTargets(self._reader, device, dtype, device_mesh, placements)
         groups = self._groups(self._in_order(what, order), max_bytes)
         ahead: asyncio.Task[list[Any]] | None = None
         try:
@@ -252,28 +246,27 @@ class StoredCheckpoint(SyncContext, Mapping[str, StoredTensor | StoredValue]):
         placements: Placements | None = None,
     ) -> Iterator[tuple[str, Any]]:
         """Like `stream`, for callers without an event loop; without reading ahead."""
-        make = _Targets(self._reader, device, dtype, device_mesh, placements)
+        make = ReadTargets(self._reader, device, dtype, device_mesh, placements)
         for fqns in self._groups(self._in_order(what, order), max_bytes):
             values = self._read_group_sync(fqns, make)
             for fqn in fqns:
                 yield fqn, values.pop(0)
 
-    def _begin(self, fqns: Sequence[str], make: _Targets) -> asyncio.Task[list[Any]]:
+    def _begin(self, fqns: Sequence[str], make: ReadTargets) -> asyncio.Task[list[Any]]:
         return asyncio.ensure_future(self._read_group(fqns, make))
 
-    async def _read_group(self, fqns: Sequence[str], make: _Targets) -> list[Any]:
+    async def _read_group(self, fqns: Sequence[str], make: ReadTargets) -> list[Any]:
         return await self._read([make.target(self, fqn, None) for fqn in fqns], make)
 
-    async def _read(self, wanted: list[Wanted], make: _Targets) -> list[Any]:
+    async def _read(self, wanted: list[Wanted], make: ReadTargets) -> list[Any]:
         values = await self._loads.read(self._reader, wanted, make.devices)
         return [make.finished(each, value) for each, value in zip(wanted, values, strict=True)]
 
     def _select(self, what: Names) -> list[str]:
-        means = matcher(what, "what")
+        means = Matcher(what, "what")
         fqns = [fqn for fqn in self if means(fqn)]
         if not fqns:
-            names = near(what, list(self)) if isinstance(what, str) else []
-            hint = f": did you mean {' or '.join(names)}?" if names else ""
+            hint = did_you_mean(what, list(self)) if isinstance(what, str) else ""
             raise ArgumentError("what", f"{self._id} has nothing that {what!r} means{hint}")
         return fqns
 
@@ -285,7 +278,7 @@ class StoredCheckpoint(SyncContext, Mapping[str, StoredTensor | StoredValue]):
             return sorted(fqns)
         if order == "stored":
             return sorted(fqns, key=self._reader.place_of)
-        if isinstance(order, str):
+        if isinstance(order, str) or not isinstance(order, Sequence):
             raise ArgumentError("order", f'must be "stored", "saved", "name", or names, got {order!r}')
         chosen = set(fqns)
         for fqn in order:
@@ -313,99 +306,6 @@ class StoredCheckpoint(SyncContext, Mapping[str, StoredTensor | StoredValue]):
     read_sync = sync_method(read)
     state_dict_sync = sync_method(state_dict)
     _read_group_sync = sync_method(_read_group)
-
-
-class _Targets:
-    """Makes the tensors that are read into, in the caller's thread."""
-
-    def __init__(
-        self,
-        reader: StoredReader,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        device_mesh: DeviceMesh | None,
-        placements: Placements | None,
-    ) -> None:
-        if (device_mesh is None) is not (placements is None):
-            raise ArgumentError("placements", "go with a device_mesh, and a device_mesh with placements")
-        if device_mesh is not None and device is not None:
-            raise ArgumentError("device", "is that of the device_mesh")
-        self._reader = reader
-        try:
-            self._device = torch.device("cpu" if device is None else device)
-        except (RuntimeError, TypeError) as error:
-            raise ArgumentError("device", f"{device!r} is none: {error}") from error
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ArgumentError("dtype", f"must be a torch.dtype, got {dtype!r}")
-        self._dtype = dtype
-        self._mesh = device_mesh
-        self._placements = placements
-        self.devices: set[torch.device] = set()
-
-    def target(self, checkpoint: StoredCheckpoint, fqn: str, rows: Rows | None) -> Wanted:
-        """Return what is wanted of a value.
-
-        Raises:
-            ArgumentError: the rows are no part of it.
-        """
-        entry = self._reader.metadata.state_dict_metadata[fqn]
-        part = None
-        if rows is not None:
-            if not isinstance(entry, TensorStorageMetadata):
-                raise ArgumentError("rows", f"{fqn} is not a tensor")
-            if self._mesh is not None:
-                raise ArgumentError("rows", "are read by themselves, or shards by the device_mesh, not both")
-            part = _part(fqn, rows, entry.size)
-        if not isinstance(entry, TensorStorageMetadata) or not self._reader.is_dense(fqn):
-            return Wanted(fqn=fqn, part=part)
-        return Wanted(fqn=fqn, into=self._allocate(checkpoint, fqn, entry, part), part=part)
-
-    def _allocate(
-        self, checkpoint: StoredCheckpoint, fqn: str, entry: TensorStorageMetadata, part: Part | None
-    ) -> torch.Tensor:
-        dtype = self._converted(entry.properties.dtype)
-        if self._mesh is not None:
-            stored = checkpoint[fqn]
-            assert isinstance(stored, StoredTensor)
-            placements = self._placements(stored) if callable(self._placements) else self._placements
-            made: torch.Tensor = empty(*entry.size, dtype=dtype, device_mesh=self._mesh, placements=placements)
-        else:
-            made = torch.empty(entry.size if part is None else part[1], dtype=dtype, device=self._device)
-        self.devices.add(made.device)
-        return made
-
-    def _converted(self, dtype: torch.dtype) -> torch.dtype:
-        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
-
-    def finished(self, wanted: Wanted, value: Any) -> Any:
-        """Return a value as it was asked for: one that could only be read whole is converted here."""
-        if wanted.into is not None or not isinstance(value, torch.Tensor):
-            return value
-        value = value.to(self._device, self._converted(value.dtype))
-        return cut(value, wanted.part)
-
-
-def _part(fqn: str, rows: Rows, shape: torch.Size) -> Part:
-    """Return offsets and sizes of rows, as Python counts them.
-
-    Raises:
-        ArgumentError: they are no part of a tensor of this shape.
-    """
-    slices = rows if isinstance(rows, tuple) else (rows,)
-    if not all(isinstance(each, slice) for each in slices):
-        raise ArgumentError("rows", f"must be a slice, or a tuple of slices, got {rows!r}")
-    if len(slices) > len(shape):
-        raise ArgumentError("rows", f"{fqn} has {len(shape)} dimensions, and these are {len(slices)} slices")
-    offsets, sizes = [0] * len(shape), list(shape)
-    for dimension, each in enumerate(slices):
-        try:
-            start, stop, step = each.indices(shape[dimension])
-        except TypeError as error:
-            raise ArgumentError("rows", f"{each!r} is none of integers: {error}") from error
-        if step != 1:
-            raise ArgumentError("rows", f"{each!r} has a step: only rows that follow each other can be read")
-        offsets[dimension], sizes[dimension] = start, max(0, stop - start)
-    return torch.Size(offsets), torch.Size(sizes)
 
 
 def open_checkpoint(

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from aiodcp import (
     ArgumentError,
     Checkpointer,
     CheckpointManager,
+    DeadlockError,
     MemoryStorage,
     NotACheckpointError,
     ObjectStorage,
@@ -225,3 +227,66 @@ async def test_a_rank_that_fails_fails_the_part_of_all(rank: int, size: int, tmp
         await part.finish(committed=False)
     torch.distributed.barrier()
     assert not list(tmp_path.glob("ckpt/*.distcp"))
+
+
+W = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "problem"),
+    [
+        ({"a": W}, {"a": {"b": W}}, "'a' is a value in one part, and a dict in another"),
+        ({"o": {0: W}}, {"o": {"1": W}}, "'o' is a dict with int keys in one part, and a dict in another"),
+        ({"l": [W]}, {"l": {"foo": W}}, "'l' is a list in one part, and a dict in another"),
+        ({"a": {"b": W}}, {"a": {"b": W}}, r"two parts have a value named 'a\.b'"),
+    ],
+)
+async def test_parts_that_do_not_fit_together_are_refused(
+    one: dict[str, Any], other: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    async with Checkpointer() as a, Checkpointer() as b:
+        async with await a.save_part(one, tmp_path / "ckpt") as p, await b.save_part(other, tmp_path / "ckpt") as q:
+            tickets = [await p.ticket(), await q.ticket()]
+            with pytest.raises(ArgumentError, match=problem):
+                await a.commit(tmp_path / "ckpt", [each for each in tickets if each is not None])
+    assert not any((tmp_path / "ckpt").glob("*"))
+
+
+async def test_one_container_may_be_of_several_parts(tmp_path: Path) -> None:
+    one, other = {"model": {"a": W, "layers": {0: W}}}, {"model": {"b": W + 1, "layers": {1: W + 2}}}
+    async with Checkpointer() as a, Checkpointer() as b:
+        async with await a.save_part(one, tmp_path / "ckpt") as p, await b.save_part(other, tmp_path / "ckpt") as q:
+            await a.commit(tmp_path / "ckpt", [each for each in (await p.ticket(), await q.ticket()) if each])
+            p.mark_committed()
+            q.mark_committed()
+    async with aiodcp.open(tmp_path / "ckpt") as ckpt:
+        found = await ckpt.state_dict()
+    assert_equal({"model": {"a": W, "layers": {0: W, 1: W + 2}, "b": W + 1}}, found)
+
+
+async def test_within_a_part_what_would_wait_for_its_end_is_refused_and_loads_are_not(tmp_path: Path) -> None:
+    async with Checkpointer() as checkpointer:
+        await (await checkpointer.save({"w": W + 1}, tmp_path / "other")).uploaded
+        async with await checkpointer.save_part({"w": W}, tmp_path / "ckpt") as part:
+            await part.ticket()
+            state = {"w": torch.ones(3)}
+            await checkpointer.load(state, tmp_path / "other")
+            assert_equal({"w": W + 1}, state)
+            assert (await checkpointer.check(state, tmp_path / "other")).refusal is None
+            for call in (checkpointer.save, checkpointer.save_part):
+                with pytest.raises(DeadlockError, match="leave the block first"):
+                    await call(state, tmp_path / "third")
+            with pytest.raises(DeadlockError):
+                await checkpointer.prepare(state)
+        await (await checkpointer.save(state, tmp_path / "third")).uploaded
+
+
+async def test_a_ticket_that_names_files_that_no_part_has_is_refused(tmp_path: Path) -> None:
+    async with Checkpointer() as checkpointer:
+        async with await checkpointer.save_part({"w": W}, tmp_path / "ckpt") as part:
+            ticket = await part.ticket()
+            assert ticket is not None
+            wrong: list[Any] = [(5,), ("../../etc/passwd",), (*ticket.files, "x")]
+            for files in wrong:
+                with pytest.raises(ArgumentError, match="names files that no part has"):
+                    await checkpointer.commit(tmp_path / "ckpt", [replace(ticket, files=files)])

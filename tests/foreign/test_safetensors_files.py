@@ -233,3 +233,42 @@ async def test_folders_that_are_not_clear_are_refused(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(NotACheckpointError):
         await load(tmp_path / "nothing")
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": entry(), "b": entry(data_offsets=[4, 12])},
+        {"a": entry(), "b": entry()},
+        {"a": entry(shape="2")},
+        {"a": entry(shape=[2.0])},
+        {"a": entry(shape=[True, 2])},
+        {"a": entry(shape=[float("inf")])},
+        {"a": entry(shape=[-2])},
+        {"a": entry(data_offsets=[0.0, 8.0])},
+        {"a": entry(shape=[0, 10**30], data_offsets=[0, 0])},
+        {"a": entry(shape=[2**63, 0], data_offsets=[0, 0])},
+        {"a": entry(shape=[0, 2**62, 2**62], data_offsets=[0, 0])},
+        {"a": entry(), "__metadata__": {"DCP_SHARDING_INFO": '{"a": {"saved_offsets": [1e999]}}'}},
+        {"a": entry(), "__metadata__": {"DCP_SHARDING_INFO": '{"a": {"saved_offsets": [9223372036854775807]}}'}},
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+        '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+async def test_headers_that_the_library_would_not_write_are_damage(header: Any, tmp_path: Path) -> None:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(CorruptError):
+        async with aiodcp.open(tmp_path / "w.safetensors"):
+            pass
+
+
+async def test_tensors_without_elements_may_lie_anywhere(tmp_path: Path) -> None:
+    state = {"a": torch.zeros(0), "b": torch.ones(2), "c": torch.zeros(0, 3), "d": torch.zeros(1)}
+    save_file(state, tmp_path / "w.safetensors")
+    async with aiodcp.open(tmp_path / "w.safetensors") as ckpt:
+        assert_equal(state, dict(sorted((await ckpt.state_dict()).items())))

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor, zeros
 
 import aiodcp
-from aiodcp import Checkpointer, CorruptError, FormatError, MismatchError, UnsafeError
+from aiodcp import Checkpointer, CorruptError, FormatError, LoadError, MismatchError, UnsafeError
 
 from ..support.counting_storage import CountingStorage
 from ..support.ranks import rank_test
@@ -199,3 +199,86 @@ async def test_a_model_of_hugging_faces_in_one_torch_file(tmp_path: Path) -> Non
     async with Checkpointer() as checkpointer:
         with pytest.raises(FormatError, match="from_pretrained"):
             await checkpointer.load(blank(make_state()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a.b": torch.zeros(2), "a": {"b": torch.ones(2)}},
+        {0: torch.zeros(2), "0": torch.ones(2)},
+        {"n": {1: 2}, "n.1": 3},
+    ],
+)
+async def test_values_of_one_name_are_refused(state: dict[Any, Any], tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(FormatError, match="two of its values have the name"):
+        async with aiodcp.open(tmp_path / "state.pt"):
+            pass
+
+
+def shared(depth: int) -> dict[str, Any]:
+    inside: Any = 1
+    for _ in range(depth):
+        inside = {str(number): inside for number in range(10)}
+    return {"a": inside}
+
+
+def nested_lists() -> dict[str, Any]:
+    inside: Any = [1]
+    for _ in range(8):
+        inside = [inside] * 10
+    return {"a": inside}
+
+
+def itself() -> dict[str, Any]:
+    state: dict[str, Any] = {"w": torch.zeros(2)}
+    state["again"] = state
+    return state
+
+
+@pytest.mark.parametrize("make", [lambda: shared(6), nested_lists, itself])
+async def test_small_files_of_many_values_are_refused(make: Any, tmp_path: Path) -> None:
+    torch.save(make(), tmp_path / "state.pt")
+    with pytest.raises(FormatError, match="again and again"):
+        async with aiodcp.open(tmp_path / "state.pt"):
+            pass
+
+
+async def test_containers_may_be_shared(tmp_path: Path) -> None:
+    layer = {"weight": torch.ones(2), "lr": 0.1}
+    state = {"layers": [layer] * 100}
+    torch.save(state, tmp_path / "state.pt")
+    async with aiodcp.open(tmp_path / "state.pt") as ckpt:
+        assert_equal(state, await ckpt.state_dict())
+
+
+async def test_only_the_storages_of_what_is_not_dense_are_read_on_opening(tmp_path: Path) -> None:
+    big = torch.arange(1_000_000.0)
+    state = {
+        "big": big,
+        "other": torch.nn.Parameter(torch.zeros(500_000)),
+        "sparse": torch.eye(3).to_sparse(),
+        "conj": torch.randn(3, dtype=torch.complex64).conj(),
+        "config": Config(width=3),
+    }
+    torch.save(state, tmp_path / "state.pt")
+    storage = CountingStorage()
+    async with aiodcp.open(tmp_path / "state.pt", storage=storage) as ckpt:
+        assert storage.nbytes < 300_000
+        assert_equal(state, await ckpt.state_dict())
+
+
+async def test_what_is_not_dense_may_share_a_storage_with_what_is(tmp_path: Path) -> None:
+    values = torch.tensor([1.0, 2.0, 3.0])
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 1, 2]]), values, (3,), check_invariants=True)
+    complex_ = torch.randn(3, dtype=torch.complex64)
+    state = {"values": sparse._values(), "sparse": sparse, "plain": complex_, "conj": complex_.conj()}
+    torch.save(state, tmp_path / "state.pt")
+    async with aiodcp.open(tmp_path / "state.pt") as ckpt:
+        assert_equal(state, await ckpt.state_dict())
+
+
+def test_what_cannot_be_allocated_is_an_error_of_ours(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1).expand(10**13)}, tmp_path / "state.pt")
+    with aiodcp.open(tmp_path / "state.pt") as ckpt, pytest.raises(LoadError, match=r"w, .* cannot be allocated"):
+        ckpt.read_sync("w")

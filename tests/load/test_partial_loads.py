@@ -144,3 +144,23 @@ async def test_ranks_check_together(rank: int, size: int, tmp_path: Path) -> Non
         assert report.refusal is not None
         await checkpointer.load(target, tmp_path, exclude=["b", "c"])
         assert_equal(state["a"], target["a"])
+
+
+@pytest.mark.parametrize(
+    ("include", "problem"),
+    [
+        ("modle", "did you mean model"),
+        (["model", "optm"], "'optm'"),
+        ("model.w*ght", "means nothing"),
+        (lambda name: False, "is true for no name"),
+    ],
+)
+async def test_what_is_included_must_be_there(include: Any, problem: str, tmp_path: Path) -> None:
+    await saved(tmp_path)
+    state = make()
+    async with Checkpointer() as checkpointer:
+        with pytest.raises(ArgumentError, match=problem) as caught:
+            await checkpointer.load(state, tmp_path, include=include)
+        assert caught.value.argument == "include"
+        with pytest.raises(ArgumentError, match=problem):
+            await checkpointer.check(state, tmp_path, include=include)

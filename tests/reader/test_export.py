@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 import aiodcp
-from aiodcp import ArgumentError, Checkpointer, NotACheckpointError, WriteError
+from aiodcp import ArgumentError, Checkpointer, CorruptError, NotACheckpointError, WriteError
+from aiodcp._telemetry.progress_bar import NoBar
 
 from ..support.states import assert_equal, blank, make_state
 
@@ -140,3 +143,66 @@ def test_without_an_event_loop(tmp_path: Path) -> None:
     assert not aiodcp.diff_sync(tmp_path / "1", tmp_path / "hf")
     aiodcp.convert_sync(tmp_path / "hf", tmp_path / "3")
     assert not aiodcp.diff_sync(tmp_path / "1", tmp_path / "3")
+
+
+async def test_an_export_that_is_cancelled_leaves_nothing_and_can_be_made_again(tmp_path: Path) -> None:
+    await save({f"w{number}": torch.zeros(1000) for number in range(6)}, tmp_path / "ckpt")
+
+    class CancelAfterTwo(NoBar):
+        count = 0
+
+        def advance(self, nbytes: int) -> None:
+            self.count += 1
+            if self.count == 2:
+                task.cancel()
+
+    def export(bar: NoBar) -> Coroutine[Any, Any, aiodcp.Exported]:
+        return aiodcp.export(tmp_path / "ckpt", tmp_path / "hf", shard_nbytes=4000, bar=bar)
+
+    task = asyncio.create_task(export(CancelAfterTwo()))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert list((tmp_path / "hf").iterdir()) == []
+    assert len((await export(NoBar())).files) == 7
+
+
+async def test_a_part_of_a_model_is_not_taken_for_all_of_it(tmp_path: Path) -> None:
+    await save({f"w{number}": torch.zeros(1000) for number in range(3)}, tmp_path / "ckpt")
+    await aiodcp.export(tmp_path / "ckpt", tmp_path / "hf", shard_nbytes=4000)
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(
+        json.dumps(content | {"weight_map": content["weight_map"] | {"zz": "model-00001-of-00003.safetensors"}})
+    )
+    with pytest.raises(CorruptError, match="zz"):
+        async with aiodcp.open(tmp_path / "hf"):
+            pass
+    index.write_text("[" * 100_000)
+    [found] = await aiodcp.verify(tmp_path / "hf")
+    assert "is no index of files" in found.problem
+    index.unlink()
+    async with aiodcp.open(tmp_path / "hf") as ckpt:
+        assert set(ckpt) == {"w0", "w1", "w2"}
+    (tmp_path / "hf" / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CorruptError, match=r"model-00001-of-00003\.safetensors is one of 3"):
+        async with aiodcp.open(tmp_path / "hf"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument"),
+    [
+        ({"dtype": "bf16"}, "dtype"),
+        ({"dtype": torch.int8}, "dtype"),
+        ({"out": "o\0o"}, "out"),
+        ({"out": ""}, "out"),
+    ],
+)
+async def test_arguments_that_cannot_be_used_are_refused(
+    arguments: dict[str, Any], argument: str, tmp_path: Path
+) -> None:
+    await save({"w": torch.zeros(3)}, tmp_path / "ckpt")
+    with pytest.raises(ArgumentError) as caught:
+        await aiodcp.export(tmp_path / "ckpt", **({"out": tmp_path / "hf"} | arguments))
+    assert caught.value.argument == argument
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]

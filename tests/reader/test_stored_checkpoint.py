@@ -290,3 +290,59 @@ async def test_values_are_safe_by_default(tmp_path: Path) -> None:
             await ckpt.state_dict()
     async with aiodcp.open("ckpt", storage=storage, weights_only=False) as ckpt:
         assert await ckpt.read("f") is print
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument"),
+    [
+        ({"dtype": torch.qint8}, "dtype"),
+        ({"dtype": torch.int32}, "dtype"),
+        ({"dtype": torch.float4_e2m1fn_x2}, "dtype"),
+        ({"dtype": "bf16"}, "dtype"),
+        ({"device": "meta"}, "device"),
+        ({"device": "nowhere"}, "device"),
+        ({"device": "xpu:3"}, "device"),
+        ({"device_mesh": 5, "placements": [Shard(0)]}, "device_mesh"),
+    ],
+)
+async def test_arguments_that_cannot_be_used_are_refused(
+    arguments: dict[str, Any], argument: str, tmp_path: Path
+) -> None:
+    await save({"w": torch.zeros(3)}, tmp_path)
+    async with aiodcp.open(tmp_path) as ckpt:
+        with pytest.raises(ArgumentError) as caught:
+            await ckpt.read("w", **arguments)
+        assert caught.value.argument == argument
+        with pytest.raises(ArgumentError, match="order"):
+            async for _ in ckpt.stream(order=5):  # type: ignore[arg-type]
+                pass
+
+
+@rank_test(2)
+async def test_all_of_a_training_state_is_read_into_shards(rank: int, size: int, tmp_path: Path) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+    state = {"w": torch.arange(8.0).view(4, 2), "step": torch.tensor(3.0), "n": 3}
+    if rank == 0:
+        await save(state, tmp_path / "ckpt")
+    torch.distributed.barrier()
+    async with aiodcp.open(tmp_path / "ckpt") as ckpt:
+        for placements in ([Shard(0)], [Shard(-1)], (Shard(1),), lambda stored: [Shard(0)]):
+            found = await ckpt.state_dict(device_mesh=mesh, placements=placements)
+            assert found["step"].placements == (Replicate(),)
+            assert_equal(
+                state, {name: getattr(each, "full_tensor", lambda each=each: each)() for name, each in found.items()}
+            )
+        for wrong in (
+            Shard(0),
+            "x",
+            [None],
+            [Shard(0), Shard(1)],
+            [],
+            [Shard(2)],
+            [Shard(-3)],
+            lambda stored: 1 / 0,
+            7,
+        ):
+            with pytest.raises(ArgumentError) as caught:
+                await ckpt.state_dict(device_mesh=mesh, placements=wrong)  # type: ignore[arg-type]
+            assert caught.value.argument == "placements"
