@@ -190,7 +190,8 @@ class Checkpointer(SyncContext):
                 and shape that it planned.
             custom_metadata: small facts as JSON that are committed with the checkpoint; `read_custom_metadata`
                 returns them. With several ranks the coordinator's.
-            overwrite: replace a checkpoint that is there already; False fails the save with `WriteError` then.
+            overwrite: replace a checkpoint that is there already; False fails the save with `WriteError` then, but of
+                two that commit at one moment both may find none.
             on_busy: what to do while another save is in flight: "wait" for its end, in turn; "skip" this one and
                 return None; or "raise" `BusyError`. Of several ranks the coordinator chooses for all.
 
