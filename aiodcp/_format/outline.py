@@ -6,13 +6,16 @@ The pickle of a large checkpoint's metadata takes tenths of a second to read. Th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 import torch
 
 from .dcp import STORAGE_TYPES, Metadata, TensorStorageMetadata
+
+Kind = tuple[torch.dtype, Sequence[int]]
+"""Dtype and shape of a tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,11 @@ def encode_outline(metadata: Metadata) -> bytes:
     """Return the text for metadata."""
     entries = metadata.state_dict_metadata
     names = _in_order(entries, metadata.planner_data or {})
-    kinds = [_kind(entries[name]) for name in names]
+    return encode_kinds(names, [_kind(entries[name]) for name in names])
+
+
+def encode_kinds(names: Sequence[str], kinds: Sequence[Kind | None]) -> bytes:
+    """Return the text for names, in the order of the state dict, and the kinds of the tensors among them."""
     distinct = {kind: number for number, kind in enumerate(dict.fromkeys(kind for kind in kinds if kind is not None))}
     codes = [-1 if kind is None else distinct[kind] for kind in kinds]
     known = [[str(dtype).removeprefix("torch."), list(shape)] for dtype, shape in distinct]

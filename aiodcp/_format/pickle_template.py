@@ -68,6 +68,23 @@ def _opcode(value: int | str) -> bytes:
     return pickled if isinstance(value, int) else pickled[:-2]  # without "remember this as number 0"
 
 
+class MetadataTemplate:
+    """A pickle in parts, with a field between two of them."""
+
+    def __init__(self, parts: Sequence[bytes], fields: Sequence[tuple[int, bool]], last: bytes) -> None:
+        """Take the parts before each field, the fields, each a number and whether it is a text, and what is last."""
+        self._parts = parts
+        self._fields = fields
+        self._last = last
+
+    def render(self, values: Sequence[int | str]) -> bytes:
+        """Return `.metadata`'s content, given the value of each field."""
+        pieces: list[bytes] = []
+        for part, (number, _) in zip(self._parts, self._fields, strict=True):
+            pieces += (part, _opcode(values[number]))
+        return b"".join((*pieces, self._last))
+
+
 class _MetadataPickler(pickle.Pickler):
     def reducer_override(self, obj: object) -> Any:
         if isinstance(obj, TensorProperties):  # five fields, which every torch reads; 2.15 would write six

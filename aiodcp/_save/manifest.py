@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 from .._format.dcp import (
     STORAGE_TYPES,
@@ -16,13 +19,16 @@ from .._format.dcp import (
 )
 from .._format.extension import Containers
 from .._format.layout import Layout
+from .._format.metadata_opcodes import TensorLines, ValueLines, write_metadata
 from .._format.metadata_writer import build_metadata
 from .._format.naming import data_file, piece_file
-from .._format.outline import encode_outline
-from .._format.pickle_template import PickleTemplate, Placeholder
+from .._format.outline import encode_kinds, encode_outline
+from .._format.pickle_template import MetadataTemplate, PickleTemplate, Placeholder
 from .._format.seal import in_pieces
 from ..errors import CaptureError, SaveError
 from .plan import GlobalPlan, Share
+from .sharing import Array
+from .table_plan import TablePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,49 +46,26 @@ class ManifestTemplate:
         outline: of all of them, as it is stored.
     """
 
-    def __init__(self, *plans: GlobalPlan) -> None:
-        """Make the template for one state's plan, or of several states' that are committed together, in their order.
+    def __init__(
+        self,
+        template: MetadataTemplate | PickleTemplate,
+        outline: bytes,
+        writers: Sequence[tuple[int, int]],
+        pieces: Sequence[int],
+    ) -> None:
+        """Begin.
 
-        Raises:
-            CaptureError: two of them have a value of the same name.
+        Args:
+            template: its fields are the checkpoint's id, the save's, the names of all files, and the ranges of frozen
+                values: offset and bytes; these and the names writer by writer.
+            outline: see above.
+            writers: who writes a file: which of the plans, and which rank.
+            pieces: of each, how many files it writes besides the last.
         """
-        checkpoint_id, save_id = Placeholder(0, text=True), Placeholder(1, text=True)
-        used = [checkpoint_id, save_id]
-        stored: dict[MetadataIndex, StorageInfo] = {}
-        opaque: list[str] = []
-        self._writers = [
-            (part, rank)
-            for part, plan in enumerate(plans)
-            for rank, share in enumerate(plan.shares)
-            if share.staged or share.frozen
-        ]
-        self._pieces = [plans[part].shares[rank].layout.pieces for part, rank in self._writers]
-        files: list[Placeholder] = []  # the last of each rank's, which has its frozen values
-        for (part, rank), pieces in zip(self._writers, self._pieces, strict=True):
-            own = [Placeholder(len(used) + number, text=True) for number in range(pieces + 1)]
-            used += own
-            files.append(own[-1])
-            _store_tensors(stored, plans[part].shares[rank], own)
-        for file, (part, rank) in zip(files, self._writers, strict=True):
-            share = plans[part].shares[rank]
-            for item in share.frozen:
-                offset_field, nbytes_field = Placeholder(len(used)), Placeholder(len(used) + 1)
-                used += [offset_field, nbytes_field]
-                stored[item.index] = StorageInfo(
-                    file.stand_in,  # type: ignore[arg-type]
-                    offset_field.stand_in,  # type: ignore[arg-type]
-                    nbytes_field.stand_in,  # type: ignore[arg-type]
-                )
-            opaque += [item.index.fqn for item in share.frozen if item.tensor_data is not None]
-        meta = StorageMeta(checkpoint_id.stand_in, save_id.stand_in)  # type: ignore[arg-type]
-        containers = Containers()
-        for plan in plans:
-            containers.empty += plan.containers.empty
-            containers.int_keys += plan.containers.int_keys
-        metadata = build_metadata(*_join(plans), stored, meta, opaque, containers)
-        _check_complete(metadata)
-        self._template = PickleTemplate(metadata, used)
-        self.outline: bytes = in_pieces(encode_outline(metadata))
+        self._template = template
+        self._writers = writers
+        self._pieces = pieces
+        self.outline: bytes = outline
 
     def render(self, checkpoint_id: str, save_id: str, frozen: Sequence[Sequence[Sequence[ByteRange]]]) -> bytes:
         """Return `.metadata`'s content for one save, given the ranges of frozen values, by plan and by rank."""
@@ -108,6 +91,129 @@ class ManifestTemplate:
         """Return their names, rank by rank; of each rank first the pieces of its data file, if it has any."""
         writers = zip(self._writers, self._pieces, strict=True)
         return [name for (part, rank), pieces in writers for name in _names(data_file(rank, save_id, part), pieces)]
+
+
+def make_manifest(plans: Sequence[GlobalPlan | TablePlan]) -> ManifestTemplate:
+    """Return the template for one state's plan, or of several states' that are committed together, in their order.
+
+    Raises:
+        CaptureError: two of them have a value of the same name.
+    """
+    tables = [plan for plan in plans if isinstance(plan, TablePlan)]
+    return _of_tables(tables) if tables else _of_planners([plan for plan in plans if isinstance(plan, GlobalPlan)])
+
+
+def _of_tables(plans: Sequence[TablePlan]) -> ManifestTemplate:
+    writers = [(part, rank) for part, plan in enumerate(plans) for rank in np.flatnonzero(plan.pieces >= 0).tolist()]
+    pieces = [int(plans[part].pieces[rank]) for part, rank in writers]
+    first_field = 2 + np.cumsum([0, *(each + 1 for each in pieces)])
+    next_field = int(first_field[-1])
+    names: list[str] = []
+    lines: list[TensorLines | ValueLines] = []
+    opaque: list[str] = []
+    paths: dict[str, KeyPath] = {}
+    containers = Containers()
+    for part, plan in enumerate(plans):
+        first = np.zeros(len(plan.pieces), dtype=np.int64)  # by rank, the number of its first file
+        for (of_part, rank), field in zip(writers, first_field.tolist(), strict=False):
+            if of_part == part:
+                first[rank] = field - 2
+        fields, next_field = _frozen_fields(plan, next_field)
+        for name, each in _lines_of(plan, first, fields, part):
+            names.append(name)
+            lines.append(each)
+            if isinstance(each, TensorLines) and each.fields:
+                opaque.append(name)
+        if twice := paths.keys() & plan.paths.keys():
+            raise CaptureError(min(twice), "two participants have a value of this name")
+        paths.update(plan.paths)
+        containers.empty += plan.containers.empty
+        containers.int_keys += plan.containers.int_keys
+    files = range(2, int(first_field[-1]))
+    template = write_metadata(names, lines, paths, files, 0, 1, opaque, containers)
+    kinds = [(each.properties.dtype, each.size) if isinstance(each, TensorLines) else None for each in lines]
+    return ManifestTemplate(template, in_pieces(encode_kinds(names, kinds)), writers, pieces)
+
+
+def _frozen_fields(plan: TablePlan, first: int) -> tuple[dict[int, tuple[int, int]], int]:
+    """Return of each chunk that is frozen the fields that say where it lies, from the first one on; and the next."""
+    placed = plan.placed
+    [frozen] = np.nonzero(placed.frozen)
+    in_order = frozen[np.lexsort((placed.numbers[frozen], placed.ranks[frozen]))].tolist()
+    found = {chunk: (first + 2 * number, first + 2 * number + 1) for number, chunk in enumerate(in_order)}
+    return found, first + 2 * len(in_order)
+
+
+def _lines_of(
+    plan: TablePlan, first_file: Array, fields: dict[int, tuple[int, int]], part: int
+) -> Iterator[tuple[str, TensorLines | ValueLines]]:
+    """Yield what `.metadata` says of each value of a plan."""
+    held, chunks, placed = plan.held, plan.chunks, plan.placed
+    files = first_file[placed.ranks] + placed.pieces
+    bounds = chunks.first.tolist()
+    for name, (start, stop) in enumerate(pairwise(bounds)):
+        spec, pattern = held.specs[name], chunks.patterns[name]
+        if start == stop:
+            continue
+        if spec is None or pattern is None:
+            yield held.names[name], ValueLines(file=int(files[start]), fields=fields[start])
+            continue
+        yield (
+            held.names[name],
+            TensorLines(
+                properties=spec.properties,
+                size=spec.size,
+                offsets=pattern.offsets,
+                sizes=pattern.sizes,
+                pattern=(part, id(pattern)),
+                files=files[start:stop],
+                starts=placed.offsets[start:stop],
+                nbytes=placed.nbytes[start:stop],
+                fields={chunk - start: fields[chunk] for chunk in range(start, stop) if chunk in fields}
+                if fields
+                else {},
+            ),
+        )
+
+
+def _of_planners(plans: Sequence[GlobalPlan]) -> ManifestTemplate:
+    """Do it for plans that the caller's own planner has made."""
+    checkpoint_id, save_id = Placeholder(0, text=True), Placeholder(1, text=True)
+    used = [checkpoint_id, save_id]
+    stored: dict[MetadataIndex, StorageInfo] = {}
+    opaque: list[str] = []
+    writers = [
+        (part, rank)
+        for part, plan in enumerate(plans)
+        for rank, share in enumerate(plan.shares)
+        if share.staged or share.frozen
+    ]
+    all_pieces = [plans[part].shares[rank].layout.pieces for part, rank in writers]
+    files: list[Placeholder] = []  # the last of each rank's, which has its frozen values
+    for (part, rank), pieces in zip(writers, all_pieces, strict=True):
+        own = [Placeholder(len(used) + number, text=True) for number in range(pieces + 1)]
+        used += own
+        files.append(own[-1])
+        _store_tensors(stored, plans[part].shares[rank], own)
+    for file, (part, rank) in zip(files, writers, strict=True):
+        share = plans[part].shares[rank]
+        for item in share.frozen:
+            offset_field, nbytes_field = Placeholder(len(used)), Placeholder(len(used) + 1)
+            used += [offset_field, nbytes_field]
+            stored[item.index] = StorageInfo(
+                file.stand_in,  # type: ignore[arg-type]
+                offset_field.stand_in,  # type: ignore[arg-type]
+                nbytes_field.stand_in,  # type: ignore[arg-type]
+            )
+        opaque += [item.index.fqn for item in share.frozen if item.tensor_data is not None]
+    meta = StorageMeta(checkpoint_id.stand_in, save_id.stand_in)  # type: ignore[arg-type]
+    containers = Containers()
+    for plan in plans:
+        containers.empty += plan.containers.empty
+        containers.int_keys += plan.containers.int_keys
+    metadata = build_metadata(*_join(plans), stored, meta, opaque, containers)
+    _check_complete(metadata)
+    return ManifestTemplate(PickleTemplate(metadata, used), in_pieces(encode_outline(metadata)), writers, all_pieces)
 
 
 def names_of(file: str, layout: Layout) -> list[str]:

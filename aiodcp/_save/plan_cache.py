@@ -7,9 +7,10 @@ import pickle
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch.distributed.checkpoint.planner as dcp
 from torch.distributed.checkpoint.planner import SavePlanner
 
@@ -20,11 +21,14 @@ from .._format.layout import Layout
 from .._log import SafeLogger
 from .._state.capture import Capture
 from ..errors import CheckpointError, DisagreementError, SaveError
-from .manifest import ByteRange, ManifestTemplate
+from .holdings import RankGroup
+from .manifest import ByteRange, ManifestTemplate, make_manifest
 from .plan import GlobalPlan, LocalPlan, WritePlan
 from .planning import finish_plan, plan_global, plan_local
-from .sharing import OnDisagreement, SharingPlan, find_disagreements
+from .sharing import Array, OnDisagreement, SharedItems, SharingPlan, find_disagreements
 from .start_agreement import KEPT_PLANS
+from .state_table import StateTable, digest_of, pack_message, places_of, unpack_message
+from .table_plan import TablePlan, plan_tables
 
 log = SafeLogger(__name__)
 
@@ -40,7 +44,7 @@ class CachedPlan:
         number: the same on all ranks.
         plan: what this rank writes.
         manifest: `.metadata`, on the coordinator; of a state that is committed alone.
-        planned: what all ranks write, on the coordinator; of one that is committed with others.
+        planned: what all ranks write, on the coordinator; of a state that is committed with others.
         sharing: who holds the same, on the coordinator.
         frozen_ranges: where the frozen values of the last save lie: on the coordinator of every rank, else of this one.
     """
@@ -48,7 +52,7 @@ class CachedPlan:
     number: int
     plan: WritePlan
     manifest: ManifestTemplate | None
-    planned: GlobalPlan | None
+    planned: GlobalPlan | TablePlan | None
     sharing: SharingPlan | None
     frozen_ranges: dict[int, list[ByteRange]]
 
@@ -83,18 +87,13 @@ class PlanCache:
     ) -> CachedPlan:
         """Plan anew, all ranks together, and keep the plan; `piece_nbytes` as for `plan_local`."""
         is_alone = operation.size == 1
+        own, messages = await self._gather(operation, captured, piece_nbytes, as_tables=planner is None)
 
-        async def plan_here() -> tuple[LocalPlan, bytes]:
-            return await in_thread(self._threads.compute, _plan_here, captured, piece_nbytes, is_alone)
-
-        (local, message), _ = await operation.run_phase("plan", plan_here)
-        messages = [] if is_alone else await operation.gather(message)
-
-        async def plan_globally() -> tuple[GlobalPlan, ManifestTemplate | None, list[bytes]] | None:
+        async def plan_globally() -> tuple[GlobalPlan | TablePlan, ManifestTemplate | None, list[bytes]] | None:
             if not operation.is_coordinator:
                 return None
-            locals_ = [local] if is_alone else messages
-            return await in_thread(self._threads.compute, plan_for_all, locals_, planner, name is None)
+            plan_all = partial(plan_for_all, messages, own, planner, operation.rank, for_itself=name is None)
+            return await in_thread(self._threads.compute, plan_all)
 
         self._made += 1
         planned, (number, *_) = await operation.run_phase(
@@ -104,16 +103,19 @@ class PlanCache:
         share, manifest, joined, sharing = None, None, None, None
         if planned is not None:
             plan, manifest, parts = planned
-            share, sharing, mine = plan.shares[operation.rank], plan.sharing, parts[operation.rank]
+            share = plan.shares[operation.rank] if isinstance(plan, GlobalPlan) else None
+            sharing, mine = plan.sharing, parts[operation.rank]
             joined = None if name is None else plan
         if not is_alone:
             mine = await operation.scatter(parts if planned is not None else [])
 
         async def finish() -> CachedPlan:
-            kept, shared, accepted = pickle.loads(mine)
-            if planner is not None:
+            if planner is None:
+                kept, shared = _unpack_part(mine)
+            else:
+                kept, shared, accepted = pickle.loads(mine)
                 _finish_planner(planner, accepted)
-            finished = await in_thread(self._threads.compute, finish_plan, captured, local, kept, shared, share)
+            finished = await in_thread(self._threads.compute, finish_plan, captured, own.local, kept, shared, share)
             finished.comparison.exclude(self._disagreed)
             return CachedPlan(
                 number=number, plan=finished, manifest=manifest, planned=joined, sharing=sharing, frozen_ranges={}
@@ -122,6 +124,27 @@ class PlanCache:
         cached, _ = await operation.run_phase("plan", finish)
         self._kept[name] = [cached, *self._kept.get(name, [])[: KEPT_PLANS - 1]]
         return cached
+
+    async def _gather(
+        self, operation: Operation, captured: Capture, piece_nbytes: int | None, *, as_tables: bool
+    ) -> tuple[LocalMessage, list[bytes]]:
+        """Plan this rank's part; return that, and on the coordinator what all ranks have sent of theirs."""
+        is_sent_as_table = as_tables and operation.size > 1
+
+        async def plan_here() -> LocalMessage:
+            return await in_thread(self._threads.compute, _plan_here, captured, piece_nbytes, is_sent_as_table)
+
+        own, (known, *_) = await operation.run_phase(
+            "plan",
+            plan_here,
+            propose=lambda planned: [planned.digest],
+            agree=lambda table: [table[operation.rank][0]],  # of the coordinator's table, which nobody else need send
+        )
+        if operation.size == 1:
+            return own, []
+        with_table = operation.is_coordinator or own.digest != known
+        message = await in_thread(self._threads.compute, own.pack, with_table)
+        return own, await operation.gather(message)
 
     async def compare(self, operation: Operation, cached: CachedPlan, policy: OnDisagreement) -> None:
         """Find the names on which the ranks disagree, and say so, once a name.
@@ -177,9 +200,9 @@ class PlanCache:
         self._kept = {name: kept for name, kept in self._kept.items() if name in names}
 
 
-def _make_manifest(plans: Sequence[GlobalPlan]) -> ManifestTemplate:
+def _make_manifest(plans: Sequence[GlobalPlan | TablePlan]) -> ManifestTemplate:
     with gc_paused():
-        return ManifestTemplate(*plans)
+        return make_manifest(plans)
 
 
 def _warn(disagreed: Mapping[str, int]) -> None:
@@ -193,24 +216,93 @@ def _warn(disagreed: Mapping[str, int]) -> None:
     )
 
 
-def _plan_here(captured: Capture, piece_nbytes: int | None, is_alone: bool) -> tuple[LocalPlan, bytes]:
-    with _planning_errors():
-        local = plan_local(captured, piece_nbytes)
-        return local, b"" if is_alone else pickle.dumps(local)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalMessage:
+    """A rank's own plan, and what it sends of it.
+
+    Attributes:
+        local: the plan.
+        table: what it has in common with other ranks, as text; empty if there are none, or the caller's own planner is
+            to see the plan itself.
+        places: where its parts lie.
+        digest: of the table.
+    """
+
+    local: LocalPlan
+    table: bytes = b""
+    places: Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    digest: int = 0
+
+    def pack(self, with_table: bool) -> bytes:
+        """Return what the coordinator needs of it."""
+        return pack_message(self.table if with_table else b"", self.places) if self.table else pickle.dumps(self.local)
+
+
+def _plan_here(captured: Capture, piece_nbytes: int | None, is_sent_as_table: bool) -> LocalMessage:
+    with _planning_errors(), gc_paused():
+        return message_of(plan_local(captured, piece_nbytes), is_table=is_sent_as_table)
+
+
+def message_of(local: LocalPlan, *, is_table: bool) -> LocalMessage:
+    """Return a rank's plan with what is sent of it as a table, if it is sent as one."""
+    if not is_table:
+        return LocalMessage(local=local)
+    table = StateTable.of(local).pack()
+    return LocalMessage(local=local, table=table, places=places_of(local), digest=digest_of(table))
 
 
 def plan_for_all(
-    plans: Sequence[LocalPlan | bytes], planner: SavePlanner | None, for_itself: bool = True
-) -> tuple[GlobalPlan, ManifestTemplate | None, list[bytes]]:
+    messages: Sequence[bytes], mine: LocalMessage, planner: SavePlanner | None, rank: int, *, for_itself: bool = True
+) -> tuple[GlobalPlan | TablePlan, ManifestTemplate | None, list[bytes]]:
     """Plan, on the coordinator, from what all ranks have sent; with what each of them gets.
 
-    With `.metadata`, if the state is to be committed by itself. The parts are pickles of what the rank writes of its
-    local plan, and of the planner's plan for it if there is one.
+    Args:
+        messages: by rank; not looked at if there is only one.
+        mine: the coordinator's own.
+        planner: the caller's own.
+        rank: the coordinator's.
+        for_itself: whether the state is committed by itself: then with `.metadata`.
     """
     with _planning_errors(), gc_paused():
-        plan = plan_global([each if isinstance(each, LocalPlan) else pickle.loads(each) for each in plans], planner)
-        parts = [pickle.dumps(part) for part in zip_longest(plan.kept, plan.sharing.parts, plan.plans)]
-        return plan, ManifestTemplate(plan) if for_itself else None, parts
+        plan: GlobalPlan | TablePlan
+        if planner is not None:
+            locals_ = [mine.local if each == rank else pickle.loads(data) for each, data in enumerate(messages)]
+            plan = plan_global(locals_ or [mine.local], planner)
+            parts = [pickle.dumps(part) for part in zip(plan.kept, plan.sharing.parts, plan.plans, strict=True)]
+        else:
+            plan = plan_tables(_group(messages, mine))
+            parts = [_pack_part(*part) for part in zip(plan.kept, plan.sharing.parts, strict=True)]
+        return plan, make_manifest([plan]) if for_itself else None, parts
+
+
+def _group(messages: Sequence[bytes], mine: LocalMessage) -> list[RankGroup]:
+    """Return the ranks, those with the same table together."""
+    if len(messages) < 2:
+        alone = places_of(mine.local).reshape(1, -1)
+        return [RankGroup(table=StateTable.of(mine.local), ranks=np.zeros(1, dtype=np.int64), places=alone)]
+    places: dict[bytes, list[tuple[int, Array]]] = {}
+    for rank, message in enumerate(messages):
+        table, numbers = unpack_message(message)
+        places.setdefault(table or mine.table, []).append((rank, numbers))
+    return [
+        RankGroup(
+            table=StateTable.of(mine.local) if table == mine.table else StateTable.unpack(table),
+            ranks=np.array([rank for rank, _ in rows], dtype=np.int64),
+            places=np.stack([numbers for _, numbers in rows]),
+        )
+        for table, rows in places.items()
+    ]
+
+
+def _pack_part(kept: Array, shared: SharedItems) -> bytes:
+    return len(kept).to_bytes(8, "little") + kept.astype(np.int32).tobytes() + shared.pack()
+
+
+def _unpack_part(part: bytes) -> tuple[list[int], SharedItems]:
+    """Return which items of its local plan a rank writes, and which it shares."""
+    count = int.from_bytes(part[:8], "little")
+    kept = np.frombuffer(part, dtype=np.int32, offset=8, count=count)
+    return kept.tolist(), SharedItems.unpack(part[8 + 4 * count :])
 
 
 def _finish_planner(planner: SavePlanner, plan: dcp.SavePlan) -> None:

@@ -1,34 +1,32 @@
 """Who writes what. Pure: no files, no clock.
 
-It follows DCP's own planner, `DefaultSavePlanner`, once for each structure of state dict, but for the question who
-writes what several ranks hold.
+A rank's own part follows DCP's planner, `DefaultSavePlanner`, once for each structure of state dict; `table_plan` makes
+one plan of all parts, unless the caller has a planner that does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint.planner as dcp
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from .._format.chunks import is_whole
-from .._format.dcp import KeyPath, TensorStorageMetadata
 from .._format.dtypes import NOT_COPIED
 from .._format.extension import Containers
 from .._format.layout import lay_out
-from .._state.capture import Capture, nothing_to_save
+from .._state.capture import Capture
 from .._state.plain_tensors import PLAIN_TENSORS
 from .._state.sharding import ShardedTensor, holds_shards, local_tensor
 from ..errors import CaptureError
 from .comparison import Comparison
 from .cutting import Cut, cut_item
-from .plan import FROZEN_NBYTES, GlobalPlan, LocalPlan, Share, WritePlan, sharded_kind, tensor_kind
-from .sharing import Key, SharedItems, SharingPlan, nbytes_of, plan_sharing
+from .plan import GlobalPlan, LocalPlan, Share, WritePlan, sharded_kind, tensor_kind
+from .sharing import SharedItems, SharingPlan, nbytes_of, plan_sharing
 
 
 def plan_local(captured: Capture, piece_nbytes: int | None = None) -> LocalPlan:
@@ -112,80 +110,15 @@ def _name_unplannable(leaves: Mapping[str, Any], error: Exception) -> CaptureErr
     return CaptureError("", f"cannot be planned: {error!r}")
 
 
-def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner | None = None) -> GlobalPlan:
-    """Share the work out among all ranks. Every item is written by one of those that hold it.
-
-    Args:
-        locals_: all ranks' plans.
-        planner: the caller's own, which then decides.
+def plan_global(locals_: Sequence[LocalPlan], planner: dcp.SavePlanner) -> GlobalPlan:
+    """Have the caller's own planner decide who writes what.
 
     Raises:
-        CaptureError: the ranks hold different tensors under one name, or parts that do not make up a whole.
+        CaptureError: the ranks cut files at different sizes, or the planner gives a rank what it does not hold.
     """
     if len({local.piece_nbytes for local in locals_}) > 1:
         problem = "the ranks cut files at different sizes: max_host_bytes and storage must be the same on all of them"
         raise CaptureError("", problem)
-    if planner is not None:
-        return _plan_global_with(planner, locals_)
-    holders = _find_holders(locals_)
-    if not holders and not any(local.containers.empty for local in locals_):
-        raise nothing_to_save()
-    kept = _share_out(locals_, holders)
-    finished, metadata = create_default_global_save_plan(
-        [dcp.SavePlan([plan.items[number] for number in numbers]) for plan, numbers in zip(locals_, kept, strict=True)]
-    )
-    for fqn, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata) and not is_whole(entry):
-            chunks = ", ".join(f"{tuple(each.sizes)} at {tuple(each.offsets)}" for each in entry.chunks[:8])
-            raise CaptureError(fqn, f"the ranks' shards do not cover its shape exactly: {tuple(entry.size)}: {chunks}")
-    paths: dict[str, KeyPath] = {}
-    shares: list[Share] = []
-    for local, numbers, plan in zip(locals_, kept, finished, strict=True):
-        paths.update(local.paths)
-        shares.append(_make_share(local, numbers, plan.items))
-    return GlobalPlan(
-        shares=shares,
-        kept=kept,
-        plans=[],
-        metadata=metadata,
-        paths=paths,
-        containers=_join_containers(locals_, paths),
-        sharing=_plan_sharing(locals_, holders, kept),
-    )
-
-
-def _find_holders(locals_: Sequence[LocalPlan]) -> dict[Key, list[tuple[int, int]]]:
-    """Return of each item which ranks hold it, each with its own number of it."""
-    holders: dict[Key, list[tuple[int, int]]] = {}
-    for rank, plan in enumerate(locals_):
-        for number, item in enumerate(plan.items):
-            holders.setdefault((item.index.fqn, item.index.offset), []).append((rank, number))
-    return holders
-
-
-def _join_containers(locals_: Sequence[LocalPlan], paths: Mapping[str, KeyPath]) -> Containers:
-    """Join what all ranks say; what is empty on one rank need not be so on another."""
-    filled = {path[:length] for path in paths.values() for length in range(1, len(path))}
-    empty = {path: None for local in locals_ for path in local.containers.empty if path not in filled}
-    int_keys = {path: None for local in locals_ for path in local.containers.int_keys}
-    return Containers(list(empty), list(int_keys))
-
-
-def _plan_sharing(
-    locals_: Sequence[LocalPlan], holders: Mapping[Key, Sequence[tuple[int, int]]], kept: Sequence[Sequence[int]]
-) -> SharingPlan:
-    writers: dict[Key, int] = {}
-    sizes: dict[Key, int] = {}
-    for rank, numbers in enumerate(kept):
-        for number in numbers:
-            item = locals_[rank].items[number]
-            writers[item.index.fqn, item.index.offset] = rank
-            sizes[item.index.fqn, item.index.offset] = nbytes_of(item)
-    written = {key: held for key, held in holders.items() if key in writers}  # a planner may leave something out
-    return plan_sharing(written, writers, sizes, len(locals_))
-
-
-def _plan_global_with(planner: dcp.SavePlanner, locals_: Sequence[LocalPlan]) -> GlobalPlan:
     plans, metadata = planner.create_global_plan(
         [dcp.SavePlan(plan.items, planner_data=plan.planner_data) for plan in locals_]
     )
@@ -208,52 +141,37 @@ def _plan_global_with(planner: dcp.SavePlanner, locals_: Sequence[LocalPlan]) ->
         metadata=metadata,
         paths=metadata.planner_data,
         containers=Containers(),
-        sharing=_plan_sharing(locals_, _find_holders(locals_), kept),
+        sharing=_plan_sharing(locals_, kept),
     )
 
 
-def _share_out(locals_: Sequence[LocalPlan], holders: Mapping[Key, Sequence[tuple[int, int]]]) -> list[list[int]]:
-    """Decide for every rank which of its items it writes: each rank about as many bytes.
-
-    `dedup_save_plans` of DCP counts every chunk with the bytes of its whole tensor, and the items in their order.
-    Here what only one rank holds is counted first, then the rest from the largest on goes to who has least.
-    """
-    kept: list[list[int]] = [[] for _ in locals_]
-    load = [0] * len(locals_)
-    shared: list[tuple[int, Sequence[tuple[int, int]]]] = []
-    described: dict[str, tuple[int, Any]] = {}
-    for (fqn, _), held in holders.items():
-        rank, number = held[0]
-        item = locals_[rank].items[number]
-        nbytes = nbytes_of(item) if item.tensor_data is not None else FROZEN_NBYTES
-        _refuse_different(fqn, locals_, held, described)
-        if len(held) == 1:
-            kept[rank].append(number)
-            load[rank] += nbytes
-        else:
-            shared.append((nbytes, held))
-    shared.sort(key=itemgetter(0), reverse=True)
-    for nbytes, held in shared:
-        rank, number = min(held, key=lambda holder: load[holder[0]])
-        kept[rank].append(number)
-        load[rank] += nbytes
-    for numbers in kept:
-        numbers.sort()
-    return kept
+def _plan_sharing(locals_: Sequence[LocalPlan], kept: Sequence[Sequence[int]]) -> SharingPlan:
+    writers: dict[Key, int] = {}
+    sizes: dict[Key, int] = {}
+    for rank, numbers in enumerate(kept):
+        for number in numbers:
+            item = locals_[rank].items[number]
+            writers[item.index.fqn, item.index.offset] = rank
+            sizes[item.index.fqn, item.index.offset] = nbytes_of(item)
+    held: dict[Key, list[tuple[int, int]]] = {key: [] for key in writers}
+    for rank, plan in enumerate(locals_):
+        for number, item in enumerate(plan.items):
+            key = item.index.fqn, item.index.offset
+            if key in held:  # a planner may leave something out
+                held[key].append((rank, number))
+    flat = np.array([each for holders in held.values() for each in holders], dtype=np.int64).reshape(-1, 2)
+    return plan_sharing(
+        fqns=[fqn for fqn, _ in held],
+        starts=np.cumsum([0, *map(len, held.values())]),
+        ranks=flat[:, 0],
+        numbers=flat[:, 1],
+        writers=np.array(list(writers.values()), dtype=np.int64),
+        nbytes=np.array([sizes[key] for key in held], dtype=np.int64),
+        size=len(locals_),
+    )
 
 
-def _refuse_different(
-    fqn: str, locals_: Sequence[LocalPlan], held: Sequence[tuple[int, int]], described: dict[str, tuple[int, Any]]
-) -> None:
-    """Refuse a name under which the ranks hold tensors of different dtypes or shapes, or other values."""
-    for rank, number in held:
-        data = locals_[rank].items[number].tensor_data
-        what = (data.properties.dtype, tuple(data.size)) if data is not None else "no tensor"
-        first, known = described.setdefault(fqn, (rank, what))
-        if known != what:
-            raise CaptureError(fqn, f"rank {first} has {known}, rank {rank} has {what}")
-        if data is not None and data.chunk.sizes != locals_[held[0][0]].items[held[0][1]].tensor_data.chunk.sizes:  # type: ignore[union-attr]
-            raise CaptureError(fqn, f"ranks {held[0][0]} and {rank} hold parts of different sizes at {data.chunk}")
+Key = tuple[str, torch.Size | None]  # fqn and offset: what names an item
 
 
 def _make_share(local: LocalPlan, numbers: Sequence[int], items: Sequence[WriteItem]) -> Share:
@@ -284,12 +202,12 @@ def finish_plan(
         items=None if captured.planned is None else captured.planned.items,
         containers=captured.containers,
         comparison=Comparison(
-            fqns=[local.items[number].index.fqn for number in shared.numbers],
-            sources=[local.sources[number] for number in shared.numbers],
-            frozen=[number in local.frozen for number in shared.numbers],
-            groups=shared.groups,
-            whole=shared.whole,
-            weights=shared.weights,
+            fqns=[local.items[number].index.fqn for number in shared.numbers.tolist()],
+            sources=[local.sources[number] for number in shared.numbers.tolist()],
+            frozen=[number in local.frozen for number in shared.numbers.tolist()],
+            groups=shared.groups.tolist(),
+            whole=shared.whole.tolist(),
+            weights=shared.weights.tolist(),
         ),
         cuts=local.cuts,
         piece_nbytes=local.piece_nbytes,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch.distributed.checkpoint.planner import WriteItem
 
 OnDisagreement = Literal["warn", "raise", "ignore"]
@@ -22,12 +24,12 @@ MOST_NBYTES = 16 << 20
 
 MODULUS = 1 << 64
 
-Key = tuple[str, torch.Size | None]  # fqn and offset: what names an item
+Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedItems:
-    """What one rank shares with others. All lists but the last go in step.
+    """What one rank shares with others. All but the last go in step.
 
     Attributes:
         numbers: of its local plan's items.
@@ -37,11 +39,26 @@ class SharedItems:
         weights: of each group, by which its CRC32 is multiplied.
     """
 
-    numbers: list[int]
-    ids: list[int]
-    groups: list[int]
-    whole: list[bool]
-    weights: list[int]
+    numbers: Array
+    ids: Array
+    groups: Array
+    whole: npt.NDArray[np.bool_]
+    weights: npt.NDArray[np.uint64]
+
+    def pack(self) -> bytes:
+        """Return it as bytes."""
+        counts = np.array([len(self.numbers), len(self.weights)], dtype=np.int64)
+        small = [each.astype(np.int32).tobytes() for each in (self.numbers, self.ids, self.groups)]
+        return b"".join((counts.tobytes(), *small, self.whole.tobytes(), self.weights.tobytes()))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> SharedItems:
+        """Return what `pack` has made bytes of."""
+        count, groups = np.frombuffer(data, dtype=np.int64, count=2).tolist()
+        small = np.frombuffer(data, dtype=np.int32, offset=16, count=3 * count).astype(np.int64).reshape(3, count)
+        whole = np.frombuffer(data, dtype=np.bool_, offset=16 + 12 * count, count=count)
+        weights = np.frombuffer(data[16 + 13 * count :], dtype=np.uint64, count=groups)
+        return cls(numbers=small[0], ids=small[1], groups=small[2], whole=whole, weights=weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,57 +77,100 @@ class SharingPlan:
 
 
 def plan_sharing(
-    holders: Mapping[Key, Sequence[tuple[int, int]]],
-    writers: Mapping[Key, int],
-    sizes: Mapping[Key, int],
-    ranks: int,
+    *, fqns: Sequence[str], starts: Array, ranks: Array, numbers: Array, writers: Array, nbytes: Array, size: int
 ) -> SharingPlan:
     """Find out which items are shared, and choose their weights.
 
     Args:
-        holders: of each item, the ranks that hold it, each with its own number of it.
-        writers: of each item, which rank writes it.
-        sizes: of each item, in bytes.
-        ranks: how many there are.
+        fqns: names of all items.
+        starts: by item, where those who hold it begin; and the end.
+        ranks, numbers: who they are, of one item by rank, and which item of its local plan it is for each.
+        writers: by item, which rank writes it.
+        nbytes: by item.
+        size: how many ranks there are.
     """
-    shared = {key: held for key, held in holders.items() if len(held) > 1}
-    most = _whole_nbytes(shared, sizes, ranks)
-    parts = [SharedItems(numbers=[], ids=[], groups=[], whole=[], weights=[]) for _ in range(ranks)]
-    groups: dict[tuple[int, ...], list[int]] = {}  # ranks -> the number that each of them knows the group by
-    for item, (key, held) in enumerate(shared.items()):
-        group = tuple(rank for rank, _ in held)
-        if group not in groups:
-            others = [_scramble(rank, len(groups)) for rank in group[1:]]
-            for rank, weight in zip(group, [-sum(others), *others], strict=True):  # together they make zero
-                parts[rank].weights.append(weight % MODULUS)
-            groups[group] = [len(parts[rank].weights) - 1 for rank in group]
-        for (rank, number), known in zip(held, groups[group], strict=True):
-            part = parts[rank]
-            part.numbers.append(number)
-            part.ids.append(item)
-            part.groups.append(known)
-            part.whole.append(sizes[key] <= most)
-    return SharingPlan(fqns=[fqn for fqn, _ in shared], writers=[writers[key] for key in shared], parts=parts)
+    counts = np.diff(starts)
+    [shared] = np.nonzero(counts > 1)
+    holders = np.repeat(counts > 1, counts)
+    ranks, numbers, counts = ranks[holders], numbers[holders], counts[shared]
+    ids = np.repeat(np.arange(len(shared)), counts)
+    bounds = np.append(0, np.cumsum(counts))
+    groups, members = _group(ranks, bounds)
+    known, weights = _weigh(members, size)  # what each rank calls its groups
+    group_of = groups[ids]
+    place = np.arange(len(ranks)) - bounds[:-1][ids]  # of a rank among those of the group
+    first = np.append(0, np.cumsum([len(each) for each in members])).astype(np.int64)
+    is_whole = (nbytes[shared] <= _whole_nbytes(nbytes[shared][ids], ranks, size))[ids]
+    order = np.argsort(ranks, kind="stable")
+    ends = np.searchsorted(ranks[order], np.arange(size + 1))
+    parts = []
+    for rank in range(size):
+        mine = order[ends[rank] : ends[rank + 1]]
+        parts.append(
+            SharedItems(
+                numbers=numbers[mine],
+                ids=ids[mine],
+                groups=known[first[group_of[mine]] + place[mine]],
+                whole=is_whole[mine],
+                weights=weights[rank],
+            )
+        )
+    return SharingPlan(fqns=[fqns[item] for item in shared.tolist()], writers=writers[shared].tolist(), parts=parts)
 
 
-def _whole_nbytes(shared: Mapping[Key, Sequence[tuple[int, int]]], sizes: Mapping[Key, int], ranks: int) -> int:
+def _group(ranks: Array, bounds: Array) -> tuple[Array, list[Array]]:
+    """Return of each item the number of the group of ranks that hold it, and the groups."""
+    known: dict[bytes, int] = {}
+    members: list[Array] = []
+    groups = np.zeros(len(bounds) - 1, dtype=np.int64)
+    edges = bounds.tolist()
+    for item, (start, stop) in enumerate(pairwise(edges)):
+        key = ranks[start:stop].tobytes()
+        if key not in known:
+            known[key] = len(members)
+            members.append(ranks[start:stop])
+        groups[item] = known[key]
+    return groups, members
+
+
+def _weigh(members: Sequence[Array], size: int) -> tuple[Array, list[npt.NDArray[np.uint64]]]:
+    """Choose the weights of all groups: of one they make zero together.
+
+    Returns:
+        For the ranks of the first group, then those of the next and so on, what each of them calls it; and by rank its
+        weights, in the order of these.
+    """
+    numbers = np.concatenate(members) if members else np.zeros(0, dtype=np.int64)
+    counts = np.array([len(each) for each in members], dtype=np.int64)
+    groups = np.repeat(np.arange(len(members)), counts)
+    begins = (np.cumsum(counts) - counts).astype(np.int64)
+    weights = _scramble(numbers.astype(np.uint64), groups.astype(np.uint64))
+    if len(begins):
+        weights[begins] = 0
+        weights[begins] = np.uint64(0) - np.add.reduceat(weights, begins)
+    order = np.argsort(numbers, kind="stable")
+    ends = np.searchsorted(numbers[order], np.arange(size + 1))
+    known = np.zeros(len(numbers), dtype=np.int64)
+    known[order] = np.arange(len(numbers)) - ends[:-1][numbers[order]]
+    return known, [weights[order[ends[rank] : ends[rank + 1]]] for rank in range(size)]
+
+
+def _whole_nbytes(nbytes: Array, ranks: Array, size: int) -> int:
+    """Return up to how many bytes items are compared whole, given the sizes of all that ranks share, and whose."""
     for most in WHOLE_NBYTES:
-        compared = [0] * ranks
-        for key, held in shared.items():
-            if sizes[key] <= most:
-                for rank, _ in held:
-                    compared[rank] += sizes[key]
-        if max(compared) <= MOST_NBYTES:
+        compared = np.bincount(ranks, weights=np.where(nbytes <= most, nbytes, 0), minlength=size)
+        if compared.max(initial=0) <= MOST_NBYTES:
             break
     return most
 
 
-def _scramble(number: int, salt: int) -> int:
-    """Return an odd number that looks random. Source: https://prng.di.unimi.it/splitmix64.c."""
-    mixed = (number * 0x9E3779B97F4A7C15 + salt * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) % MODULUS
-    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % MODULUS
-    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % MODULUS
-    return (mixed ^ (mixed >> 31)) | 1
+def _scramble(numbers: npt.NDArray[np.uint64], salt: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return odd numbers that look random. Source: https://prng.di.unimi.it/splitmix64.c."""
+    one, other = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
+    mixed = numbers * one + salt * other + np.uint64(0x632BE59BD9B4E019)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
 
 
 def agree(digests: Sequence[int]) -> bool:
@@ -128,7 +188,7 @@ def find_disagreements(plan: SharingPlan, checksums: Sequence[bytes]) -> dict[st
     first: dict[int, int] = {}
     found: dict[str, int] = {}
     for part, data in zip(plan.parts, checksums, strict=True):
-        for item, checksum in zip(part.ids, memoryview(data).cast("I"), strict=True):
+        for item, checksum in zip(part.ids.tolist(), memoryview(data).cast("I"), strict=True):
             if first.setdefault(item, checksum) != checksum:
                 found[plan.fqns[item]] = plan.writers[item]
     return dict(sorted(found.items()))

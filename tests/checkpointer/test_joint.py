@@ -573,7 +573,7 @@ async def test_a_joint_checkpoint_that_is_cancelled_too_late_counts(faulty: Faul
             await task
         assert manager.steps() == [2]
         assert manager.stats.saved == 2
-    assert {place for place, files in faulty.files.items() if files} == {"root/step-2"}
+    assert {place for place, files in faulty.files.items() if files} == {"root/step-2", "root/.aiodcp"}
 
 
 def _ranks_after_an_earlier_failure(rank: int, size: int, folder: Path) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -34,52 +36,65 @@ def _digests(plan: sharing.SharingPlan, checksums: list[dict[int, int]]) -> list
     digests = []
     for part, held in zip(plan.parts, checksums, strict=True):
         blocks = [b"" for _ in part.weights]
-        for item, group in zip(part.ids, part.groups, strict=True):
+        for item, group in zip(part.ids.tolist(), part.groups.tolist(), strict=True):
             blocks[group] += held[item].to_bytes(4, "little")
-        digests.append(sum(weight * zlib.crc32(block) for weight, block in zip(part.weights, blocks, strict=True)))
+        weights = part.weights.tolist()
+        digests.append(sum(weight * zlib.crc32(block) for weight, block in zip(weights, blocks, strict=True)))
     return digests
+
+
+def _plan(held: Sequence[Sequence[tuple[int, int]]], *, nbytes: int = 8, ranks: int = 2) -> sharing.SharingPlan:
+    """Plan for items w0, w1 and so on, given who holds each: its rank, and its own number of it."""
+    flat = np.array([each for holders in held for each in holders], dtype=np.int64)
+    plan = plan_sharing(
+        fqns=[f"w{n}" for n in range(len(held))],
+        starts=np.cumsum([0, *map(len, held)]),
+        ranks=flat[:, 0],
+        numbers=flat[:, 1],
+        writers=np.array([holders[0][0] for holders in held]),
+        nbytes=np.full(len(held), nbytes),
+        size=ranks,
+    )
+    for part in plan.parts:  # as it is sent
+        sent = sharing.SharedItems.unpack(part.pack())
+        for field in dataclasses.fields(part):
+            assert np.array_equal(getattr(part, field.name), getattr(sent, field.name))
+    return plan
 
 
 def test_the_digests_cancel_out_exactly_where_all_hold_the_same() -> None:
     chance = random.Random(0)
     for _ in range(50):
         ranks = chance.randint(2, 6)
-        holders: dict[sharing.Key, list[tuple[int, int]]] = {
-            (f"w{n}", None): [(rank, n) for rank in sorted(chance.sample(range(ranks), chance.randint(1, ranks)))]
-            for n in range(12)
-        }
-        writers: dict[sharing.Key, int] = {key: held[0][0] for key, held in holders.items()}
-        plan = plan_sharing(holders, writers, dict.fromkeys(holders, 8), ranks)
+        plan = _plan(
+            [[(rank, n) for rank in sorted(chance.sample(range(ranks), chance.randint(1, ranks)))] for n in range(12)],
+            ranks=ranks,
+        )
         values = {item: chance.getrandbits(32) for item in range(len(plan.fqns))}
-        same = [{item: values[item] for item in part.ids} for part in plan.parts]
+        same = [{item: values[item] for item in part.ids.tolist()} for part in plan.parts]
         assert agree(_digests(plan, same))
         if not plan.fqns:
             continue
-        changed = chance.choice([rank for rank, part in enumerate(plan.parts) if part.ids])
-        item = chance.choice(plan.parts[changed].ids)
+        changed = chance.choice([rank for rank, part in enumerate(plan.parts) if len(part.ids)])
+        item = chance.choice(plan.parts[changed].ids.tolist())
         same[changed][item] ^= 1 << chance.randrange(32)
         assert not agree(_digests(plan, same))
         packed = [
-            b"".join(held[each].to_bytes(4, "little") for each in part.ids)
+            b"".join(held[each].to_bytes(4, "little") for each in part.ids.tolist())
             for part, held in zip(plan.parts, same, strict=True)
         ]
         assert list(find_disagreements(plan, packed)) == [plan.fqns[item]]
 
 
 def test_two_values_that_have_changed_places_are_not_the_same() -> None:
-    holders: dict[sharing.Key, list[tuple[int, int]]] = {
-        ("a", None): [(0, 0), (1, 0)],
-        ("b", None): [(0, 1), (1, 1)],
-    }
-    plan = plan_sharing(holders, dict.fromkeys(holders, 0), dict.fromkeys(holders, 8), 2)
+    plan = _plan([[(0, 0), (1, 0)], [(0, 1), (1, 1)]])
     assert not agree(_digests(plan, [{0: 5, 1: 7}, {0: 7, 1: 5}]))
 
 
 def test_large_items_are_sampled_and_small_ones_too_where_there_are_too_many() -> None:
     def whole(nbytes: int, count: int) -> bool:
-        holders: dict[sharing.Key, list[tuple[int, int]]] = {(f"w{n}", None): [(0, n), (1, n)] for n in range(count)}
-        plan = plan_sharing(holders, dict.fromkeys(holders, 0), dict.fromkeys(holders, nbytes), 2)
-        return plan.parts[0].whole[0]
+        plan = _plan([[(0, n), (1, n)] for n in range(count)], nbytes=nbytes)
+        return bool(plan.parts[0].whole[0])
 
     assert whole(64 << 10, 1)
     assert not whole((64 << 10) + 1, 1)

@@ -3,7 +3,7 @@
 Each rank has 500 tensors, of which 400 are sharded over all ranks and 100 replicated. What ranks send is pickled
 beforehand; what the coordinator does with it is timed, with this library and with DCP's planner on the same plans:
 
-    first save   unpickle all plans, plan globally, pickle what each rank gets and what `.metadata` will be made of
+    first save   read all plans, plan globally, make what each rank gets and what `.metadata` will be made of
     later saves  aiodcp: the three agreements of a save, on rows of integers. DCP: the same again
 
 Filling in `.metadata`, which in DCP comes with the writing, has a line of its own.
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from ..._distributed.votes import PhaseVote, RankState, Row, padded
 from ..._format.dcp import KeyPath
 from ..._save.plan import LocalPlan
-from ..._save.plan_cache import plan_for_all
+from ..._save.plan_cache import LocalMessage, message_of, plan_for_all
 from ..._save.start_agreement import SaveProposal, agree_on_save
 from ..._save.write_agreement import WriteProposal, agree_on_write
 from .tables import ms
@@ -58,11 +58,15 @@ def local_items(rank: int, ranks: int) -> list[WriteItem]:
 def measure(ranks: int) -> dict[str, dict[str, float]]:
     """Return seconds and bytes of the coordinator, for each system and each kind of save."""
     ours, theirs = [], []
+    mine: LocalMessage = None  # type: ignore[assignment]
     for rank in range(ranks):
         items = local_items(rank, ranks)
         paths: dict[str, KeyPath] = {item.index.fqn: tuple(item.index.fqn.split(".")) for item in items}
         sources = list(range(len(items)))
-        ours.append(pickle.dumps(LocalPlan(items=items, sources=sources, frozen=set(), paths=paths)))
+        local = LocalPlan(items=items, sources=sources, frozen=set(), paths=paths)
+        message = message_of(local, is_table=True)
+        mine = message if rank == 0 else mine
+        ours.append(message.pack(rank == 0 or message.digest != mine.digest))
         theirs.append(pickle.dumps(dcp.SavePlan(items, planner_data=paths)))
 
     def dcp_plan() -> int:
@@ -72,7 +76,7 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
         return sum(len(pickle.dumps(plan)) for plan in plans) + len(pickle.dumps(metadata)) * (ranks - 1)
 
     dcp_s, dcp_sent = _timed(dcp_plan)
-    first_s, (_, manifest, parts) = _timed(lambda: plan_for_all(ours, None))
+    first_s, (_, manifest, parts) = _timed(lambda: plan_for_all(ours, mine, None, 0))
     assert manifest is not None
     proposals: tuple[Row, ...] = (
         SaveProposal(plans=[1], id_digest=7, save_id="0" * 32, has_planner=False, on_disagreement="warn").to_row(),

@@ -1,0 +1,168 @@
+"""A rank's local plan as columns, to be sent: what all ranks of one program have in common, and what is its own.
+
+Ranks of one program hold the same names, shapes and placements, and differ in where in the tensors their parts lie. The
+*table* has the one, as text, so that equal ones are equal bytes; the *places* are the other: an array of numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+from .._format.dcp import KeyPath, TensorProperties
+from .._format.extension import Containers
+from .plan import LocalPlan
+
+Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a tensor is that an item is, or has a part of.
+
+    Attributes:
+        properties: its dtype, and what DCP keeps beside it.
+        size: of the whole tensor.
+    """
+
+    properties: TensorProperties
+    size: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateTable:
+    """What a rank could write. The first four lists go in step, one entry an item.
+
+    Attributes:
+        fqns: names.
+        specs: of the tensors; None for other values.
+        frozen: whether it was frozen at capture.
+        paths: by name, the keys that lead to it; also of what has no item here.
+        containers: what dotted names do not say of them.
+        piece_nbytes: of tensors in one file, at most; None where each rank has one file.
+    """
+
+    fqns: list[str]
+    specs: list[Spec | None]
+    frozen: list[bool]
+    paths: dict[str, KeyPath]
+    containers: Containers
+    piece_nbytes: int | None
+
+    @classmethod
+    def of(cls, local: LocalPlan) -> StateTable:
+        """Return the table of a rank's own plan, as it is."""
+        return cls(
+            fqns=[item.index.fqn for item in local.items],
+            specs=[_spec_of(item) for item in local.items],
+            frozen=[number in local.frozen for number in range(len(local.items))],
+            paths=local.paths,
+            containers=local.containers,
+            piece_nbytes=local.piece_nbytes,
+        )
+
+    def pack(self) -> bytes:
+        """Return it as text."""
+        properties: dict[str, int] = {}
+        specs: dict[tuple[int, ...], int] = {}
+        codes = []
+        for spec in self.specs:
+            if spec is None:
+                codes.append(-1)
+                continue
+            kept = properties.setdefault(json.dumps(_facts_of(spec.properties)), len(properties))
+            codes.append(specs.setdefault((kept, *spec.size), len(specs)))
+        found = {
+            "fqns": self.fqns,
+            "specs": codes,
+            "kinds": list(specs),
+            "properties": [json.loads(each) for each in properties],
+            "frozen": [number for number, is_frozen in enumerate(self.frozen) if is_frozen],
+            "paths": list(self.paths.items()),
+            "empty": self.containers.empty,
+            "int_keys": self.containers.int_keys,
+            "piece_nbytes": self.piece_nbytes,
+        }
+        return json.dumps(found, separators=(",", ":")).encode()
+
+    @classmethod
+    def unpack(cls, text: bytes) -> StateTable:
+        """Return what `pack` has made a text of."""
+        found: dict[str, Any] = json.loads(text)
+        properties = [_properties_of(facts) for facts in found["properties"]]
+        specs: list[Spec | None] = [Spec(properties[kept], tuple(size)) for kept, *size in found["kinds"]]
+        frozen = set(found["frozen"])
+        return cls(
+            fqns=found["fqns"],
+            specs=[None if code < 0 else specs[code] for code in found["specs"]],
+            frozen=[number in frozen for number in range(len(found["fqns"]))],
+            paths={fqn: tuple(path) for fqn, path in found["paths"]},
+            containers=Containers(
+                [tuple(path) for path in found["empty"]], [tuple(path) for path in found["int_keys"]]
+            ),
+            piece_nbytes=found["piece_nbytes"],
+        )
+
+
+def places_of(local: LocalPlan) -> Array:
+    """Return where in their tensors the items lie: of each item that is a tensor its offsets, then its sizes."""
+    numbers: list[int] = []
+    for item in local.items:
+        if item.tensor_data is not None:
+            numbers += item.tensor_data.chunk.offsets
+            numbers += item.tensor_data.chunk.sizes
+    return np.array(numbers, dtype=np.int64)
+
+
+def _spec_of(item: WriteItem) -> Spec | None:
+    data = item.tensor_data
+    if item.type is WriteItemType.BYTE_IO or data is None:
+        return None
+    return Spec(data.properties, tuple(data.size))
+
+
+def _facts_of(properties: TensorProperties) -> list[Any]:
+    return [
+        str(properties.dtype).removeprefix("torch."),
+        str(properties.layout).removeprefix("torch."),
+        properties.requires_grad,
+        str(properties.memory_format).removeprefix("torch."),
+        properties.pin_memory,
+    ]
+
+
+def _properties_of(facts: list[Any]) -> TensorProperties:
+    dtype, layout, requires_grad, memory_format, pin_memory = facts
+    return TensorProperties(
+        getattr(torch, dtype), getattr(torch, layout), requires_grad, getattr(torch, memory_format), pin_memory
+    )
+
+
+def digest_of(table: bytes) -> int:
+    """Return what tells tables apart, as a signed integer of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(table, digest_size=8).digest(), "little", signed=True)
+
+
+def pack_message(table: bytes, places: Array) -> bytes:
+    """Return what a rank sends: its table, or nothing if that is known, and its places."""
+    table = zlib.compress(table, 1) if table else b""
+    smaller = places.astype(np.int32) if not places.size or int(places.max()) < 1 << 31 else places
+    return b"".join(
+        (len(table).to_bytes(4, "little"), bytes([smaller.itemsize]), table, zlib.compress(smaller.tobytes(), 1))
+    )
+
+
+def unpack_message(message: bytes) -> tuple[bytes, Array]:
+    """Return what `pack_message` was given."""
+    stop = 5 + int.from_bytes(message[:4], "little")
+    table = zlib.decompress(message[5:stop]) if stop > 5 else b""
+    places = np.frombuffer(zlib.decompress(message[stop:]), dtype=np.int32 if message[4] == 4 else np.int64)
+    return table, places.astype(np.int64)
