@@ -145,6 +145,7 @@ class _Writer:
         self._gets: dict[Any, bytes] = {}
         self._files = files
         self._known_files: set[int] = set()
+        self._around: dict[Any, tuple[bytes, bytes, bytes]] = {}  # the name and the numbers of a tensor in one chunk
         self._entries: dict[Any, bytes] = {}  # of tensors that differ in nothing but their names
         self._rows: dict[Any, tuple[Array, bytes]] = {}  # by pattern: numbers of the chunks' offsets, and their list
 
@@ -165,7 +166,7 @@ class _Writer:
         number = self._memo[key] = len(self._memo)
         small = number < 256
         self._pieces.append(struct.pack("<cB", b"q", number) if small else struct.pack("<cI", b"r", number))
-        self._gets[key] = struct.pack("<cB", b"h", number) if small else struct.pack("<cI", b"j", number)
+        self._gets[key] = _get(number)
 
     def recall(self, key: Any) -> bool:
         """Write what is in the memo; return False if it is not there."""
@@ -327,12 +328,42 @@ class _Writer:
         if is_plain and self._knows(lines.files):
             self.add(self._many_places(name, lines))
             return
+        if count == 1 and not lines.fields and self._place_one(name, lines):
+            return
         offsets = self._rows[lines.pattern][0].tolist()
         for number, (file, start, nbytes) in enumerate(
             zip(lines.files.tolist(), lines.starts.tolist(), lines.nbytes.tolist(), strict=True)
         ):
             self._index(name, number, offsets[number])
             self._place(file, lines.fields.get(number), start, nbytes)
+
+    def _place_one(self, name: str, lines: TensorLines) -> bool:
+        """Write where a tensor lies that is one chunk; return False if its file's name has not been written yet."""
+        file = int(lines.files[0])
+        if file not in self._known_files:
+            return False
+        key = lines.pattern, file
+        around = self._around.get(key)
+        if around is None:
+            gets = self._gets
+            offset = int(self._rows[lines.pattern][0][0])
+            around = self._around[key] = (
+                gets[_METADATA, "MetadataIndex"] + _NEW + gets["fqn"],
+                gets["index"]
+                + encode_integer(0)
+                + gets["offset"]
+                + _get(offset)
+                + _BUILT
+                + gets["torch.distributed.checkpoint.filesystem", "_StorageInfo"]
+                + _NEW
+                + gets["relative_path"]
+                + gets["file", file]
+                + gets["offset"],
+                gets["length"],
+            )
+        start, nbytes = encode_integer(int(lines.starts[0])), encode_integer(int(lines.nbytes[0]))
+        self._pieces += (around[0], self._gets[name], around[1], start, around[2], nbytes, _BUILT)
+        return True
 
     def _knows(self, files: Array) -> bool:
         """Whether the names of all of these files are in the memo."""
@@ -349,7 +380,7 @@ class _Writer:
         self.add(b"N" if number is None else encode_integer(number))
         if offset is not None:
             self.text("offset")
-            self.add(struct.pack("<cB", b"h", offset) if offset < 256 else struct.pack("<cI", b"j", offset))
+            self.add(_get(offset))
         self.add(_BUILT)
 
     def _place(self, file: int, fields: tuple[int, int] | None, start: int = 0, nbytes: int = 0) -> None:
@@ -392,6 +423,11 @@ class _Writer:
         _put(rows, begins[11], lines.starts.astype("<i8"))
         _put(rows, begins[13], lines.nbytes.astype("<i8"))
         return rows.tobytes()
+
+
+def _get(number: int) -> bytes:
+    """Return the opcode that recalls an entry of the memo."""
+    return struct.pack("<cB", b"h", number) if number < 256 else struct.pack("<cI", b"j", number)
 
 
 def _put(rows: npt.NDArray[np.uint8], column: int, numbers: npt.NDArray[Any]) -> None:

@@ -255,13 +255,21 @@ def _place_in_tensor(held: Holdings) -> Array:
 
 def _find_patterns(held: Holdings, leaders: Array, first: Array) -> list[Pattern | None]:
     known: dict[tuple[int, bytes, bytes], Pattern] = {}
+    wholes: dict[tuple[int, ...], Pattern] = {}
     is_sound: set[tuple[int, tuple[int, ...]]] = set()
     found: list[Pattern | None] = []
+    bounds = first.tolist()
+    is_at_start = (held.offsets[leaders] == 0).all(axis=1).tolist()
+    counts = held.sizes[leaders].prod(axis=1).tolist()
     for name, spec in enumerate(held.specs):
-        rows = leaders[first[name] : first[name + 1]]
-        if spec is None or not len(rows):
+        start, stop = bounds[name], bounds[name + 1]
+        if spec is None or start == stop:
             found.append(None)
             continue
+        if stop - start == 1 and spec.size in wholes and counts[start] == spec.numel and is_at_start[start]:
+            found.append(wholes[spec.size])
+            continue
+        rows = leaders[start:stop]
         dimensions = len(spec.size)
         offsets, sizes = held.offsets[rows, :dimensions], held.sizes[rows, :dimensions]
         key = dimensions, offsets.tobytes(), sizes.tobytes()
@@ -270,6 +278,8 @@ def _find_patterns(held: Holdings, leaders: Array, first: Array) -> list[Pattern
             if not pattern.makes_up(spec.size):
                 raise _not_whole(held, name, offsets, sizes)
             is_sound.add((id(pattern), spec.size))
+            if stop - start == 1 and spec.numel:
+                wholes[spec.size] = pattern
         found.append(pattern)
     return found
 

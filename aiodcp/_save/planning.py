@@ -6,16 +6,18 @@ one plan of all parts, unless the caller has a planner that does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed.checkpoint.planner as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
+from .._format.dcp import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from .._format.dtypes import NOT_COPIED
 from .._format.extension import Containers
 from .._format.layout import lay_out
@@ -49,25 +51,13 @@ def plan_local(captured: Capture, piece_nbytes: int | None = None) -> LocalPlan:
             planner_data=captured.planned.planner_data,
             piece_nbytes=piece_nbytes,
         )
-    leaves: dict[str, Any] = {}
-    for index, fqn in enumerate(captured.fqns):
-        if fqn in leaves:
-            raise CaptureError(fqn, "two values of the state dict have this name")
-        leaves[fqn] = _plannable(captured.leaf(index))
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(leaves, is_coordinator=True)
-    try:
-        items = planner.create_local_plan().items
-    except Exception as error:
-        raise _name_unplannable(leaves, error) from error
-    index_of = {fqn: index for index, fqn in enumerate(captured.fqns)}
     kept: list[WriteItem] = []
     sources: list[int] = []
     cuts: list[Cut] = []
     frozen: set[int] = set()
     seen: dict[int, int] = {}
-    for item in items:
-        index = source = index_of[item.index.fqn]
+    for index, item in _items_of(captured):
+        source = index
         if index in captured.frozen:
             frozen.add(len(kept))
         elif index in captured.parts:  # the items of a ShardedTensor are in the order of its local shards
@@ -96,6 +86,54 @@ def plan_local(captured: Capture, piece_nbytes: int | None = None) -> LocalPlan:
         cuts=cuts,
         piece_nbytes=piece_nbytes,
     )
+
+
+def _items_of(captured: Capture) -> Iterator[tuple[int, WriteItem]]:
+    """Yield what the planner makes of each leaf, with the number of the leaf.
+
+    Of plain tensors, which may be many, it is made here, and equal parts are shared.
+
+    Raises:
+        CaptureError: two leaves have one name, or one cannot be planned.
+    """
+    leaves: dict[str, Any] = {}  # those that the planner is asked for
+    known: dict[tuple[Any, ...], TensorWriteData] = {}
+    made: list[list[WriteItem]] = []
+    if len(set(captured.fqns)) < len(captured.fqns):
+        [(twice, _)] = Counter(captured.fqns).most_common(1)
+        raise CaptureError(twice, "two values of the state dict have this name")
+    for index, fqn in enumerate(captured.fqns):
+        value = captured.leaf(index)
+        if type(value) in PLAIN_TENSORS and value.layout is torch.strided:
+            made.append([_plain_item(fqn, value, known)])
+        else:
+            leaves[fqn] = _plannable(value)
+            made.append([])
+    if leaves:
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(leaves, is_coordinator=True)
+        index_of = {fqn: index for index, fqn in enumerate(captured.fqns)}
+        try:
+            for item in planner.create_local_plan().items:
+                made[index_of[item.index.fqn]].append(item)
+        except Exception as error:
+            raise _name_unplannable(leaves, error) from error
+    for index, items in enumerate(made):
+        for item in items:
+            yield index, item
+
+
+def _plain_item(fqn: str, value: torch.Tensor, known: dict[tuple[Any, ...], TensorWriteData]) -> WriteItem:
+    """Return what DCP's planner makes of a plain tensor, but for whether its memory is pinned."""
+    key = value.dtype, value.shape, value.requires_grad
+    data = known.get(key)
+    if data is None:
+        properties = TensorProperties(dtype=value.dtype, requires_grad=value.requires_grad)
+        chunk = ChunkStorageMetadata(offsets=torch.Size([0] * value.dim()), sizes=value.shape)
+        same = (each.properties for each in known.values() if each.properties == properties)
+        known[key] = data = TensorWriteData(chunk=chunk, properties=next(same, properties), size=value.shape)
+    index = MetadataIndex(fqn, data.chunk.offsets)
+    return WriteItem(index=index, type=WriteItemType.TENSOR, tensor_data=data)
 
 
 def _name_unplannable(leaves: Mapping[str, Any], error: Exception) -> CaptureError:

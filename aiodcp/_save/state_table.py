@@ -10,6 +10,7 @@ import hashlib
 import json
 import zlib
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,11 @@ class Spec:
     properties: TensorProperties
     size: tuple[int, ...]
 
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return prod(self.size)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateTable:
@@ -60,9 +66,10 @@ class StateTable:
     @classmethod
     def of(cls, local: LocalPlan) -> StateTable:
         """Return the table of a rank's own plan, as it is."""
+        specs: dict[int, Spec] = {}
         return cls(
             fqns=[item.index.fqn for item in local.items],
-            specs=[_spec_of(item) for item in local.items],
+            specs=[_spec_of(item, specs) for item in local.items],
             frozen=[number in local.frozen for number in range(len(local.items))],
             paths=local.paths,
             containers=local.containers,
@@ -122,11 +129,14 @@ def places_of(local: LocalPlan) -> Array:
     return np.array(numbers, dtype=np.int64)
 
 
-def _spec_of(item: WriteItem) -> Spec | None:
+def _spec_of(item: WriteItem, known: dict[int, Spec]) -> Spec | None:
+    """Return what is `known` of the same tensor, by its identity: many share it."""
     data = item.tensor_data
     if item.type is WriteItemType.BYTE_IO or data is None:
         return None
-    return Spec(data.properties, tuple(data.size))
+    if id(data) not in known:
+        known[id(data)] = Spec(data.properties, tuple(data.size))
+    return known[id(data)]
 
 
 def _facts_of(properties: TensorProperties) -> list[Any]:
