@@ -346,7 +346,14 @@ def _dtype(name: str | None) -> Any:
 
 def _bench(options: argparse.Namespace) -> int:
     # What is measured with is removed on the way out, also when a scheduler ends the job.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return _measure(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _measure(options: argparse.Namespace) -> int:
     is_store = "://" in options.directory and not options.directory.startswith("file:")
     if not options.plan and not is_store and not os.path.isdir(options.directory):
         raise ArgumentError("directory", f"{options.directory} is not a directory: create it first")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 
-from .._engine.threads import Threads
+from .._engine.threads import Threads, in_thread
 from .._format.dcp import Metadata
-from .._format.extension import foreign_layout
+from .._format.extension import foreign_layout, is_ours
+from .._format.index_reader import MAGIC as INDEX_MAGIC
+from .._format.index_reader import read_index, without_pickle
 from .._format.metadata_reader import read_sealed
 from .._format.naming import METADATA_NAME, is_leftover
 from .._format.seal import Seal
@@ -17,7 +19,14 @@ from ..storage.error_mapping import read_errors
 from .dcp_safetensors import find_safetensors_items
 from .index import MAGIC, ForeignIndex
 from .rank_metadata import join_rank_metadata, prefer_own, rank_metadata_names
-from .safetensors_files import INDEX_SUFFIX, SUFFIX, choose_files, looks_like_safetensors, read_index, read_safetensors
+from .safetensors_files import (
+    INDEX_SUFFIX,
+    SUFFIX,
+    choose_files,
+    looks_like_safetensors,
+    read_safetensors,
+    read_weight_map,
+)
 from .torch_file import looks_like_old_torch_file, looks_like_torch_file, read_torch_file
 
 _START_NBYTES = 16  # of a file: enough to know its format
@@ -25,13 +34,16 @@ _START_NBYTES = 16  # of a file: enough to know its format
 _OLD_TORCH = "is a pickle, as torch.save wrote before torch 1.6: load it with torch.load, and save it again"
 
 
-async def find_metadata(storage: Storage, checkpoint_id: str, threads: Threads, *, weights_only: bool) -> bytes:
+async def find_metadata(
+    storage: Storage, checkpoint_id: str, threads: Threads, *, weights_only: bool, whole: bool = False
+) -> bytes:
     """Return the content of `.metadata`, or what stands for it where a checkpoint of another format is.
 
     Args:
         storage, checkpoint_id: where to look.
         threads: to unpickle in.
         weights_only: whether a file of `torch.save` may only have plain data.
+        whole: with its pickle, also where this library's columns say the same.
 
     Raises:
         NotACheckpointError: there is neither.
@@ -50,9 +62,9 @@ async def find_metadata(storage: Storage, checkpoint_id: str, threads: Threads, 
         if found is None:
             raise NotACheckpointError(checkpoint_id) from error.__cause__
         return found
-    if data.startswith(MAGIC):
+    if data.startswith((MAGIC, INDEX_MAGIC)):
         raise CorruptError(path, "", "not a checkpoint's metadata")
-    return data
+    return data if whole else await in_thread(threads.compute, without_pickle, data)
 
 
 async def _find_foreign(storage: Storage, checkpoint_id: str, threads: Threads, *, weights_only: bool) -> bytes | None:
@@ -83,7 +95,7 @@ async def _read_folder(
         with read_errors(storage.describe(folder)):
             index = await storage.get(folder, indices[0]) if indices else None
         try:
-            weight_map = read_index(index) if index is not None else None
+            weight_map = read_weight_map(index) if index is not None else None
             files = choose_files(names, weight_map)
         except ValueError as error:
             raise CorruptError(storage.describe(folder, indices[0] if indices else ""), "", str(error)) from error
@@ -139,7 +151,7 @@ def read_found(data: bytes, path: str) -> tuple[Metadata, Seal]:
     """
     if data.startswith(MAGIC):
         return ForeignIndex.unpack(data).to_metadata(), Seal()
-    return read_sealed(data, path)
+    return read_index(data, path) if data.startswith(INDEX_MAGIC) else read_sealed(data, path)
 
 
 async def complete(storage: Storage, checkpoint_id: str, metadata: Metadata, rank: int) -> None:
@@ -149,7 +161,7 @@ async def complete(storage: Storage, checkpoint_id: str, metadata: Metadata, ran
         CorruptError: they do not say what they should.
         ReadError: storage failed.
     """
-    if foreign_layout(metadata) is None:
+    if foreign_layout(metadata) is None and not is_ours(metadata):
         await prefer_own(storage, checkpoint_id, metadata, rank)
         await find_safetensors_items(storage, checkpoint_id, metadata)
 

@@ -101,7 +101,7 @@ def _has_all(file: str, found: re.Match[str], files: Sequence[str]) -> bool:
     return len(numbers) >= of_all
 
 
-def read_index(text: bytes) -> dict[str, str]:
+def read_weight_map(text: bytes) -> dict[str, str]:
     """Return the file of each tensor, as an index says it.
 
     Raises:

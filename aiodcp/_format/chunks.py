@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
 import torch
 
 from .archive_writer import Frame
+from .arrays import Array
 from .dcp import ChunkStorageMetadata, TensorStorageMetadata
 
 
@@ -42,6 +44,18 @@ def is_whole(entry: TensorStorageMetadata) -> bool:
         )
         and not overlap(chunks)
     )
+
+
+def grid_makes_up(offsets: Array, sizes: Array, whole: Sequence[int]) -> bool:
+    """Whether each dimension is cut, and chunks are all that this makes, given that no two have the same offsets."""
+    cells = 1
+    for dimension, length in enumerate(whole):
+        starts, place = np.unique(offsets[:, dimension], return_inverse=True)
+        lengths = np.diff(np.append(starts, length))
+        if starts[0] != 0 or not np.array_equal(sizes[:, dimension], lengths[place]):
+            return False
+        cells *= len(starts)
+    return cells == len(offsets)
 
 
 def overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .arrays import Array
 from .dcp import KeyPath, TensorProperties
 from .extension import Containers
 from .metadata_writer import FORMAT_VERSION
@@ -25,8 +26,6 @@ from .seal import CLAIM
 
 MANY = 8
 """Chunks of a tensor from which on their records are made as an array."""
-
-Array = npt.NDArray[np.int64]
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 

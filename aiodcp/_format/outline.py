@@ -6,16 +6,18 @@ The pickle of a large checkpoint's metadata takes tenths of a second to read. Th
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 
-from .dcp import STORAGE_TYPES, Metadata, TensorStorageMetadata
+from .dcp import STORAGE_TYPES, Metadata, TensorProperties, TensorStorageMetadata
 
-Kind = tuple[torch.dtype, Sequence[int]]
-"""Dtype and shape of a tensor."""
+Kind = tuple[TensorProperties, Sequence[int]]
+"""Properties and shape of a tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +26,13 @@ class Outline:
 
     Attributes:
         tensors: dtype and shape, by fqn, in the order of the state dict; None for other values.
+        properties: what DCP keeps of them besides, in the same order.
+        columns: what stands behind it; see `index_columns`.
     """
 
     tensors: Mapping[str, tuple[torch.dtype, torch.Size] | None] = field(default_factory=dict)
+    properties: Sequence[TensorProperties | None] = field(default=(), compare=False)
+    columns: bytes = field(default=b"", repr=False, compare=False)
 
     def nbytes(self, fqn: str) -> int:
         """Return the bytes of a tensor's elements; of another value 0."""
@@ -53,15 +59,28 @@ def encode_outline(metadata: Metadata) -> bytes:
     """Return the text for metadata."""
     entries = metadata.state_dict_metadata
     names = _in_order(entries, metadata.planner_data or {})
-    return encode_kinds(names, [_kind(entries[name]) for name in names])
+    kinds = [
+        (entry.properties, entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        for entry in (entries[name] for name in names)
+    ]
+    return encode_kinds(names, kinds)
 
 
 def encode_kinds(names: Sequence[str], kinds: Sequence[Kind | None]) -> bytes:
     """Return the text for names, in the order of the state dict, and the kinds of the tensors among them."""
-    distinct = {kind: number for number, kind in enumerate(dict.fromkeys(kind for kind in kinds if kind is not None))}
-    codes = [-1 if kind is None else distinct[kind] for kind in kinds]
-    known = [[str(dtype).removeprefix("torch."), list(shape)] for dtype, shape in distinct]
-    return json.dumps([names, known, codes], separators=(",", ":")).encode()
+    facts: dict[int, tuple[object, ...]] = {}
+    distinct: dict[tuple[object, ...], int] = {}
+    codes = []
+    for kind in kinds:
+        if kind is None:
+            codes.append(-1)
+            continue
+        properties, size = kind
+        if id(properties) not in facts:
+            facts[id(properties)] = tuple(facts_of(properties))
+        codes.append(distinct.setdefault((*facts[id(properties)], *size), len(distinct)))
+    text = json.dumps([names, list(distinct), codes], separators=(",", ":")).encode()
+    return _LENGTH.pack(len(text)) + text
 
 
 def decode_outline(text: bytes) -> Outline:
@@ -70,17 +89,47 @@ def decode_outline(text: bytes) -> Outline:
     Raises:
         ValueError, TypeError, LookupError, AttributeError, RecursionError: it is malformed.
     """
-    names, known, codes = json.loads(text)
+    (length,) = _LENGTH.unpack_from(text)
+    stop = _LENGTH.size + length
+    names, known, codes = json.loads(text[_LENGTH.size : stop])
     kinds: list[tuple[torch.dtype, torch.Size] | None] = []
-    for dtype, shape in known:
-        kinds.append((getattr(torch, dtype), torch.Size(shape)))
-        if not isinstance(getattr(torch, dtype), torch.dtype):
-            raise ValueError("a dtype that this torch does not have")
+    distinct: list[TensorProperties] = []
+    for dtype, layout, requires_grad, memory_format, pin_memory, *shape in known:
+        distinct.append(properties_of([dtype, layout, requires_grad, memory_format, pin_memory]))
+        kinds.append((distinct[-1].dtype, torch.Size(shape)))
     kinds.append(None)  # -1
+    properties = [distinct[code] if code >= 0 else None for code in codes]
     tensors = {name: kinds[code] for name, code in zip(_texts(names), codes, strict=True)}
     if len(tensors) < len(names):
         raise ValueError("a name that is there twice")
-    return Outline(tensors=tensors)
+    return Outline(tensors=tensors, properties=properties, columns=text[stop:])
+
+
+def facts_of(properties: TensorProperties) -> list[Any]:
+    """Return what DCP keeps of a tensor, as JSON can say it."""
+    return [
+        str(properties.dtype).removeprefix("torch."),
+        str(properties.layout).removeprefix("torch."),
+        properties.requires_grad,
+        str(properties.memory_format).removeprefix("torch."),
+        properties.pin_memory,
+    ]
+
+
+def properties_of(facts: Sequence[Any]) -> TensorProperties:
+    """Return what `facts_of` was given.
+
+    Raises:
+        ValueError, AttributeError: this torch has no such dtype, or there is none.
+    """
+    dtype, layout, requires_grad, memory_format, pin_memory = facts
+    found = getattr(torch, dtype), getattr(torch, layout), getattr(torch, memory_format)
+    if not all(map(isinstance, found, (torch.dtype, torch.layout, torch.memory_format))):
+        raise ValueError("a dtype or a layout that this torch does not have")
+    return TensorProperties(found[0], found[1], bool(requires_grad), found[2], bool(pin_memory))
+
+
+_LENGTH = struct.Struct("<Q")
 
 
 def _texts(values: list[str]) -> list[str]:

@@ -165,6 +165,19 @@ def open_seal(data: bytes) -> tuple[memoryview, Seal]:
     Raises:
         SealError: one of them is not what was saved.
     """
+    found = open_tail(data)
+    pickled = memoryview(data)[: len(data) - found.nbytes - found.outline_nbytes]
+    if found.crc is not None and zlib.crc32(pickled) != found.crc:
+        raise SealError("CRC32 mismatch")
+    return pickled, found
+
+
+def open_tail(data: bytes) -> Seal:
+    """Return what stands behind a pickle, given the end of the file, or all of it.
+
+    Raises:
+        SealError: it is not what was saved.
+    """
     found = read_seal(data)
     stop = len(data) - found.nbytes
     if found.outline_nbytes > stop:
@@ -172,7 +185,4 @@ def open_seal(data: bytes) -> tuple[memoryview, Seal]:
     outline = memoryview(data)[stop - found.outline_nbytes : stop]
     if zlib.crc32(outline) != found.outline_crc:
         raise SealError("CRC32 mismatch in the outline")
-    pickled = memoryview(data)[: stop - found.outline_nbytes]
-    if found.crc is not None and zlib.crc32(pickled) != found.crc:
-        raise SealError("CRC32 mismatch")
-    return pickled, replace(found, outline=_without_claims(bytes(outline)))
+    return replace(found, outline=_without_claims(bytes(outline)))

@@ -8,6 +8,7 @@ from .._format.archive_writer import frame_tensor, with_strides
 from .._format.chunks import extent
 from .._format.dcp import ChunkStorageMetadata, Metadata, StorageInfo, TensorStorageMetadata
 from .._format.extension import foreign_layout, framed_by_us, opaque_names
+from .._format.indexed_metadata import IndexedMetadata
 from ..errors import CorruptError
 from .plan import TensorRead
 
@@ -23,8 +24,11 @@ class ChunkIndex:
         layout = foreign_layout(metadata)
         self._bare = layout.strides if layout is not None else {}
         self.opaque = opaque_names(metadata)
+        self._metadata = metadata
         # A `MetadataIndex` made and hashed for each look-up costs 3 us.
         self._stored_at: dict[str, dict[torch.Size | None, StorageInfo]] = {}
+        if isinstance(metadata, IndexedMetadata):
+            return
         for index, info in metadata.storage_data.items():
             if index.fqn in self._stored_at:
                 self._stored_at[index.fqn][index.offset] = info
@@ -33,7 +37,10 @@ class ChunkIndex:
 
     def find(self, fqn: str, offsets: torch.Size | None) -> StorageInfo:
         """Return where a value, or the chunk of a tensor at `offsets`, lies."""
-        info = self._stored_at.get(fqn, {}).get(offsets)
+        if isinstance(self._metadata, IndexedMetadata):
+            info = self._metadata.find(fqn, offsets)
+        else:
+            info = self._stored_at.get(fqn, {}).get(offsets)
         if info is None:
             raise CorruptError(self.checkpoint_id, fqn, "the metadata has no storage location for it")
         if getattr(info, "transform_descriptors", None):

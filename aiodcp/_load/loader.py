@@ -23,6 +23,7 @@ from .._foreign.find import complete, find_metadata, folder_of, read_found
 from .._format.checksum import Checksum
 from .._format.dcp import Metadata
 from .._format.extension import containers_of, foreign_layout
+from .._format.index_reader import MAGIC as INDEX_MAGIC
 from .._format.item_tables import ItemTables
 from .._format.naming import METADATA_NAME
 from .._log import SafeLogger
@@ -91,19 +92,19 @@ class Loader:
         Cancellation: `operation.cancel()` takes effect when the read under way is done.
         """
 
-        async def look(checkpoint_id: str) -> bytes | None:  # one rank asks the file system, not thousands
+        async def look(checkpoint_id: str, whole: bool) -> bytes | None:  # one rank asks the file system
             if not operation.is_coordinator:
                 return b""
             try:
                 return await find_metadata(
-                    self._storage, checkpoint_id, self._threads, weights_only=options.weights_only
+                    self._storage, checkpoint_id, self._threads, weights_only=options.weights_only, whole=whole
                 )
             except NotACheckpointError:
                 return None
 
         async def get() -> tuple[str, LoadTargets, bytes | None]:
             checkpoint_id, targets = await take()
-            return checkpoint_id, targets, await look(checkpoint_id)
+            return checkpoint_id, targets, await look(checkpoint_id, targets.planner is not None)
 
         (checkpoint_id, targets, data), (is_absent, *_) = await operation.run_phase(
             "read metadata",
@@ -123,7 +124,10 @@ class Loader:
             if loaded is not None:
                 return loaded
             data, (is_absent, *_) = await operation.run_phase(  # a save has replaced the checkpoint
-                "read metadata", partial(look, checkpoint_id), propose=lambda got: [got is None], agree=any_rank
+                "read metadata",
+                partial(look, checkpoint_id, targets.planner is not None),
+                propose=lambda got: [got is None],
+                agree=any_rank,
             )
 
 
@@ -378,7 +382,11 @@ class _LoadFlow:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             again = await find_metadata(
-                self._storage, self._checkpoint_id, self._threads, weights_only=self._options.weights_only
+                self._storage,
+                self._checkpoint_id,
+                self._threads,
+                weights_only=self._options.weights_only,
+                whole=not data.startswith(INDEX_MAGIC),
             )
             if again == data:
                 raise

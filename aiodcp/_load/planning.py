@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from .._format.chunks import cut, is_whole
 from .._format.dcp import BytesStorageMetadata, ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from .._format.indexed_metadata import IndexedTensor, chunks_over
 from .._state.per_rank import PerRank
 from .._state.plain_tensors import PLAIN_TENSORS, QUANTIZED
 from .._state.sharding import is_sharded, placed_parts
@@ -216,14 +217,15 @@ def read_parts(
     Raises:
         CorruptError: the chunks do not make up the tensor, or the metadata does not say where one is.
     """
-    if not is_whole(entry):
+    if not isinstance(entry, IndexedTensor) and not is_whole(entry):
         problem = f"its {len(entry.chunks)} chunks do not cover its shape exactly: {tuple(entry.size)}"
         raise CorruptError(pieces.checkpoint_id, fqn, problem)
     reads = []
     for held, wanted in parts:
-        for item in create_read_items_for_chunk_list(fqn, entry, [wanted]):
+        near = TensorStorageMetadata(entry.properties, entry.size, chunks_over(entry, wanted))
+        for item in create_read_items_for_chunk_list(fqn, near, [wanted]):
             assert item.storage_index.index is not None
-            chunk = entry.chunks[item.storage_index.index]
+            chunk = near.chunks[item.storage_index.index]
             if not prod(item.lengths):
                 continue
             into = cut(held.detach(), (item.dest_offsets, item.lengths))

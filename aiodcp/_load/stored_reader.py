@@ -17,10 +17,11 @@ from .._foreign.index import stamp_of
 from .._format.checksum import Checksum
 from .._format.dcp import ChunkStorageMetadata, Metadata, StorageInfo, TensorStorageMetadata
 from .._format.extension import ForeignLayout, Stamp, foreign_layout, is_ours
+from .._format.index_reader import MALFORMED, open_any_seal
 from .._format.item_tables import ItemTables
 from .._format.naming import METADATA_NAME
 from .._format.outline import Outline, decode_outline, outline_of
-from .._format.seal import Seal, SealError, open_seal
+from .._format.seal import Seal, SealError
 from .._state.plain_tensors import QUANTIZED
 from .._telemetry.progress_bar import Bar
 from ..errors import CorruptError, LoadError, MismatchError
@@ -114,13 +115,13 @@ class StoredReader:
     def _read_outline(self) -> Outline | None:
         """Return what a checkpoint of this library holds, without unpickling its metadata."""
         try:
-            _, seal = open_seal(self._data)
+            seal = open_any_seal(self._data)
             if not seal.outline:
                 return None
             outline = decode_outline(seal.outline)
         except SealError as error:
             raise CorruptError(self._path, "", str(error)) from error
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except MALFORMED as error:
             raise CorruptError(self._path, "", f"its outline is malformed: {type(error).__name__}") from error
         self.seal = seal
         return outline

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from .._format.chunks import is_whole
+from .._format.arrays import Array, Flags
+from .._format.chunks import grid_makes_up, is_whole
 from .._format.dcp import ChunkStorageMetadata, TensorStorageMetadata
 from ..errors import CaptureError
 from .plan import FROZEN_NBYTES
-from .state_table import Array, Spec, StateTable
-
-Flags = npt.NDArray[np.bool_]
+from .state_table import Spec, StateTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +141,7 @@ class Pattern:
 
     def makes_up(self, size: tuple[int, ...]) -> bool:
         """Whether the chunks make up a tensor of this size, each element once."""
-        return self._is_grid(size) or is_whole(self.entry(size))
+        return grid_makes_up(self.offsets, self.sizes, size) or is_whole(self.entry(size))
 
     def entry(self, size: tuple[int, ...]) -> TensorStorageMetadata:
         """Return the chunks as DCP says them, of a tensor of this size; without properties."""
@@ -152,17 +150,6 @@ class Pattern:
             for offsets, sizes in zip(self.offsets.tolist(), self.sizes.tolist(), strict=True)
         ]
         return TensorStorageMetadata(properties=None, size=torch.Size(size), chunks=chunks)  # type: ignore[arg-type]
-
-    def _is_grid(self, size: tuple[int, ...]) -> bool:
-        """Whether each dimension is cut, and the chunks are all that this makes: no two have the same offsets."""
-        cells = 1
-        for dimension, whole in enumerate(size):
-            starts, place = np.unique(self.offsets[:, dimension], return_inverse=True)
-            lengths = np.diff(np.append(starts, whole))
-            if starts[0] != 0 or not np.array_equal(self.sizes[:, dimension], lengths[place]):
-                return False
-            cells *= len(starts)
-        return cells == len(self.offsets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

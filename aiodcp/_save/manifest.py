@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+from .._format.arrays import Array
 from .._format.dcp import (
     STORAGE_TYPES,
     KeyPath,
@@ -18,6 +19,7 @@ from .._format.dcp import (
     TensorStorageMetadata,
 )
 from .._format.extension import Containers
+from .._format.index_columns import ChunkPlaces, encode_columns, encode_save
 from .._format.layout import Layout
 from .._format.metadata_opcodes import TensorLines, ValueLines, write_metadata
 from .._format.metadata_writer import build_metadata
@@ -27,7 +29,6 @@ from .._format.pickle_template import MetadataTemplate, PickleTemplate, Placehol
 from .._format.seal import in_pieces
 from ..errors import CaptureError, SaveError
 from .plan import GlobalPlan, Share
-from .sharing import Array
 from .table_plan import TablePlan
 
 
@@ -40,16 +41,12 @@ class ByteRange:
 
 
 class ManifestTemplate:
-    """`.metadata` for all saves of the same plans: only ids, file names and the ranges of frozen values differ.
-
-    Attributes:
-        outline: of all of them, as it is stored.
-    """
+    """`.metadata` for all saves of the same plans: only ids, file names and the ranges of frozen values differ."""
 
     def __init__(
         self,
         template: MetadataTemplate | PickleTemplate,
-        outline: bytes,
+        index: bytes,
         writers: Sequence[tuple[int, int]],
         pieces: Sequence[int],
     ) -> None:
@@ -58,14 +55,14 @@ class ManifestTemplate:
         Args:
             template: its fields are the checkpoint's id, the save's, the names of all files, and the ranges of frozen
                 values: offset and bytes; these and the names writer by writer.
-            outline: see above.
+            index: what all saves have behind the pickle.
             writers: who writes a file: which of the plans, and which rank.
             pieces: of each, how many files it writes besides the last.
         """
         self._template = template
         self._writers = writers
         self._pieces = pieces
-        self.outline: bytes = outline
+        self._index = index
 
     def render(self, checkpoint_id: str, save_id: str, frozen: Sequence[Sequence[Sequence[ByteRange]]]) -> bytes:
         """Return `.metadata`'s content for one save, given the ranges of frozen values, by plan and by rank."""
@@ -73,6 +70,13 @@ class ManifestTemplate:
         items = [item for part, rank in self._writers for item in frozen[part][rank]]
         numbers = [number for item in items for number in (item.offset, item.nbytes)]
         return self._template.render([checkpoint_id, save_id, *files, *numbers])
+
+    def index(self, save_id: str, frozen: Sequence[Sequence[Sequence[ByteRange]]]) -> bytes:
+        """Return what stands behind the pickle, given the same as `render`."""
+        if isinstance(self._template, PickleTemplate):  # the planner's objects have no columns
+            return in_pieces(self._index)
+        items = [item for part, rank in self._writers for item in frozen[part][rank]]
+        return in_pieces(self._index + encode_save(save_id, [(item.offset, item.nbytes) for item in items]))
 
     def in_order_of_files(self, save_id: str, numbers: Sequence[Sequence[int]]) -> list[int]:
         """Return numbers, given by plan and by rank, in the order of the names of the data files that they are of."""
@@ -131,8 +135,51 @@ def _of_tables(plans: Sequence[TablePlan]) -> ManifestTemplate:
         containers.int_keys += plan.containers.int_keys
     files = range(2, int(first_field[-1]))
     template = write_metadata(names, lines, paths, files, 0, 1, opaque, containers)
-    kinds = [(each.properties.dtype, each.size) if isinstance(each, TensorLines) else None for each in lines]
-    return ManifestTemplate(template, in_pieces(encode_kinds(names, kinds)), writers, pieces)
+    kinds = [(each.properties, each.size) if isinstance(each, TensorLines) else None for each in lines]
+    places = _places_of(lines, [(part, rank, more) for (part, rank), more in zip(writers, pieces, strict=True)])
+    index = encode_kinds(names, kinds) + encode_columns(places, names, paths, opaque, containers)
+    return ManifestTemplate(template, index, writers, pieces)
+
+
+def _places_of(lines: Sequence[TensorLines | ValueLines], writers: Sequence[tuple[int, int, int]]) -> ChunkPlaces:
+    """Return where all chunks lie, given of each writer which state and rank it is, and how many pieces it has."""
+    cuts: dict[Hashable, int] = {}
+    distinct: list[tuple[Array, Array]] = []
+    patterns, counts = [], []
+    fields: list[tuple[int, int]] = []
+    row = 0
+    for each in lines:
+        if isinstance(each, ValueLines):
+            patterns.append(-1)
+            counts.append(1)
+            fields.append((each.fields[0], row))
+        else:
+            if each.pattern not in cuts:
+                cuts[each.pattern] = len(distinct)
+                distinct.append((each.offsets, each.sizes))
+            patterns.append(cuts[each.pattern])
+            counts.append(len(each.offsets))
+            fields += [(first, row + chunk) for chunk, (first, _) in each.fields.items()]
+        row += counts[-1]
+    one = np.zeros(1, dtype=np.int64)
+    rows = [
+        (np.array([each.file]), one, one) if isinstance(each, ValueLines) else (each.files, each.starts, each.nbytes)
+        for each in lines
+    ]
+    files, starts, nbytes = (
+        np.concatenate([each[column] for each in rows]) if rows else np.zeros(0, dtype=np.int64) for column in range(3)
+    )
+    named = [(part, rank, piece if piece < more else -1) for part, rank, more in writers for piece in range(more + 1)]
+    return ChunkPlaces(
+        counts=np.array(counts, dtype=np.int64),
+        patterns=np.array(patterns, dtype=np.int64),
+        cuts=distinct,
+        files=files,
+        starts=starts,
+        nbytes=nbytes,
+        frozen=np.array([place for _, place in sorted(fields)], dtype=np.int64),
+        file_parts=np.array(named, dtype=np.int64).reshape(-1, 3),
+    )
 
 
 def _frozen_fields(plan: TablePlan, first: int) -> tuple[dict[int, tuple[int, int]], int]:
@@ -213,7 +260,7 @@ def _of_planners(plans: Sequence[GlobalPlan]) -> ManifestTemplate:
         containers.int_keys += plan.containers.int_keys
     metadata = build_metadata(*_join(plans), stored, meta, opaque, containers)
     _check_complete(metadata)
-    return ManifestTemplate(PickleTemplate(metadata, used), in_pieces(encode_outline(metadata)), writers, all_pieces)
+    return ManifestTemplate(PickleTemplate(metadata, used), encode_outline(metadata), writers, all_pieces)
 
 
 def names_of(file: str, layout: Layout) -> list[str]:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from .._distributed.operation import Operation
 from .._engine.gc_pause import gc_paused
 from .._engine.threads import Threads, in_thread
+from .._format.arrays import Array
 from .._format.layout import Layout
 from .._log import SafeLogger
 from .._state.capture import Capture
@@ -25,7 +26,7 @@ from .holdings import RankGroup
 from .manifest import ByteRange, ManifestTemplate, make_manifest
 from .plan import GlobalPlan, LocalPlan, WritePlan
 from .planning import finish_plan, plan_global, plan_local
-from .sharing import Array, OnDisagreement, SharedItems, SharingPlan, find_disagreements
+from .sharing import OnDisagreement, SharedItems, SharingPlan, find_disagreements
 from .start_agreement import KEPT_PLANS
 from .state_table import StateTable, digest_of, pack_message, places_of, unpack_message
 from .table_plan import TablePlan, plan_tables

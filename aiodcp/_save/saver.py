@@ -429,7 +429,8 @@ class Saver:
             ranges = [[part.plan.frozen_ranges[rank] for rank in range(operation.size)] for part in parts]
             with write_errors(self._storage.describe(path, METADATA_NAME)):
                 tables = manifest.in_order_of_files(save_id, [part.tables for part in parts])
-                content = seal(manifest.render(path, save_id, ranges), custom_metadata(), tables, manifest.outline)
+                pickled, index = manifest.render(path, save_id, ranges), manifest.index(save_id, ranges)
+                content = seal(pickled, custom_metadata(), tables, index)
                 await commit(self._storage, path, content, manifest.files(save_id))
             return manifest
 

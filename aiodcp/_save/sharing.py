@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.distributed.checkpoint.planner import WriteItem
 
+from .._format.arrays import Array, Flags
+
 OnDisagreement = Literal["warn", "raise", "ignore"]
 POLICIES: tuple[OnDisagreement, ...] = ("warn", "raise", "ignore")
 
@@ -23,8 +25,6 @@ Small values (RNG states, counters, positions) may differ in one bit.
 MOST_NBYTES = 16 << 20
 
 MODULUS = 1 << 64
-
-Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class SharedItems:
     numbers: Array
     ids: Array
     groups: Array
-    whole: npt.NDArray[np.bool_]
+    whole: Flags
     weights: npt.NDArray[np.uint64]
 
     def pack(self) -> bytes:

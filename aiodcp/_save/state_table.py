@@ -14,15 +14,13 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
+from .._format.arrays import Array
 from .._format.dcp import KeyPath, TensorProperties
 from .._format.extension import Containers
+from .._format.outline import facts_of, properties_of
 from .plan import LocalPlan
-
-Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ class StateTable:
             if spec is None:
                 codes.append(-1)
                 continue
-            kept = properties.setdefault(json.dumps(_facts_of(spec.properties)), len(properties))
+            kept = properties.setdefault(json.dumps(facts_of(spec.properties)), len(properties))
             codes.append(specs.setdefault((kept, *spec.size), len(specs)))
         found = {
             "fqns": self.fqns,
@@ -104,7 +102,7 @@ class StateTable:
     def unpack(cls, text: bytes) -> StateTable:
         """Return what `pack` has made a text of."""
         found: dict[str, Any] = json.loads(text)
-        properties = [_properties_of(facts) for facts in found["properties"]]
+        properties = [properties_of(facts) for facts in found["properties"]]
         specs: list[Spec | None] = [Spec(properties[kept], tuple(size)) for kept, *size in found["kinds"]]
         frozen = set(found["frozen"])
         return cls(
@@ -137,23 +135,6 @@ def _spec_of(item: WriteItem, known: dict[int, Spec]) -> Spec | None:
     if id(data) not in known:
         known[id(data)] = Spec(data.properties, tuple(data.size))
     return known[id(data)]
-
-
-def _facts_of(properties: TensorProperties) -> list[Any]:
-    return [
-        str(properties.dtype).removeprefix("torch."),
-        str(properties.layout).removeprefix("torch."),
-        properties.requires_grad,
-        str(properties.memory_format).removeprefix("torch."),
-        properties.pin_memory,
-    ]
-
-
-def _properties_of(facts: list[Any]) -> TensorProperties:
-    dtype, layout, requires_grad, memory_format, pin_memory = facts
-    return TensorProperties(
-        getattr(torch, dtype), getattr(torch, layout), requires_grad, getattr(torch, memory_format), pin_memory
-    )
 
 
 def digest_of(table: bytes) -> int:

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from .._format.archive_writer import frame_tensor
+from .._format.arrays import Array, Flags
 from .._format.dcp import KeyPath
 from .._format.extension import Containers
 from .._format.layout import place_all
 from .._state.capture import nothing_to_save
 from ..errors import CaptureError
-from .holdings import Chunks, Flags, Holdings, RankGroup, choose_writers, find_chunks
-from .sharing import Array, SharingPlan, plan_sharing
+from .holdings import Chunks, Holdings, RankGroup, choose_writers, find_chunks
+from .sharing import SharingPlan, plan_sharing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,8 +27,11 @@ from .._format.chunks import is_whole
 from .._format.custom_metadata import decode_custom_metadata
 from .._format.dcp import Metadata, MetadataIndex, StorageInfo, TensorStorageMetadata
 from .._format.extension import INLINE, foreign_layout
+from .._format.index_reader import MAGIC as INDEX_MAGIC
+from .._format.index_reader import read_index, without_pickle
 from .._format.item_tables import ItemTables, matches_table
 from .._format.naming import METADATA_NAME
+from .._format.outline import outline_of
 from .._format.seal import SealError
 from .._telemetry.progress_bar import Bar, NoBar
 from ..checkpointer.arguments import CheckpointId
@@ -79,7 +82,7 @@ async def verify(
     bar = bar or NoBar()
     threads = Threads(copy_threads=1, compute_threads=1, io_threads=1)
     try:
-        data = await find_metadata(storage, path, threads, weights_only=True)
+        data = await find_metadata(storage, path, threads, weights_only=True, whole=True)
         metadata, seal = read_found(data, storage.describe(path, METADATA_NAME))
         decode_custom_metadata(seal.custom_metadata)
         await complete(storage, path, metadata, 0)
@@ -94,10 +97,37 @@ async def verify(
         ]
     finally:
         threads.close()
+    if contradiction := _contradiction(data, metadata):
+        return [Problem(fqn="", file=METADATA_NAME, problem=contradiction)]
     layout = foreign_layout(metadata)
     if layout is not None:
         return await _verify_foreign(storage, folder_of(path, metadata), metadata, bar)
     return await _verify_items(storage, path, metadata, tables, bar)
+
+
+def _contradiction(data: bytes, metadata: Metadata) -> str:
+    """Return how the index behind the pickle differs from what the pickle says; empty if it does not."""
+    tail = without_pickle(data)
+    if not tail.startswith(INDEX_MAGIC):
+        return ""
+    try:
+        indexed, _ = read_index(tail, METADATA_NAME)
+    except CorruptError as error:
+        return error.problem
+    is_same = (
+        _places(indexed) == _places(metadata)
+        and indexed.planner_data == metadata.planner_data
+        and outline_of(indexed) == outline_of(metadata)
+    )
+    return "" if is_same else "its index contradicts its metadata"
+
+
+def _places(metadata: Metadata) -> dict[tuple[str, torch.Size | None], tuple[str, int, int]]:
+    """Return where everything lies, without the objects, which are of classes of their own in what is read."""
+    return {
+        (index.fqn, index.offset): (info.relative_path, info.offset, info.length)
+        for index, info in metadata.storage_data.items()
+    }
 
 
 async def _verify_foreign(storage: Storage, folder: str, metadata: Metadata, bar: Bar) -> list[Problem]:

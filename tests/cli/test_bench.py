@@ -39,6 +39,7 @@ def test_a_directory_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytes
     assert caught.value.code == 2
     assert "create it first" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as before
 
 
 def test_a_benchmark_that_is_ended_leaves_nothing(tmp_path: Path) -> None:

@@ -44,17 +44,24 @@ def test_what_has_none_is_read_as_ever(tmp_path: Path) -> None:
                 assert len(list(ckpt)) == len(ckpt) > 0
 
 
+def packed(content: object) -> bytes:
+    text = json.dumps(content).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
 def test_one_that_is_malformed_is_found() -> None:
-    good: list[Any] = [["a", "b"], [["float32", [2, 3]]], [0, -1]]
-    assert decode_outline(json.dumps(good).encode()).tensors == {"a": (torch.float32, torch.Size([2, 3])), "b": None}
+    facts = ["float32", "strided", False, "contiguous_format", False]
+    good: list[Any] = [["a", "b"], [[*facts, 2, 3]], [0, -1]]
+    assert decode_outline(packed(good)).tensors == {"a": (torch.float32, torch.Size([2, 3])), "b": None}
     others: list[tuple[int, Any]] = [
-        (0, ["a"]), (0, ["a", 3]), (1, [["nothing", []]]), (1, [["nn", []]]), (1, [["int8", ["x"]]]), (2, [5, -1])
+        (0, ["a"]), (0, ["a", 3]), (0, ["a", "a"]), (1, [["nothing", *facts[1:]]]), (1, [["nn", *facts[1:]]]),
+        (1, [[*facts, "x"]]), (1, [["float32"]]), (1, [["float32", "float32", *facts[2:]]]), (2, [5, -1])
     ]  # fmt: skip
     for number, bad in others:
         broken = list(good)
         broken[number] = bad
         with pytest.raises((ValueError, TypeError, LookupError, AttributeError)):
-            decode_outline(json.dumps(broken).encode())
+            decode_outline(packed(broken))
 
 
 @pytest.mark.parametrize("nbytes", [1, 2047, 2048, 2049, 50_000])

@@ -522,7 +522,9 @@ async def test_a_removal_that_fails_half_way_is_tried_again_at_the_next_one(faul
             raise OSError(errno.EACCES, "Permission denied, this once")
 
     faulty.gate = refuse
-    async with CheckpointManager("root", checkpointer=Checkpointer(storage=faulty), keep_last=1) as manager:
+    async with CheckpointManager(
+        "root", checkpointer=Checkpointer(storage=faulty), keep_last=1, history=False
+    ) as manager:
         for step in range(1, 5):
             await (await manager.save(step, STATE))
     assert refused
@@ -541,7 +543,7 @@ async def test_a_commit_whose_outcome_is_unknown_is_looked_at_again(faulty: Faul
 
     storage = type("Storage", (MemoryStorage,), {"put": put})()
     async with CheckpointManager(
-        "root", checkpointer=Checkpointer(storage=storage), keep_last=2, on_error="warn"
+        "root", checkpointer=Checkpointer(storage=storage), keep_last=2, on_error="warn", history=False
     ) as manager:
         for step in (1, 2):
             await (await manager.save(step, STATE))

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import pickle
 import random
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +29,12 @@ from aiodcp._format.dcp import (
     TensorStorageMetadata,
 )
 from aiodcp._format.extension import Containers
+from aiodcp._format.index_reader import MAGIC, read_index, without_pickle
+from aiodcp._format.indexed_metadata import IndexedTensor, chunks_over
+from aiodcp._format.item_tables import ItemTables
 from aiodcp._format.layout import FIRST_SEGMENT_NBYTES, lay_out, place_all
 from aiodcp._format.metadata_reader import read_metadata
+from aiodcp._format.naming import split_piece
 from aiodcp._format.outline import decode_outline, outline_of
 from aiodcp._format.pickle_screen import is_harmless
 from aiodcp._format.seal import open_seal, seal
@@ -98,14 +103,53 @@ def rendered(planned: TablePlan, locals_: Sequence[LocalPlan]) -> tuple[Metadata
         )
     ]
     pickled = manifest.render("run/step-1", "0123456789abcdef" * 2, [ranges])
-    data = seal(pickled, b"", [0] * len(manifest.table_files("0123456789abcdef" * 2)), manifest.outline)
+    index = manifest.index("0123456789abcdef" * 2, [ranges])
+    data = seal(pickled, b"", [0] * len(manifest.table_files("0123456789abcdef" * 2)), index)
     found, sealed = open_seal(data)
     assert bytes(found) == pickled
     assert is_harmless(pickled)
     metadata: Metadata = pickle.loads(pickled)  # as torch reads it
     assert repr(read_metadata(pickled, "")) == repr(metadata)  # of classes of its own
     assert decode_outline(sealed.outline) == outline_of(metadata)
+    check_index(metadata, data)
     return metadata, pickled, ranges
+
+
+def check_index(metadata: Metadata, data: bytes) -> None:
+    """Compare what the columns say with what the pickle does."""
+    tail = without_pickle(data)
+    assert tail.startswith(MAGIC)
+    indexed, _ = read_index(tail, "")
+    assert list(indexed.state_dict_metadata) == list(metadata.state_dict_metadata)
+    for fqn, entry in metadata.state_dict_metadata.items():
+        found = indexed.state_dict_metadata[fqn]
+        if isinstance(entry, BytesStorageMetadata):
+            assert isinstance(found, BytesStorageMetadata)
+            continue
+        assert isinstance(found, IndexedTensor)
+        assert (found.properties, found.size, found.chunks) == (entry.properties, entry.size, entry.chunks)
+        for part in entry.chunks[:3]:
+            near = chunks_over(found, part)
+            assert len(near) == 1 or not part.sizes.numel()
+            assert not part.sizes.numel() or near == [part]
+            assert indexed.find(fqn, part.offsets) == metadata.storage_data[MetadataIndex(fqn, part.offsets)]
+    assert indexed.storage_data == metadata.storage_data
+    assert indexed.planner_data == metadata.planner_data
+    assert vars(indexed)["aiodcp"] == {
+        key: value for key, value in vars(metadata)["aiodcp"].items() if key in vars(indexed)["aiodcp"]
+    }
+    files = {info.relative_path for info in metadata.storage_data.values()}
+    tables = [7 for _ in {split_piece(file)[0] for file in files}]
+    one, other = ItemTables(indexed, tables), ItemTables(metadata, tables)
+    assert {file: one.file_of(file) for file in files} == {file: other.file_of(file) for file in files}
+    for file in files:
+        assert one.nbytes(file) == other.nbytes(file)
+        if one.nbytes(file):
+            table = bytes(range(256)) * (one.nbytes(file) // 256 + 1)
+            table = table[: one.nbytes(file)]
+            for each in (one, other):
+                each._crcs[file] = zlib.crc32(table)
+            assert one.read(file, table) == other.read(file, table)
 
 
 def check(locals_: Sequence[LocalPlan]) -> TablePlan:

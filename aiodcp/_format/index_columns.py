@@ -1,0 +1,240 @@
+"""What `.metadata` says, as columns behind its pickle: a rank finds its own pieces without a single object a chunk.
+
+The outline that stands there in any case has the names, dtypes and shapes. Behind it come the keys that lead to the
+values, how tensors are cut into chunks (many alike), and for each chunk its file, its place there and its bytes. All
+but the id of the save and the places of frozen values is the same for all saves of one plan.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .arrays import Array
+from .dcp import KeyPath
+from .extension import Containers
+from .naming import data_file, piece_file
+
+_LENGTH = struct.Struct("<Q")
+
+LARGEST_NBYTES = 1 << 34
+"""Of all columns: what a damaged or hostile file could otherwise ask for."""
+
+_SAVE_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkPlaces:
+    """Where chunks, and values that are no tensors, lie: one after the other, in the order of their names.
+
+    Attributes:
+        counts: by name, how many there are.
+        patterns: by name, which of `cuts` it has; -1 for a value that is no tensor.
+        cuts: offsets and sizes of the chunks of tensors that are cut alike, a row each.
+        files: by chunk, which file it lies in.
+        starts: bytes, where in the file; of what is frozen 0.
+        nbytes: of its archive; likewise.
+        frozen: which of them lie in a tail, in the order in which each save says where.
+        file_parts: by file: the state it is of, the rank that writes it, and its number if it is a piece, else -1.
+    """
+
+    counts: Array
+    patterns: Array
+    cuts: Sequence[tuple[Array, Array]]
+    files: Array
+    starts: Array
+    nbytes: Array
+    frozen: Array
+    file_parts: Array
+
+
+def encode_columns(
+    places: ChunkPlaces,
+    names: Sequence[str],
+    paths: Mapping[str, KeyPath],
+    opaque: Sequence[str],
+    containers: Containers,
+) -> bytes:
+    """Return what is the same for all saves, but for the outline.
+
+    Args:
+        places: see there.
+        names: of all values that are stored.
+        paths: keys that lead to values, by name; of what is not stored, too.
+        opaque, containers: see `build_metadata`.
+    """
+    order = {name: number for number, name in enumerate(names)}
+    odd = [[order.get(name, -1), name, path] for name, path in paths.items() if _is_odd(name, path, order)]
+    header = {
+        "paths": odd,
+        "opaque": list(opaque),
+        "empty": containers.empty,
+        "int_keys": containers.int_keys,
+        "cuts": [list(offsets.shape) for offsets, _ in places.cuts],
+        "chunks": len(places.files),
+        "frozen": len(places.frozen),
+        "files": len(places.file_parts),
+    }
+    columns = [places.counts, places.patterns, places.files, places.starts, places.nbytes, places.frozen]
+    columns += [places.file_parts.reshape(-1), *(each.reshape(-1) for cut in places.cuts for each in cut)]
+    return b"".join(
+        [_pack(json.dumps(header, separators=(",", ":")).encode()), *(_pack(_narrow(each)) for each in columns)]
+    )
+
+
+def _is_odd(name: str, path: KeyPath, stored: Mapping[str, int]) -> bool:
+    return name not in stored or path != tuple(name.split("."))
+
+
+def _pack(data: bytes) -> bytes:
+    packed = zlib.compress(data, 1)
+    return _LENGTH.pack(len(packed)) + packed
+
+
+def _narrow(column: Array) -> bytes:
+    """Return numbers as bytes, as differences: of equal steps nothing remains."""
+    return np.diff(column, prepend=0).astype("<i8").tobytes()
+
+
+def encode_save(save_id: str, frozen: Iterable[tuple[int, int]]) -> bytes:
+    """Return what one save adds: its id, and where its frozen values lie."""
+    flat = [number for each in frozen for number in each]
+    return save_id.encode() + np.array(flat, dtype="<i8").tobytes()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """What stands behind an outline.
+
+    Attributes:
+        places: where the chunks lie, of this save.
+        paths: what `names` do not say of the keys that lead to values.
+        opaque, containers: see `build_metadata`.
+        file_names: of all files.
+    """
+
+    places: ChunkPlaces
+    paths: list[tuple[int, str, KeyPath]]
+    opaque: list[str]
+    containers: Containers
+    file_names: list[str] = field(default_factory=list)
+
+
+def decode_columns(text: bytes, names: int) -> Columns:
+    """Return what `encode_columns` and `encode_save` have made bytes of, one behind the other.
+
+    Args:
+        text: the bytes.
+        names: how many names the outline has.
+
+    Raises:
+        ValueError, TypeError, LookupError, RecursionError, zlib.error: they are malformed.
+    """
+    reader = _ColumnReader(text)
+    header: dict[str, Any] = json.loads(reader.data(LARGEST_NBYTES))
+    chunks, frozen, files = header["chunks"], header["frozen"], header["files"]
+    shapes = [(int(rows), int(dimensions)) for rows, dimensions in header["cuts"]]
+    counts, patterns = reader.column(names), reader.column(names)
+    of_chunks = [reader.column(chunks) for _ in range(3)]
+    in_tail = reader.column(frozen)
+    file_parts = reader.column(3 * files).reshape(files, 3)
+    cuts = [(reader.column(n * d).reshape(n, d), reader.column(n * d).reshape(n, d)) for n, d in shapes]
+    save_id, ranges = reader.rest(32), np.frombuffer(reader.rest(), dtype="<i8").reshape(-1, 2)
+    _check(counts, patterns, of_chunks, in_tail, file_parts, cuts, len(ranges))
+    of_chunks[1][in_tail], of_chunks[2][in_tail] = ranges[:, 0], ranges[:, 1]
+    if not _SAVE_ID.fullmatch(save_id.decode()) or min(*(each.min(initial=0) for each in of_chunks), 0) < 0:
+        raise ValueError("an id or a place that is none")
+    return Columns(
+        places=ChunkPlaces(
+            counts=counts,
+            patterns=patterns,
+            cuts=cuts,
+            files=of_chunks[0],
+            starts=of_chunks[1],
+            nbytes=of_chunks[2],
+            frozen=in_tail,
+            file_parts=file_parts,
+        ),
+        paths=[(int(number), str(name), tuple(path)) for number, name, path in header["paths"]],
+        opaque=[str(name) for name in header["opaque"]],
+        containers=Containers([tuple(path) for path in header["empty"]], [tuple(path) for path in header["int_keys"]]),
+        file_names=[_file_name(save_id.decode(), *parts) for parts in file_parts.tolist()],
+    )
+
+
+def _check(
+    counts: Array,
+    patterns: Array,
+    of_chunks: Sequence[Array],
+    in_tail: Array,
+    file_parts: Array,
+    cuts: Sequence[tuple[Array, Array]],
+    ranges: int,
+) -> None:
+    """Check that the columns refer to nothing that is not there.
+
+    Raises:
+        ValueError: they do.
+    """
+    rows = np.array([*(len(offsets) for offsets, _ in cuts), 1], dtype=np.int64)  # the last for -1
+    is_sound = (
+        counts.min(initial=0) >= 0
+        and int(counts.sum()) == len(of_chunks[0])
+        and _are_below(patterns + 1, len(cuts) + 1)
+        and np.array_equal(rows[patterns], counts)
+        and _are_below(of_chunks[0], len(file_parts))
+        and _are_below(in_tail, len(of_chunks[0]))
+        and len(in_tail) == ranges
+        and file_parts.min(initial=0) >= -1
+        and all(each.min(initial=0) >= 0 for cut in cuts for each in cut)
+    )
+    if not is_sound:
+        raise ValueError("columns that do not fit together")
+
+
+def _are_below(numbers: Array, stop: int) -> bool:
+    return bool(numbers.min(initial=0) >= 0 and numbers.max(initial=-1) < stop)
+
+
+def _file_name(save_id: str, part: int, rank: int, piece: int) -> str:
+    file = data_file(rank, save_id, part)
+    return file if piece < 0 else piece_file(file, piece)
+
+
+class _ColumnReader:
+    def __init__(self, text: bytes) -> None:
+        self._text = memoryview(text)
+        self._position = 0
+
+    def data(self, most: int) -> bytes:
+        """Return the next bytes, of which there are at most so many."""
+        (length,) = _LENGTH.unpack_from(self._text, self._position)
+        start = self._position + _LENGTH.size
+        self._position = start + length
+        if self._position > len(self._text):
+            raise ValueError("truncated")
+        inflate = zlib.decompressobj()
+        data = inflate.decompress(self._text[start : self._position], most)
+        if not inflate.eof:
+            raise ValueError("more than there should be")
+        return data
+
+    def column(self, count: int) -> Array:
+        if type(count) is not int or not 0 <= count <= LARGEST_NBYTES // 8:
+            raise ValueError("a length that is none")
+        steps = np.frombuffer(self.data(8 * count + 1), dtype="<i8")
+        if len(steps) != count:
+            raise ValueError("a column of another length")
+        return np.cumsum(steps, dtype=np.int64)
+
+    def rest(self, nbytes: int | None = None) -> bytes:
+        start = self._position
+        self._position = len(self._text) if nbytes is None else start + nbytes
+        return bytes(self._text[start : self._position])
