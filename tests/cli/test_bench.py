@@ -102,6 +102,9 @@ def test_the_bench_of_planning_compares_with_dcps_planner_on_the_same_plans(
     rows = result["rows"]
     assert rows["aiodcp, later saves"]["received"] + rows["aiodcp, later saves"]["sent"] < 1024
     assert rows["dcp, every save"]["received"] > 50_000
+    assert rows["aiodcp, first save"]["received"] < 4096
+    assert rows["aiodcp, first save"]["sent"] < 8192
+    assert rows["aiodcp, a load"]["received"] < rows["dcp, a load"]["received"] / 4
     assert all(row["seconds"] > 0 for row in rows.values())
 
 

@@ -5,14 +5,16 @@ beforehand; what the coordinator does with it is timed, with this library and wi
 
     first save   read all plans, plan globally, make what each rank gets and what `.metadata` will be made of
     later saves  aiodcp: the three agreements of a save, on rows of integers. DCP: the same again
-
-Filling in `.metadata`, which in DCP comes with the writing, has a line of its own.
+    .metadata    fill it in, which in DCP comes with the writing
+    a load       one rank, from the bytes that it is sent until it knows where its own pieces lie; with DCP it
+                 unpickles all of `.metadata`, and has not begun to plan
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,11 +27,17 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ..._distributed.votes import PhaseVote, RankState, Row, padded
-from ..._format.dcp import KeyPath
+from ..._format.dcp import KeyPath, TensorStorageMetadata
+from ..._format.index_reader import read_index, without_pickle
+from ..._format.indexed_metadata import chunks_over
+from ..._format.item_tables import ItemTables
+from ..._format.seal import open_seal, seal
+from ..._save.manifest import ManifestTemplate
 from ..._save.plan import LocalPlan
 from ..._save.plan_cache import LocalMessage, message_of, plan_for_all
 from ..._save.start_agreement import SaveProposal, agree_on_save
 from ..._save.write_agreement import WriteProposal, agree_on_write
+from ..text_tables import size
 from .tables import ms
 
 SHARDED, REPLICATED = 400, 100
@@ -56,7 +64,10 @@ def local_items(rank: int, ranks: int) -> list[WriteItem]:
 
 
 def measure(ranks: int) -> dict[str, dict[str, float]]:
-    """Return seconds and bytes of the coordinator, for each system and each kind of save."""
+    """Return what the coordinator of so many ranks does for a save, and one rank for a load, by system and kind.
+
+    DCP's rows are there up to `MOST_FOR_DCP` ranks.
+    """
     ours, theirs = [], []
     mine: LocalMessage = None  # type: ignore[assignment]
     for rank in range(ranks):
@@ -67,19 +78,14 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
         message = message_of(local, is_table=True)
         mine = message if rank == 0 else mine
         ours.append(message.pack(rank == 0 or message.digest != mine.digest))
-        theirs.append(pickle.dumps(dcp.SavePlan(items, planner_data=paths)))
-
-    def dcp_plan() -> int:
-        planner = DefaultSavePlanner()
-        planner.set_up_planner({}, is_coordinator=True)
-        plans, metadata = planner.create_global_plan([pickle.loads(each) for each in theirs])
-        return sum(len(pickle.dumps(plan)) for plan in plans) + len(pickle.dumps(metadata)) * (ranks - 1)
-
-    dcp_s, dcp_sent = _timed(dcp_plan)
+        if ranks <= MOST_FOR_DCP:
+            theirs.append(pickle.dumps(dcp.SavePlan(items, planner_data=paths)))
+    before = _peak_nbytes()
     first_s, (_, manifest, parts) = _timed(lambda: plan_for_all(ours, mine, None, 0))
+    peak = _peak_nbytes() - before
     assert manifest is not None
     proposals: tuple[Row, ...] = (
-        SaveProposal(plans=[1], id_digest=7, save_id="0" * 32, has_planner=False, on_disagreement="warn").to_row(),
+        SaveProposal(plans=[1], id_digest=7, save_id=SAVE_ID, has_planner=False, on_disagreement="warn").to_row(),
         WriteProposal(is_moved=False, digest=0, table_crc=7).to_row(),
         [],
     )
@@ -94,25 +100,74 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
 
     later_s, answered = min(_timed(agree) for _ in range(5))
     no_ranges: list[list[Any]] = [[] for _ in range(ranks)]
-    render_s, metadata = _timed(lambda: manifest.render("checkpoint", "0" * 32, [no_ranges]))
-    return {
-        "aiodcp, first save": {
-            "seconds": first_s,
-            "received": sum(map(len, ours)) / ranks,
-            "sent": sum(map(len, parts)) / ranks,
-        },
-        "dcp, every save": {
-            "seconds": dcp_s,
-            "received": sum(map(len, theirs)) / ranks,
-            "sent": dcp_sent / ranks,
-        },
-        "aiodcp, later saves": {
-            "seconds": later_s,
-            "received": float(len(heartbeats) * row_nbytes),
-            "sent": 8.0 * answered,
-        },
-        "aiodcp, .metadata": {"seconds": render_s, "received": 0.0, "sent": len(metadata) / ranks},
+    render_s, metadata = _timed(lambda: _render(manifest, no_ranges))
+    sent = without_pickle(metadata)
+    load_s, found = _timed(lambda: _find_pieces(sent, ranks))
+    assert found == SHARDED + REPLICATED
+    rows = {
+        "aiodcp, first save": _row(first_s, sum(map(len, ours)) / ranks, max(map(len, parts)), peak),
+        "aiodcp, later saves": _row(later_s, float(len(heartbeats) * row_nbytes), 8.0 * answered),
+        "aiodcp, .metadata": _row(render_s, 0.0, len(metadata)),
+        "aiodcp, a load": _row(load_s, len(sent), 0.0),
     }
+    if theirs:
+        rows |= _measure_dcp(theirs, metadata)
+    return rows
+
+
+MOST_FOR_DCP = 1024
+"""Ranks up to which DCP's planner is measured, too: there it takes half a minute, and twice that for twice as many."""
+
+SAVE_ID = "0" * 32
+
+
+def _row(seconds: float, received: float, sent: float, peak: float = 0.0) -> dict[str, float]:
+    return {"seconds": seconds, "received": received, "sent": sent, "peak": peak}
+
+
+def _measure_dcp(plans: list[bytes], metadata: bytes) -> dict[str, dict[str, float]]:
+    ranks = len(plans)
+
+    def plan() -> int:
+        planner = DefaultSavePlanner()
+        planner.set_up_planner({}, is_coordinator=True)
+        planned, metadata = planner.create_global_plan([pickle.loads(each) for each in plans])
+        return max(len(pickle.dumps(plan)) for plan in planned) + len(pickle.dumps(metadata))
+
+    before = _peak_nbytes()
+    save_s, sent = _timed(plan)
+    peak = _peak_nbytes() - before
+    pickled = bytes(open_seal(metadata)[0])
+    load_s, _ = _timed(lambda: pickle.loads(pickled))
+    return {
+        "dcp, every save": _row(save_s, sum(map(len, plans)) / ranks, sent, peak),
+        "dcp, a load": _row(load_s, len(pickled), 0.0),
+    }
+
+
+def _render(manifest: ManifestTemplate, ranges: list[list[Any]]) -> bytes:
+    """Return `.metadata`, as the coordinator commits it."""
+    pickled, index = manifest.render("checkpoint", SAVE_ID, [ranges]), manifest.index(SAVE_ID, [ranges])
+    return seal(pickled, b"", [0] * len(ranges), index)
+
+
+def _find_pieces(sent: bytes, ranks: int) -> int:
+    """Find, on one rank, what it reads of its 500 tensors, given what the coordinator has sent it."""
+    metadata, found = read_index(sent, "")
+    ItemTables(metadata, found.tables)
+    count = 0
+    for item in local_items(ranks // 2, ranks):
+        entry = metadata.state_dict_metadata[item.index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        assert item.tensor_data is not None
+        for chunk in chunks_over(entry, item.tensor_data.chunk):
+            assert metadata.find(item.index.fqn, chunk.offsets) is not None
+            count += 1
+    return count
+
+
+def _peak_nbytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _heartbeats(proposal: Row, ranks: int) -> torch.Tensor:
@@ -144,11 +199,16 @@ def run(ranks: int, *, as_json: bool) -> None:
 def format_rows(ranks: int, rows: Mapping[str, Mapping[str, float]]) -> str:
     """Return the table as text."""
     lines = [
-        f"the coordinator of {ranks} ranks with {SHARDED + REPLICATED} tensors each",
-        f"{'':<24}{'time':>14}{'bytes received':>18}{'sent, a rank':>18}",
+        f"the coordinator of {ranks} ranks with {SHARDED + REPLICATED} tensors each; of a load, one rank",
+        f"{'':<24}{'time':>14}{'bytes received':>18}{'sent, at most':>18}{'peak of memory':>18}",
     ]
     for name, row in rows.items():
-        lines.append(f"{name:<24}{ms(row['seconds']):>14}{row['received']:>18.0f}{row['sent']:>18.0f}")
-    ratio = rows["dcp, every save"]["seconds"] / rows["aiodcp, later saves"]["seconds"]
-    first = rows["aiodcp, first save"]["seconds"] / rows["dcp, every save"]["seconds"]
-    return "\n".join([*lines, f"later saves take 1/{ratio:.0f} of DCP's time, the first takes {first:.2f} of it"])
+        peak = size(row["peak"]) if row["peak"] else ""
+        lines.append(f"{name:<24}{ms(row['seconds']):>14}{row['received']:>18.0f}{row['sent']:>18.0f}{peak:>18}")
+    if "dcp, every save" in rows:
+        theirs = rows["dcp, every save"]["seconds"]
+        later, first = (theirs / rows[f"aiodcp, {which}"]["seconds"] for which in ("later saves", "first save"))
+        lines.append(f"later saves take 1/{later:.0f} of DCP's time, the first 1/{first:.0f}")
+    else:
+        lines.append(f"DCP's planner is measured up to {MOST_FOR_DCP} ranks")
+    return "\n".join(lines)
