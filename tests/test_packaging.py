@@ -40,7 +40,7 @@ def test_its_metadata_names_the_command_the_license_and_few_dependencies(wheel: 
     required = [
         line.split()[1] for line in metadata.splitlines() if line.startswith("Requires-Dist") and ";" not in line
     ]
-    assert [each.split(">")[0] for each in required] == ["aiofiles", "anyio", "tenacity", "torch"]
+    assert [each.split(">")[0] for each in required] == ["aiofiles", "anyio", "numpy", "tenacity", "torch"]
     assert "](examples/" not in metadata  # relative links are dead where this is rendered
 
 

@@ -10,40 +10,51 @@ import torch
 from .channel import Channel
 
 
-async def gather_bytes(channel: Channel, data: bytes) -> list[bytes]:
-    lengths = await channel.gather(torch.tensor([len(data)], dtype=torch.int64))
-    longest = lengths.max().reshape(1) if lengths is not None else torch.zeros(1, dtype=torch.int64)
-    await channel.broadcast(longest)
-    row = torch.zeros(max(int(longest), 1), dtype=torch.uint8)
-    row[: len(data)] = _tensor_of(data)
-    table = await channel.gather(row)
-    if table is None or lengths is None:
-        return []
-    return [_bytes_of(table[rank, : int(lengths[rank])]) for rank in range(channel.size)]
+async def gather_bytes(channel: Channel, data: bytes, longest: int | None = None) -> list[bytes]:
+    """Collect each rank's bytes at the root; in one message if they have agreed on how long the longest are."""
+    if longest is None:
+        lengths = await channel.gather(torch.tensor([len(data)], dtype=torch.int64))
+        agreed = lengths.max().reshape(1) if lengths is not None else torch.zeros(1, dtype=torch.int64)
+        await channel.broadcast(agreed)
+        longest = int(agreed)
+    table = await channel.gather(_padded(data, longest))
+    return [] if table is None else [_data_of(table[rank]) for rank in range(channel.size)]
 
 
 async def scatter_bytes(channel: Channel, parts: Sequence[bytes], longest: int) -> bytes:
     """Give each rank its part of the root's `parts`, of which none is longer than `longest`."""
-    lengths = torch.tensor([[len(part)] for part in parts], dtype=torch.int64) if parts else None
-    length = torch.zeros(1, dtype=torch.int64)
-    await channel.scatter(lengths, length)
-    table = None
-    if parts:
-        table = torch.zeros(channel.size, longest, dtype=torch.uint8)
-        for rank, part in enumerate(parts):
-            table[rank, : len(part)] = _tensor_of(part)
-    row = torch.zeros(longest, dtype=torch.uint8)
+    table = torch.stack([_padded(part, longest) for part in parts]) if parts else None
+    row = torch.zeros(_LENGTH_NBYTES + longest, dtype=torch.uint8)
     await channel.scatter(table, row)
-    return _bytes_of(row[: int(length)])
+    return _data_of(row)
 
 
-async def broadcast_bytes(channel: Channel, data: bytes) -> bytes:
-    length = torch.tensor([len(data)], dtype=torch.int64)
-    await channel.broadcast(length)
-    row = _tensor_of(data) if channel.rank == channel.root else torch.zeros(int(length), dtype=torch.uint8)
+async def broadcast_bytes(channel: Channel, data: bytes, length: int | None = None) -> bytes:
+    """Give every rank the root's bytes: if their number is agreed, in one message."""
+    if length is None:
+        own = torch.tensor([len(data)], dtype=torch.int64)
+        await channel.broadcast(own)
+        length = int(own)
+    row = _tensor_of(data) if channel.rank == channel.root else torch.zeros(length, dtype=torch.uint8)
     if length:
         await channel.broadcast(row)
     return _bytes_of(row)
+
+
+_LENGTH_NBYTES = 8
+
+
+def _padded(data: bytes, longest: int) -> torch.Tensor:
+    """Return bytes as a row that says how many there are."""
+    row = torch.zeros(_LENGTH_NBYTES + longest, dtype=torch.uint8)
+    row[:_LENGTH_NBYTES] = _tensor_of(len(data).to_bytes(_LENGTH_NBYTES, "little"))
+    row[_LENGTH_NBYTES : _LENGTH_NBYTES + len(data)] = _tensor_of(data)
+    return row
+
+
+def _data_of(row: torch.Tensor) -> bytes:
+    nbytes = int.from_bytes(_bytes_of(row[:_LENGTH_NBYTES]), "little")
+    return _bytes_of(row[_LENGTH_NBYTES : _LENGTH_NBYTES + nbytes])
 
 
 def _tensor_of(data: bytes) -> torch.Tensor:

@@ -354,21 +354,33 @@ class Operation:
 
     # --- bytes: these raise RankError when the channel breaks.
 
-    async def gather(self, data: bytes) -> list[bytes]:
-        """Collect each rank's bytes at the coordinator, by position; an empty list elsewhere."""
+    async def gather(self, data: bytes, longest: int | None = None) -> list[bytes]:
+        """Collect each rank's bytes at the coordinator, by position; an empty list elsewhere.
+
+        Args:
+            data: this rank's.
+            longest: how many bytes any rank has at most, if they have agreed on that; it saves a round.
+        """
         channel = self._channel
         if channel is None:
             return [data]
-        await self._meet(channel, "gather", len(data))
+        if longest is None:
+            longest = await self._meet(channel, "gather", len(data))
         with self._breaks_reported(channel):
-            return await gather_bytes(channel, data)
+            return await gather_bytes(channel, data, longest)
 
-    async def scatter(self, parts: Sequence[bytes]) -> bytes:
-        """Give each rank its part of the coordinator's `parts`, which no other rank sees."""
+    async def scatter(self, parts: Sequence[bytes], longest: int | None = None) -> bytes:
+        """Give each rank its part of the coordinator's `parts`, which no other rank sees.
+
+        Args:
+            parts: by position; empty elsewhere.
+            longest: how many bytes a part has at most, if the ranks have agreed on that; it saves a round.
+        """
         channel = self._channel
         if channel is None:
             return parts[0]
-        longest = max(1, await self._meet(channel, "scatter", max(map(len, parts), default=0)))
+        if longest is None:
+            longest = await self._meet(channel, "scatter", max(map(len, parts), default=0))
         with self._breaks_reported(channel):
             return await scatter_bytes(channel, parts, longest)
 
@@ -377,6 +389,6 @@ class Operation:
         channel = self._channel
         if channel is None:
             return data
-        await self._meet(channel, "broadcast", len(data))
+        length = await self._meet(channel, "broadcast", len(data) if self.is_coordinator else 0)
         with self._breaks_reported(channel):
-            return await broadcast_bytes(channel, data)
+            return await broadcast_bytes(channel, data, length)

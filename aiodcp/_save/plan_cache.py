@@ -7,14 +7,16 @@ import pickle
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch.distributed.checkpoint.planner as dcp
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from .._distributed.operation import Operation
+from .._distributed.votes import Row
 from .._engine.gc_pause import gc_paused
 from .._engine.threads import Threads, in_thread
 from .._format.arrays import Array
@@ -35,6 +37,8 @@ log = SafeLogger(__name__)
 
 
 WARNED_NAMES = 8  # named in one warning
+
+RANGE_NBYTES = 16  # by which a rank says where a frozen value lies
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,8 +101,11 @@ class PlanCache:
             return await in_thread(self._threads.compute, plan_all)
 
         self._made += 1
-        planned, (number, *_) = await operation.run_phase(
-            "plan", plan_globally, propose=lambda _: [self._made], agree=lambda table: [max(row[0] for row in table)]
+        planned, (number, longest, *_) = await operation.run_phase(
+            "plan",
+            plan_globally,
+            propose=lambda planned: [self._made, max(map(len, planned[2])) if planned else 0],
+            agree=lambda table: [max(row[0] for row in table), max(row[1] for row in table)],
         )
         self._made = number
         share, manifest, joined, sharing = None, None, None, None
@@ -108,7 +115,7 @@ class PlanCache:
             sharing, mine = plan.sharing, parts[operation.rank]
             joined = None if name is None else plan
         if not is_alone:
-            mine = await operation.scatter(parts if planned is not None else [])
+            mine = await operation.scatter(parts if planned is not None else [], longest)
 
         async def finish() -> CachedPlan:
             if planner is None:
@@ -130,22 +137,29 @@ class PlanCache:
         self, operation: Operation, captured: Capture, piece_nbytes: int | None, *, as_tables: bool
     ) -> tuple[LocalMessage, list[bytes]]:
         """Plan this rank's part; return that, and on the coordinator what all ranks have sent of theirs."""
-        is_sent_as_table = as_tables and operation.size > 1
+        form: Form = "none" if operation.size == 1 else "table" if as_tables else "pickle"
 
         async def plan_here() -> LocalMessage:
-            return await in_thread(self._threads.compute, _plan_here, captured, piece_nbytes, is_sent_as_table)
+            return await in_thread(self._threads.compute, _plan_here, captured, piece_nbytes, form)
 
-        own, (known, *_) = await operation.run_phase(
+        def agree(table: list[Row]) -> Row:
+            known = table[operation.rank][0]  # of the coordinator's table, which nobody else need send
+            longest = max(
+                whole if rank == operation.rank or digest != known else without
+                for rank, (digest, whole, without, *_) in enumerate(table)
+            )
+            return [known, longest]
+
+        own, (known, longest, *_) = await operation.run_phase(
             "plan",
             plan_here,
-            propose=lambda planned: [planned.digest],
-            agree=lambda table: [table[operation.rank][0]],  # of the coordinator's table, which nobody else need send
+            propose=lambda planned: [planned.digest, len(planned.whole), len(planned.without_table)],
+            agree=agree,
         )
         if operation.size == 1:
             return own, []
-        with_table = operation.is_coordinator or own.digest != known
-        message = await in_thread(self._threads.compute, own.pack, with_table)
-        return own, await operation.gather(message)
+        is_whole = operation.is_coordinator or own.digest != known
+        return own, await operation.gather(own.whole if is_whole else own.without_table, longest)
 
     async def compare(self, operation: Operation, cached: CachedPlan, policy: OnDisagreement) -> None:
         """Find the names on which the ranks disagree, and say so, once a name.
@@ -173,10 +187,19 @@ class PlanCache:
         for each in [cached, *(each for kept in self._kept.values() for each in kept)]:
             each.plan.comparison.exclude(self._disagreed)
 
-    async def share_frozen_ranges(self, operation: Operation, cached: CachedPlan, ranges: list[ByteRange]) -> None:
-        """Send the coordinator where the frozen values lie, which only changes when one of them grows or shrinks."""
+    async def share_frozen_ranges(
+        self, operation: Operation, cached: CachedPlan, ranges: list[ByteRange], longest: int
+    ) -> None:
+        """Send the coordinator where the frozen values lie, which only changes when one of them grows or shrinks.
+
+        Args:
+            operation: the ranks.
+            cached: the plan.
+            ranges: where this rank's lie.
+            longest: bytes by which a rank says so, at most.
+        """
         flat = [number for item in ranges for number in (item.offset, item.nbytes)]
-        for rank, data in enumerate(await operation.gather(struct.pack(f"<{len(flat)}q", *flat))):
+        for rank, data in enumerate(await operation.gather(struct.pack(f"<{len(flat)}q", *flat), longest)):
             numbers = struct.iter_unpack("<qq", data)
             cached.frozen_ranges[rank] = [ByteRange(offset=offset, nbytes=nbytes) for offset, nbytes in numbers]
         cached.frozen_ranges[operation.rank] = ranges
@@ -225,31 +248,42 @@ class LocalMessage:
         local: the plan.
         table: what it has in common with other ranks, as text; empty if there are none, or the caller's own planner is
             to see the plan itself.
-        places: where its parts lie.
         digest: of the table.
+        whole: what the coordinator needs of the plan.
+        without_table: the same, if it knows the table.
     """
 
     local: LocalPlan
     table: bytes = b""
-    places: Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     digest: int = 0
-
-    def pack(self, with_table: bool) -> bytes:
-        """Return what the coordinator needs of it."""
-        return pack_message(self.table if with_table else b"", self.places) if self.table else pickle.dumps(self.local)
+    whole: bytes = b""
+    without_table: bytes = b""
 
 
-def _plan_here(captured: Capture, piece_nbytes: int | None, is_sent_as_table: bool) -> LocalMessage:
+def _plan_here(captured: Capture, piece_nbytes: int | None, form: Form) -> LocalMessage:
     with _planning_errors(), gc_paused():
-        return message_of(plan_local(captured, piece_nbytes), is_table=is_sent_as_table)
+        return message_of(plan_local(captured, piece_nbytes), form)
 
 
-def message_of(local: LocalPlan, *, is_table: bool) -> LocalMessage:
-    """Return a rank's plan with what is sent of it as a table, if it is sent as one."""
-    if not is_table:
+Form = Literal["table", "pickle", "none"]
+"""In which form a plan is sent: as a table, pickled for the caller's own planner, or not at all."""
+
+
+def message_of(local: LocalPlan, form: Form) -> LocalMessage:
+    """Return a rank's plan with what is sent of it."""
+    if form == "none":
         return LocalMessage(local=local)
-    table = StateTable.of(local).pack()
-    return LocalMessage(local=local, table=table, places=places_of(local), digest=digest_of(table))
+    if form == "pickle":
+        pickled = pickle.dumps(local)
+        return LocalMessage(local=local, whole=pickled, without_table=pickled)
+    table, places = StateTable.of(local).pack(), places_of(local)
+    return LocalMessage(
+        local=local,
+        table=table,
+        digest=digest_of(table),
+        whole=pack_message(table, places),
+        without_table=pack_message(b"", places),
+    )
 
 
 def plan_for_all(

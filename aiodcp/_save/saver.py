@@ -39,7 +39,7 @@ from .commit import (
 from .manifest import ByteRange, ManifestTemplate, names_of
 from .parts import PartExchange, PartTicket, join
 from .pipeline import WritePipeline
-from .plan_cache import CachedPlan, PlanCache
+from .plan_cache import RANGE_NBYTES, CachedPlan, PlanCache
 from .request import PartRequest, SaveJob, WrittenPart
 from .sharing import OnDisagreement
 from .start_agreement import (
@@ -394,7 +394,9 @@ class Saver:
 
         def propose(written: tuple[list[ByteRange], int, int]) -> Row:
             is_moved = cached.frozen_ranges.get(operation.rank) != written[0]
-            return WriteProposal(is_moved=is_moved, digest=written[1], table_crc=written[2]).to_row()
+            nbytes = RANGE_NBYTES * len(written[0])
+            row = WriteProposal(is_moved=is_moved, digest=written[1], table_crc=written[2], ranges_nbytes=nbytes)
+            return row.to_row()
 
         def settle(table: list[Row]) -> Row:
             agreed, tables[:] = agree_on_write(table)
@@ -403,7 +405,7 @@ class Saver:
         (ranges, _, _), row = await operation.run_phase("write", lambda: write(cached), propose=propose, agree=settle)
         agreed = WriteAgreed.from_row(row)
         if agreed.is_moved:
-            await self._plans.share_frozen_ranges(operation, cached, ranges)
+            await self._plans.share_frozen_ranges(operation, cached, ranges, agreed.ranges_nbytes)
         if compares and agreed.differs:
             await self._plans.compare(operation, cached, self._on_disagreement)
         job.timeline.add("vote", voting)

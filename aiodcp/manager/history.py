@@ -112,7 +112,11 @@ class History:
                     await self._remove_old(place)
                 await self._storage.put(place, self._name, data)
         except OSError as error:  # a TimeoutError is one
-            log.warning("%s: the history of saves cannot be kept: %s", self._storage.describe(place, self._name), error)
+            path, why = (
+                self._storage.describe(place, self._name),
+                str(error) or f"not written within {WRITE_TIMEOUT_S:g} s",
+            )
+            log.warning("%s: the history of saves cannot be kept: %s", path, why)
 
     async def _remove_old(self, place: str) -> None:
         for name in _names(await self._storage.list_files(place))[: 1 - KEPT_FILES]:

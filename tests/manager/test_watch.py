@@ -81,7 +81,8 @@ async def test_a_save_that_is_not_committed_is_not_seen(faulty: FaultyStorage) -
         loop.call_soon_threadsafe(begun.set)
         await asyncio.to_thread(lambda: asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30))
 
-    async with _manager("run", faulty) as manager, aclosing(watch("run", storage=faulty, poll_s=0.02)) as steps:
+    manager_of_run = _manager("run", faulty, history=False)
+    async with manager_of_run as manager, aclosing(watch("run", storage=faulty, poll_s=0.02)) as steps:
         await _save(manager, 1)
         assert await _take(steps, 1) == [1]
         puts = 0

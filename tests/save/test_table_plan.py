@@ -82,8 +82,9 @@ def local_of(items: Sequence[WriteItem], *, piece_nbytes: int | None = None, **m
 
 def plan(locals_: Sequence[LocalPlan]) -> TablePlan:
     """Plan as the coordinator does, from what the ranks send."""
-    messages = [message_of(local, is_table=len(locals_) > 1) for local in locals_]
-    sent = [each.pack(number == 0 or each.digest != messages[0].digest) for number, each in enumerate(messages)]
+    messages = [message_of(local, "table" if len(locals_) > 1 else "none") for local in locals_]
+    known = messages[0].digest
+    sent = [each.whole if n == 0 or each.digest != known else each.without_table for n, each in enumerate(messages)]
     planned, _, _ = plan_for_all(sent, messages[0], None, 0)
     assert isinstance(planned, TablePlan)
     return planned
@@ -349,11 +350,11 @@ def test_what_ranks_send_is_small_and_the_table_is_sent_once() -> None:
         local_of([tensor(f"layers.{n}.weight", [8 * ranks, 64], [8 * rank, 0], [8, 64]) for n in range(500)])
         for rank in range(ranks)
     ]
-    messages: list[LocalMessage] = [message_of(local, is_table=True) for local in locals_]
+    messages: list[LocalMessage] = [message_of(local, "table") for local in locals_]
     assert len({message.digest for message in messages}) == 1
-    assert max(len(message.pack(False)) for message in messages) < 1024
-    assert len(messages[0].pack(True)) < 16 << 10
-    sent = [message.pack(rank == 0) for rank, message in enumerate(messages)]
+    assert max(len(message.without_table) for message in messages) < 1024
+    assert len(messages[0].whole) < 16 << 10
+    sent = [message.whole if rank == 0 else message.without_table for rank, message in enumerate(messages)]
     _, _, parts = plan_for_all(sent, messages[0], None, 0)
     assert max(map(len, parts)) < 4096
 

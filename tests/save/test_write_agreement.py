@@ -9,15 +9,18 @@ from aiodcp._save.write_agreement import WriteAgreed, WriteProposal, agree_on_wr
 
 
 def rows(*proposals: tuple[bool, int, int]) -> list[list[int]]:
-    return [WriteProposal(is_moved=moved, digest=digest, table_crc=crc).to_row() for moved, digest, crc in proposals]
+    return [
+        WriteProposal(is_moved=moved, digest=digest, table_crc=crc, ranges_nbytes=crc).to_row()
+        for moved, digest, crc in proposals
+    ]
 
 
 @pytest.mark.parametrize(
     ("moved", "digests", "agreed"),
     [
-        ([False, False], [5, -5], WriteAgreed(is_moved=False, differs=False)),
-        ([False, True], [5, -5], WriteAgreed(is_moved=True, differs=False)),
-        ([False, False], [5, -4], WriteAgreed(is_moved=False, differs=True)),
+        ([False, False], [5, -5], WriteAgreed(is_moved=False, differs=False, ranges_nbytes=8)),
+        ([False, True], [5, -5], WriteAgreed(is_moved=True, differs=False, ranges_nbytes=8)),
+        ([False, False], [5, -4], WriteAgreed(is_moved=False, differs=True, ranges_nbytes=8)),
     ],
 )
 def test_one_rank_suffices_to_move_or_to_differ(moved: list[bool], digests: list[int], agreed: WriteAgreed) -> None:

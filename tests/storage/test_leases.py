@@ -163,7 +163,7 @@ async def test_a_manager_leaves_no_lease_and_hides_its_own(s3: S3Server) -> None
         await (await manager.save(1, {"w": torch.ones(1)})).uploaded
         assert any(INTERNAL_DIRECTORY in key for key in s3.keys(url))
         assert await s3.storage().list_children(url) == ["step-1"]
-    assert not any(INTERNAL_DIRECTORY in key for key in s3.keys(url))
+    assert not any("lease" in key for key in s3.keys(url))
 
 
 async def test_leftovers_of_a_process_elsewhere_are_removed_once_its_lease_is_old(
@@ -186,4 +186,4 @@ async def test_leftovers_of_a_process_elsewhere_are_removed_once_its_lease_is_ol
             await (await manager.save(1, {"w": torch.ones(1)})).uploaded
         assert not await _is_exclusive(s3.storage(), url)  # the manager holds the root again
     assert [event.step for event in events if isinstance(event, LeftoverRemoved)] == [7]
-    assert not any(INTERNAL_DIRECTORY in key for key in s3.keys(url))
+    assert not any("lease" in key for key in s3.keys(url))

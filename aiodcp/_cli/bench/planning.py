@@ -75,9 +75,9 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
         paths: dict[str, KeyPath] = {item.index.fqn: tuple(item.index.fqn.split(".")) for item in items}
         sources = list(range(len(items)))
         local = LocalPlan(items=items, sources=sources, frozen=set(), paths=paths)
-        message = message_of(local, is_table=True)
+        message = message_of(local, "table")
         mine = message if rank == 0 else mine
-        ours.append(message.pack(rank == 0 or message.digest != mine.digest))
+        ours.append(message.whole if rank == 0 or message.digest != mine.digest else message.without_table)
         if ranks <= MOST_FOR_DCP:
             theirs.append(pickle.dumps(dcp.SavePlan(items, planner_data=paths)))
     before = _peak_nbytes()
@@ -86,7 +86,7 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
     assert manifest is not None
     proposals: tuple[Row, ...] = (
         SaveProposal(plans=[1], id_digest=7, save_id=SAVE_ID, has_planner=False, on_disagreement="warn").to_row(),
-        WriteProposal(is_moved=False, digest=0, table_crc=7).to_row(),
+        WriteProposal(is_moved=False, digest=0, table_crc=7, ranges_nbytes=0).to_row(),
         [],
     )
     heartbeats = [_heartbeats(proposal, ranks) for proposal in proposals]
