@@ -10,10 +10,12 @@ import torch
 
 from .._format.arrays import Array, Flags
 from .._format.chunks import grid_makes_up, is_whole
-from .._format.dcp import ChunkStorageMetadata, TensorStorageMetadata
+from .._format.dcp import ChunkStorageMetadata, KeyPath, TensorStorageMetadata
+from .._format.extension import Containers
+from .._state.per_rank import per_rank_key
 from ..errors import CaptureError
 from .plan import FROZEN_NBYTES
-from .state_table import Spec, StateTable
+from .state_table import OWN, Spec, StateTable, containers_with, put_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,47 @@ class RankGroup:
     table: StateTable
     ranks: Array
     places: Array
+
+    def number_names(self, index: dict[str, int]) -> Array:
+        """Number the names of all values, and return those of the items: a row, or if they differ one for each rank."""
+        table = self.table
+        keys = [per_rank_key(rank) for rank in self.ranks.tolist()] if table.has_own else [OWN]
+        own = [fqn for fqn in table.paths if OWN in fqn]
+        for fqn in table.paths:
+            index.setdefault(fqn.replace(OWN, keys[0]), len(index))
+        for key in keys[1:]:
+            for fqn in own:
+                index.setdefault(fqn.replace(OWN, key), len(index))
+        first = np.array(
+            [index.setdefault(fqn.replace(OWN, keys[0]), len(index)) for fqn in table.fqns], dtype=np.int64
+        ).reshape(1, -1)
+        if not own:
+            return first
+        rows = np.repeat(first, len(keys), axis=0)
+        for item, fqn in enumerate(table.fqns):
+            if OWN in fqn:
+                rows[:, item] = [index[fqn.replace(OWN, key)] for key in keys]
+        return rows
+
+    def all_paths(self) -> dict[str, KeyPath]:
+        """Return the keys that lead to the values of all these ranks, by name."""
+        paths: dict[str, KeyPath] = {}
+        for fqn, path in self.table.paths.items():
+            if OWN not in fqn:
+                paths[fqn] = path
+                continue
+            for key in map(per_rank_key, self.ranks.tolist()):
+                paths[fqn.replace(OWN, key)] = put_key(path, OWN, key)
+        return paths
+
+    def all_containers(self) -> Containers:
+        """Return what names do not say of the containers of all these ranks."""
+        found = self.table.containers
+        if not self.table.has_own:
+            return found
+        all_ = [containers_with(found, OWN, per_rank_key(rank)) for rank in self.ranks.tolist()]
+        empty = dict.fromkeys(path for each in all_ for path in each.empty)
+        return Containers(list(empty), list(dict.fromkeys(path for each in all_ for path in each.int_keys)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,23 +112,25 @@ class Holdings:
         first_rank: dict[int, int] = {}
         columns = []
         for group in groups:
-            for fqn in group.table.paths:
-                index.setdefault(fqn, len(index))
-            columns.append(np.array([index.setdefault(fqn, len(index)) for fqn in group.table.fqns], dtype=np.int64))
+            columns.append(group.number_names(index))
             specs += [None] * (len(index) - len(specs))
-            for name, spec in zip(columns[-1].tolist(), group.table.specs, strict=True):
-                if name not in first_rank:
-                    first_rank[name], specs[name] = int(group.ranks[0]), spec
-                elif spec is not specs[name] and _words(spec) != _words(specs[name]):
-                    known, what = _words(specs[name]), _words(spec)
-                    raise CaptureError(
-                        group.table.fqns[columns[-1].tolist().index(name)],
-                        f"rank {first_rank[name]} has {known}, rank {int(group.ranks[0])} has {what}",
-                    )
+            items = list(range(len(group.table.specs)))
+            others = np.flatnonzero((columns[-1] != columns[-1][:1]).any(axis=0)).tolist()
+            # One row, if all have the same names; of the others only what differs.
+            for rank, row in zip(group.ranks.tolist(), columns[-1].tolist(), strict=False):
+                for item in items:
+                    name, spec = row[item], group.table.specs[item]
+                    if name not in first_rank:
+                        first_rank[name], specs[name] = rank, spec
+                    elif spec is not specs[name] and _words(spec) != _words(specs[name]):
+                        known, what = _words(specs[name]), _words(spec)
+                        problem = f"rank {first_rank[name]} has {known}, rank {rank} has {what}"
+                        raise CaptureError(list(index)[name], problem)
+                items = others
         size = sum(len(group.ranks) for group in groups)
         counts = np.zeros(size + 1, dtype=np.int64)
         for group, column in zip(groups, columns, strict=True):
-            counts[group.ranks + 1] = len(column)
+            counts[group.ranks + 1] = column.shape[1]
         starts = np.cumsum(counts)
         dimensions = max((len(spec.size) for spec in specs if spec is not None), default=0)
         total = int(starts[-1])
@@ -94,9 +139,9 @@ class Holdings:
         sizes = np.ones((total, dimensions), dtype=np.int64)
         frozen = np.zeros(total, dtype=np.bool_)
         for group, column in zip(groups, columns, strict=True):
-            rows = starts[group.ranks][:, None] + np.arange(len(column))
+            rows = starts[group.ranks][:, None] + np.arange(column.shape[1])
             ranks[rows] = group.ranks[:, None]
-            numbers[rows] = np.arange(len(column))
+            numbers[rows] = np.arange(column.shape[1])
             fqns[rows] = column
             frozen[rows] = np.array(group.table.frozen, dtype=np.bool_)
             _spread(group, rows, offsets, sizes)

@@ -140,7 +140,7 @@ class PlanCache:
         form: Form = "none" if operation.size == 1 else "table" if as_tables else "pickle"
 
         async def plan_here() -> LocalMessage:
-            return await in_thread(self._threads.compute, _plan_here, captured, piece_nbytes, form)
+            return await in_thread(self._threads.compute, _plan_here, captured, piece_nbytes, form, operation.rank)
 
         def agree(table: list[Row]) -> Row:
             known = table[operation.rank][0]  # of the coordinator's table, which nobody else need send
@@ -260,23 +260,23 @@ class LocalMessage:
     without_table: bytes = b""
 
 
-def _plan_here(captured: Capture, piece_nbytes: int | None, form: Form) -> LocalMessage:
+def _plan_here(captured: Capture, piece_nbytes: int | None, form: Form, rank: int) -> LocalMessage:
     with _planning_errors(), gc_paused():
-        return message_of(plan_local(captured, piece_nbytes), form)
+        return message_of(plan_local(captured, piece_nbytes), form, rank)
 
 
 Form = Literal["table", "pickle", "none"]
 """In which form a plan is sent: as a table, pickled for the caller's own planner, or not at all."""
 
 
-def message_of(local: LocalPlan, form: Form) -> LocalMessage:
+def message_of(local: LocalPlan, form: Form, rank: int) -> LocalMessage:
     """Return a rank's plan with what is sent of it."""
     if form == "none":
         return LocalMessage(local=local)
     if form == "pickle":
         pickled = pickle.dumps(local)
         return LocalMessage(local=local, whole=pickled, without_table=pickled)
-    table, places = StateTable.of(local).pack(), places_of(local)
+    table, places = StateTable.of(local, rank).pack(), places_of(local)
     return LocalMessage(
         local=local,
         table=table,
@@ -321,7 +321,7 @@ def _group(messages: Sequence[bytes], mine: LocalMessage) -> list[RankGroup]:
         places.setdefault(table or mine.table, []).append((rank, numbers))
     return [
         RankGroup(
-            table=StateTable.of(mine.local) if table == mine.table else StateTable.unpack(table),
+            table=StateTable.unpack(table),
             ranks=np.array([rank for rank, _ in rows], dtype=np.int64),
             places=np.stack([numbers for _, numbers in rows]),
         )

@@ -1,7 +1,8 @@
 """A rank's local plan as columns, to be sent: what all ranks of one program have in common, and what is its own.
 
 Ranks of one program hold the same names, shapes and placements, and differ in where in the tensors their parts lie. The
-*table* has the one, as text, so that equal ones are equal bytes; the *places* are the other: an array of numbers.
+*table* has the one, as text, so that equal ones are equal bytes; the *places* are the other: an array of numbers. Names
+of what is each rank's own differ in its number: in a table a sign stands for it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .._format.arrays import Array
 from .._format.dcp import KeyPath, TensorProperties
 from .._format.extension import Containers
 from .._format.outline import facts_of, properties_of
+from .._state.per_rank import per_rank_key
 from .plan import LocalPlan
 
 
@@ -50,7 +52,7 @@ class StateTable:
         specs: of the tensors; None for other values.
         frozen: whether it was frozen at capture.
         paths: by name, the keys that lead to it; also of what has no item here.
-        containers: what dotted names do not say of them.
+        containers: what dotted names do not say of them. In names and keys `OWN` stands for the key of a rank's own.
         piece_nbytes: of tensors in one file, at most; None where each rank has one file.
     """
 
@@ -62,17 +64,31 @@ class StateTable:
     piece_nbytes: int | None
 
     @classmethod
-    def of(cls, local: LocalPlan) -> StateTable:
-        """Return the table of a rank's own plan, as it is."""
+    def of(cls, local: LocalPlan, rank: int | None = None) -> StateTable:
+        """Return the table of a rank's own plan; with its number, if there are others, for what is its own."""
         specs: dict[int, Spec] = {}
+        paths, fqns = local.paths, [item.index.fqn for item in local.items]
+        containers = local.containers
+        if rank is not None and not any(OWN in fqn for fqn in paths):
+            key = per_rank_key(rank)
+            own = {fqn: put_key(path, key, OWN) for fqn, path in paths.items() if key in path}
+            names = {fqn: ".".join(map(str, path)) for fqn, path in own.items()}
+            paths = {names.get(fqn, fqn): own.get(fqn, path) for fqn, path in paths.items()}
+            fqns = [names.get(fqn, fqn) for fqn in fqns]
+            containers = containers_with(containers, key, OWN)
         return cls(
-            fqns=[item.index.fqn for item in local.items],
+            fqns=fqns,
             specs=[_spec_of(item, specs) for item in local.items],
             frozen=[number in local.frozen for number in range(len(local.items))],
-            paths=local.paths,
-            containers=local.containers,
+            paths=paths,
+            containers=containers,
             piece_nbytes=local.piece_nbytes,
         )
+
+    @property
+    def has_own(self) -> bool:
+        """Whether there is anything that is each rank's own."""
+        return any(OWN in fqn for fqn in self.paths) or self.containers != containers_with(self.containers, OWN, "")
 
     def pack(self) -> bytes:
         """Return it as text."""
@@ -115,6 +131,23 @@ class StateTable:
             ),
             piece_nbytes=found["piece_nbytes"],
         )
+
+
+OWN = "\0own"
+"""In names and keys of a table: what stands for the key of a rank's own."""
+
+
+def put_key(path: KeyPath, old: str, new: str) -> KeyPath:
+    """Return keys with another one in place of one."""
+    return tuple(new if each == old else each for each in path)
+
+
+def containers_with(containers: Containers, old: str, new: str) -> Containers:
+    """Return containers with another key in place of one."""
+    return Containers(
+        [put_key(path, old, new) for path in containers.empty],
+        [put_key(path, old, new) for path in containers.int_keys],
+    )
 
 
 def places_of(local: LocalPlan) -> Array:

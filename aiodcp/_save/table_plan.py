@@ -88,7 +88,7 @@ def plan_tables(groups: Sequence[RankGroup]) -> TablePlan:
     placed, pieces = _place(held, chunks, chunks.order[writers], piece_nbytes.pop())
     paths: dict[str, KeyPath] = {}
     for group in groups:
-        paths.update(group.table.paths)
+        paths.update(group.all_paths())
     return TablePlan(
         held=held,
         chunks=chunks,
@@ -111,8 +111,9 @@ def _by_rank(placed: Placed, size: int) -> list[Array]:
 def _join_containers(groups: Sequence[RankGroup], paths: dict[str, KeyPath]) -> Containers:
     """Join what all ranks say; what is empty on one rank need not be so on another."""
     filled = {path[:length] for path in paths.values() for length in range(1, len(path))}
-    empty = {path: None for group in groups for path in group.table.containers.empty if path not in filled}
-    int_keys = {path: None for group in groups for path in group.table.containers.int_keys}
+    known = [group.all_containers() for group in groups]
+    empty = {path: None for each in known for path in each.empty if path not in filled}
+    int_keys = {path: None for each in known for path in each.int_keys}
     return Containers(list(empty), list(int_keys))
 
 

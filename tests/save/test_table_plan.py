@@ -82,7 +82,7 @@ def local_of(items: Sequence[WriteItem], *, piece_nbytes: int | None = None, **m
 
 def plan(locals_: Sequence[LocalPlan]) -> TablePlan:
     """Plan as the coordinator does, from what the ranks send."""
-    messages = [message_of(local, "table" if len(locals_) > 1 else "none") for local in locals_]
+    messages = [message_of(local, "table" if len(locals_) > 1 else "none", rank) for rank, local in enumerate(locals_)]
     known = messages[0].digest
     sent = [each.whole if n == 0 or each.digest != known else each.without_table for n, each in enumerate(messages)]
     planned, _, _ = plan_for_all(sent, messages[0], None, 0)
@@ -286,6 +286,22 @@ def test_states_that_differ_by_rank_are_joined() -> None:
     check(locals_)
 
 
+def test_what_is_each_ranks_own_is_in_one_table() -> None:
+    def of_rank(rank: int, *, odd: bool = False) -> LocalPlan:
+        key = f"rank-{rank}"
+        items = [tensor("w", [6, 2], [rank, 0], [1, 2]), tensor(f"rng.{key}.cpu", [4]), value(f"rng.{key}.n")]
+        items += [value(f"data.{key}"), *([value("rank-2.odd")] if odd else [])]
+        return local_of(items, containers=Containers([("rng", key, "empty")], [("rng", key)]))
+
+    locals_ = [of_rank(rank) for rank in range(6)]
+    messages = [message_of(local, "table", rank) for rank, local in enumerate(locals_)]
+    assert len({message.digest for message in messages}) == 1
+    planned = check(locals_)
+    assert planned.containers.int_keys == [("rng", f"rank-{rank}") for rank in range(6)]
+    assert len(planned.containers.empty) == 6
+    check([of_rank(rank, odd=True) for rank in range(6)])  # a name that only looks like it
+
+
 def test_each_rank_writes_about_as_much() -> None:
     ranks = 8
     locals_ = [local_of([tensor(f"w{n}", [64 + n]) for n in range(200)]) for _ in range(ranks)]
@@ -350,7 +366,7 @@ def test_what_ranks_send_is_small_and_the_table_is_sent_once() -> None:
         local_of([tensor(f"layers.{n}.weight", [8 * ranks, 64], [8 * rank, 0], [8, 64]) for n in range(500)])
         for rank in range(ranks)
     ]
-    messages: list[LocalMessage] = [message_of(local, "table") for local in locals_]
+    messages: list[LocalMessage] = [message_of(local, "table", rank) for rank, local in enumerate(locals_)]
     assert len({message.digest for message in messages}) == 1
     assert max(len(message.without_table) for message in messages) < 1024
     assert len(messages[0].whole) < 16 << 10

@@ -75,7 +75,7 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
         paths: dict[str, KeyPath] = {item.index.fqn: tuple(item.index.fqn.split(".")) for item in items}
         sources = list(range(len(items)))
         local = LocalPlan(items=items, sources=sources, frozen=set(), paths=paths)
-        message = message_of(local, "table")
+        message = message_of(local, "table", rank)
         mine = message if rank == 0 else mine
         ours.append(message.whole if rank == 0 or message.digest != mine.digest else message.without_table)
         if ranks <= MOST_FOR_DCP:
