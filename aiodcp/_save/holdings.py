@@ -36,7 +36,7 @@ class RankGroup:
         """Number the names of all values, and return those of the items: a row, or if they differ one for each rank."""
         table = self.table
         keys = [per_rank_key(rank) for rank in self.ranks.tolist()] if table.has_own else [OWN]
-        own = [fqn for fqn in table.paths if OWN in fqn]
+        own = [fqn for fqn in table.paths if table.has_own and OWN in fqn]
         for fqn in table.paths:
             index.setdefault(fqn.replace(OWN, keys[0]), len(index))
         for key in keys[1:]:
@@ -49,7 +49,7 @@ class RankGroup:
             return first
         rows = np.repeat(first, len(keys), axis=0)
         for item, fqn in enumerate(table.fqns):
-            if OWN in fqn:
+            if table.has_own and OWN in fqn:
                 rows[:, item] = [index[fqn.replace(OWN, key)] for key in keys]
         return rows
 
@@ -57,7 +57,7 @@ class RankGroup:
         """Return the keys that lead to the values of all these ranks, by name."""
         paths: dict[str, KeyPath] = {}
         for fqn, path in self.table.paths.items():
-            if OWN not in fqn:
+            if not self.table.has_own or OWN not in fqn:
                 paths[fqn] = path
                 continue
             for key in map(per_rank_key, self.ranks.tolist()):

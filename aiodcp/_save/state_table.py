@@ -52,7 +52,8 @@ class StateTable:
         specs: of the tensors; None for other values.
         frozen: whether it was frozen at capture.
         paths: by name, the keys that lead to it; also of what has no item here.
-        containers: what dotted names do not say of them. In names and keys `OWN` stands for the key of a rank's own.
+        containers: what dotted names do not say of them.
+        has_own: whether `OWN` in names and keys stands for the key of a rank's own.
         piece_nbytes: of tensors in one file, at most; None where each rank has one file.
     """
 
@@ -62,16 +63,18 @@ class StateTable:
     paths: dict[str, KeyPath]
     containers: Containers
     piece_nbytes: int | None
+    has_own: bool = False
 
     @classmethod
     def of(cls, local: LocalPlan, rank: int | None = None) -> StateTable:
         """Return the table of a rank's own plan; with its number, if there are others, for what is its own."""
         specs: dict[int, Spec] = {}
         paths, fqns = local.paths, [item.index.fqn for item in local.items]
-        containers = local.containers
+        containers, has_own = local.containers, False
         if rank is not None and not any(OWN in fqn for fqn in paths):
             key = per_rank_key(rank)
             own = {fqn: put_key(path, key, OWN) for fqn, path in paths.items() if key in path}
+            has_own = bool(own) or containers != containers_with(containers, key, OWN)
             names = {fqn: ".".join(map(str, path)) for fqn, path in own.items()}
             paths = {names.get(fqn, fqn): own.get(fqn, path) for fqn, path in paths.items()}
             fqns = [names.get(fqn, fqn) for fqn in fqns]
@@ -83,12 +86,8 @@ class StateTable:
             paths=paths,
             containers=containers,
             piece_nbytes=local.piece_nbytes,
+            has_own=has_own,
         )
-
-    @property
-    def has_own(self) -> bool:
-        """Whether there is anything that is each rank's own."""
-        return any(OWN in fqn for fqn in self.paths) or self.containers != containers_with(self.containers, OWN, "")
 
     def pack(self) -> bytes:
         """Return it as text."""
@@ -111,6 +110,7 @@ class StateTable:
             "empty": self.containers.empty,
             "int_keys": self.containers.int_keys,
             "piece_nbytes": self.piece_nbytes,
+            "has_own": self.has_own,
         }
         return json.dumps(found, separators=(",", ":")).encode()
 
@@ -130,6 +130,7 @@ class StateTable:
                 [tuple(path) for path in found["empty"]], [tuple(path) for path in found["int_keys"]]
             ),
             piece_nbytes=found["piece_nbytes"],
+            has_own=found["has_own"],
         )
 
 

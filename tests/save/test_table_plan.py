@@ -300,6 +300,8 @@ def test_what_is_each_ranks_own_is_in_one_table() -> None:
     assert planned.containers.int_keys == [("rng", f"rank-{rank}") for rank in range(6)]
     assert len(planned.containers.empty) == 6
     check([of_rank(rank, odd=True) for rank in range(6)])  # a name that only looks like it
+    check([local_of([tensor("\0own", [2]), value("a.\0own.b")]) for _ in range(3)])
+    check([local_of([tensor("\0own", [2]), value("a.\0own.b")])])
 
 
 def test_each_rank_writes_about_as_much() -> None:
