@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -67,6 +68,9 @@ def _ensure_descriptors(count: int) -> None:
     log.debug("raised RLIMIT_NOFILE from %d to %d", soft, needed)
 
 
+KNOWN_ROUND_TRIPS = 16
+
+
 class ChannelBrokenError(Exception):
     """The channel broke.
 
@@ -89,6 +93,7 @@ class Channel:
         members: their ranks in the world, by position.
         timeout_s: seconds after which a rank that does not answer breaks the channel.
         nbytes: bytes that went through this end since it was made.
+        messages: that this end has sent or received: gathers, broadcasts, scatters.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, root: int, timeout_s: float) -> None:
@@ -98,6 +103,8 @@ class Channel:
         self.members: list[int] = dist.get_process_group_ranks(group)
         self.timeout_s = timeout_s
         self.nbytes: int = 0
+        self.messages: int = 0
+        self._round_trips: deque[float] = deque(maxlen=KNOWN_ROUND_TRIPS)
         self._world: dist.ProcessGroup = group
         self._store: Any = None  # a PrefixStore, of which torch types the constructor only
         self._generation = 0
@@ -107,6 +114,15 @@ class Channel:
     def store(self) -> Any:
         """The store that the ranks share, once they are connected; under names that no other channel has."""
         return self._store
+
+    @property
+    def round_trip_s(self) -> float:
+        """How long a round trip takes when nobody has to be waited for: the shortest of the last ones."""
+        return min(self._round_trips, default=0.0)
+
+    def note_round_trip(self, seconds: float) -> None:
+        """Note how long a gather and a broadcast took."""
+        self._round_trips.append(seconds)
 
     async def connect(self) -> Any:
         """Connect with all others, if that is not done yet, and return the group.
@@ -192,6 +208,7 @@ class Channel:
         await self._finish(group.scatter, ([row], rows, options))
 
     async def _finish(self, collective: Any, arguments: tuple[Any, ...]) -> None:
+        self.messages += 1
         finished = Signal()
         try:
             work = collective(*arguments)

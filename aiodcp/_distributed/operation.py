@@ -15,6 +15,7 @@ and `broadcast`. With one rank all of this is nothing but the work itself.
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -247,7 +248,7 @@ class Operation:
         self._doing = phase
         self._step += 1
         vote = PhaseVote(channel.timeout_s, agree)
-        heartbeat_s = FIRST_HEARTBEAT_S
+        heartbeat_s = max(FIRST_HEARTBEAT_S, channel.round_trip_s)  # over a slow link work is done sooner than heard of
         while True:
             with anyio.move_on_after(heartbeat_s):
                 await work.finished.wait()
@@ -274,6 +275,7 @@ class Operation:
         """Report this rank's state and proposal; return the decision and what is agreed, unless it is a failure."""
         doing = zlib.crc32(step.encode())
         row = torch.tensor([self._number, self._kind, self._step, doing, state, *padded(proposal)], dtype=torch.int64)
+        began = time.perf_counter()
         with self._breaks_reported(channel, error):
             table = await channel.gather(row)
             heard = torch.zeros(2 + PROPOSAL_LENGTH, dtype=torch.int64)
@@ -281,6 +283,7 @@ class Operation:
                 decision, *agreed = vote.decide(table.tolist())
                 heard = torch.tensor([decision, self._skipped(is_final(decision, last)), *agreed], dtype=torch.int64)
             await channel.broadcast(heard)
+        channel.note_round_trip(time.perf_counter() - began)
         decision, skipped, *agreed = heard.tolist()
         if not self.is_coordinator and self._skips:
             self._skips.hear(skipped)

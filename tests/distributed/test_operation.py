@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from aiodcp import Checkpointer, CheckpointError, RankError
+from aiodcp import Checkpointer, CheckpointError, LocalStorage, RankError
+from aiodcp._distributed.channel import Channel
 from aiodcp._save import plan_cache
 from aiodcp._save.staging import Staging
+from aiodcp.checkpointer.checkpointer import session_of
 from aiodcp.testing import Gate
 
 from ..support.broken_files import BrokenFiles
@@ -46,6 +50,46 @@ def test_replicated_state_is_saved_once(world: World, tmp_path: Path, size: int)
     names = world.run(size, _save_and_load, tmp_path / "ckpt")[0]
     assert names[0] == ".metadata"
     assert len(names) == 1 + size
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.04])
+def test_a_later_save_takes_three_round_trips_over_any_link(world: World, tmp_path: Path, delay_s: float) -> None:
+    for counted in world.run(2, _count_messages, tmp_path, delay_s):
+        assert min(counted) == 6  # a gather and a broadcast each: captured, written, committed
+        assert max(counted[1:]) <= 8  # what took longer than a round trip
+
+
+def _count_messages(rank: int, size: int, folder: Path, delay_s: float) -> list[int]:
+    """Return how many messages each save after the first took, if each took so long."""
+
+    class Slow(LocalStorage):
+        @asynccontextmanager
+        async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[Any]:
+            async with super().create(checkpoint_id, name) as writer:
+                yield writer
+                await asyncio.sleep(delay_s)
+
+    async def main() -> list[int]:
+        real, counted = Channel._finish, []
+
+        async def slow(self: Channel, collective: Any, arguments: tuple[Any, ...]) -> None:
+            await asyncio.sleep(delay_s)
+            await real(self, collective, arguments)
+
+        async with Checkpointer(storage=Slow()) as checkpointer:
+            state = {"w": torch.zeros(1000), "n": 3}
+            await (await checkpointer.save(state, folder / "0")).uploaded
+            channel = session_of(checkpointer).flows.channel
+            assert channel is not None
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Channel, "_finish", slow)
+                for number in range(25):
+                    before = channel.messages
+                    await (await checkpointer.save(state, folder / str(number))).uploaded
+                    counted.append(channel.messages - before)
+        return counted[20:]
+
+    return asyncio.run(main())
 
 
 class UnpicklableError(Exception):

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from ...checkpointer.checkpointer import session_of
 from .measure import time_save
 from .systems import Aiodcp, Dcp, Waiter
 from .tables import median_row, ms
@@ -35,7 +36,7 @@ TENSORS = 64
 
 @dataclass(slots=True, kw_only=True)
 class RankCost:
-    """Of one save on one rank: seconds, and bytes."""
+    """Of one save on one rank: seconds, bytes, and messages between ranks (of DCP they are not known)."""
 
     held_s: float
     staged_s: float
@@ -43,10 +44,15 @@ class RankCost:
     cpu_s: float
     staged_nbytes: int
     written_nbytes: int
+    messages: int
 
 
 class RankAiodcp(Aiodcp):
-    """This library, which says what this rank has staged."""
+    """This library, which says what this rank has staged, and how many messages it has exchanged."""
+
+    def messages(self) -> int:
+        channel = session_of(self.opened).flows.channel if self.opened is not None else None
+        return channel.messages if channel is not None else 0
 
     def staged_nbytes(self) -> int:
         assert self.last is not None
@@ -87,6 +93,9 @@ class RankDcp(Dcp):
     def staged_nbytes(self) -> int:
         return self._stager.nbytes
 
+    def messages(self) -> int:
+        return 0
+
     async def close(self) -> None:
         self._stager.close()
 
@@ -116,7 +125,9 @@ async def _measure(state: Mapping[str, Any], folder: Path, repeat: int) -> dict[
             path = folder / f"{name}-{round_}"
             gc.collect()
             dist.barrier()
+            before = system.messages()
             row = await time_save(system, dict(state), str(path))
+            messages = system.messages() - before
             written = sum(file.stat().st_size for file in path.glob(f"__{dist.get_rank()}_*.distcp"))
             dist.barrier()
             if dist.get_rank() == 0:
@@ -131,6 +142,7 @@ async def _measure(state: Mapping[str, Any], folder: Path, repeat: int) -> dict[
                         cpu_s=row.cpu_s,
                         staged_nbytes=system.staged_nbytes(),
                         written_nbytes=written,
+                        messages=messages,
                     )
                 )
     for system in systems.values():
@@ -184,16 +196,17 @@ def _whole_nbytes(value: torch.Tensor) -> int:
 def format_result(result: Mapping[str, Any]) -> str:
     """Return the table of one state as text: a line a rank, and for all the slowest rank's seconds and summed bytes."""
     title = f"{result['state']}: {result['nbytes'] / (1 << 20):.0f} MiB in {TENSORS} tensors"
-    heads = ("held", "staged", "durable", "CPU", "bytes staged", "written", "staged / one copy")
+    heads = ("held", "staged", "durable", "CPU", "bytes staged", "written", "messages", "staged / one copy")
     lines = ["", title, "-" * len(title), f"{'':<24}" + "".join(f"{head:>18}" for head in heads)]
     for name in result["ranks"][0]:
         rows = [rank[name] for rank in result["ranks"]]
         times = ("held_s", "staged_s", "durable_s", "cpu_s")
-        total = {key: max(row[key] for row in rows) for key in times}
+        total = {key: max(row[key] for row in rows) for key in (*times, "messages")}
         total |= {key: sum(row[key] for row in rows) for key in ("staged_nbytes", "written_nbytes")}
         for label, row in (*((f"rank {rank}", row) for rank, row in enumerate(rows)), ("all", total)):
             cells = [ms(row[key]) for key in times]
             cells += [f"{row[key] / (1 << 20):.1f} MiB" for key in ("staged_nbytes", "written_nbytes")]
+            cells.append(f"{row['messages']:.0f}" if row["messages"] else "")
             cells.append(f"{row['staged_nbytes'] / result['nbytes']:.2f}x")
             lines.append(f"{name + ' ' + label:<24}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)

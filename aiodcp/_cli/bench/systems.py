@@ -41,18 +41,19 @@ class Aiodcp:
 
     Attributes:
         last: the last save.
+        opened: its `Checkpointer`, once it is entered.
     """
 
     def __init__(self) -> None:
         self._stack = AsyncExitStack()
-        self._checkpointer: Checkpointer | None = None
+        self.opened: Checkpointer | None = None
         self.last: Checkpoint | None = None
 
     async def open(self) -> Checkpointer:
         """Return its `Checkpointer`, entered."""
-        if self._checkpointer is None:
-            self._checkpointer = await self._stack.enter_async_context(Checkpointer())
-        return self._checkpointer
+        if self.opened is None:
+            self.opened = await self._stack.enter_async_context(Checkpointer())
+        return self.opened
 
     async def save(self, state: State, path: str) -> tuple[Waiter, Waiter]:
         self.last = checkpoint = await (await self.open()).save(state, path)
