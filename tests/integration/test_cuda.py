@@ -396,5 +396,8 @@ async def test_closing_gives_up_a_device_that_does_not_come_to_an_end(
         if len(device_copies._in_use) > before:
             break
         await asyncio.sleep(0.01)
-    assert len(device_copies._in_use) == before + 1
+    staging, sources = device_copies._in_use[before:]
+    assert isinstance(staging, Staging)
+    assert isinstance(sources, list)
+    assert [tensor.data_ptr() for tensor in sources] == [state["w"].data_ptr()]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("aiodcp-stage")]
