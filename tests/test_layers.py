@@ -130,6 +130,7 @@ def test_what_the_command_line_needs_at_once_imports_no_torch() -> None:
 
 # Private names of torch and Python: where each is used, for the day on which one of them is gone.
 PRIVATE = {
+    "_distributed.channel": {"_Options", "_devices", "_timeout"},  # gloo's, which have no other names
     "_cli.bench.hardware": {"_foreach_copy_"},
     "_engine.device_copies": {"_foreach_copy_"},
     "_engine.device_gather": {"_foreach_copy_"},

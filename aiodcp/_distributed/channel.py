@@ -29,6 +29,7 @@ from .._engine.broadcast import Signal
 from .._engine.threads import in_own_thread, start_thread
 from .._log import SafeLogger
 from ..errors import ClosedError
+from .address import own_address_towards
 
 log = SafeLogger(__name__)
 
@@ -44,7 +45,7 @@ STORE_TIMEOUT_S = 10.0  # after which the store counts as out of reach
 
 _POLL_S = 0.02
 
-DESCRIPTORS_A_PEER = 2  # of gloo's connections
+DESCRIPTORS_A_PEER = 2  # of gloo's connections: one, and one of a broken group that is not closed yet
 
 DESCRIPTORS_BESIDES = 64  # for the store, data files, and what else is opened meanwhile
 
@@ -91,17 +92,21 @@ class Channel:
         size: how many ranks it has.
         root: position of the coordinator.
         members: their ranks in the world, by position.
-        timeout_s: seconds after which a rank that does not answer breaks the channel.
+        timeout_s: seconds after which a rank that has not come, or does not answer, counts as missing.
+        silence_s: seconds after which one counts as missing that has come, and is silent since.
         nbytes: bytes that went through this end since it was made.
         messages: that this end has sent or received: gathers, broadcasts, scatters.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, root: int, timeout_s: float) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, *, root: int, timeout_s: float, silence_s: float = float("inf")
+    ) -> None:
         self.rank: int = group.rank()
         self.size: int = group.size()
         self.root = root
         self.members: list[int] = dist.get_process_group_ranks(group)
         self.timeout_s = timeout_s
+        self.silence_s: float = min(silence_s, timeout_s)
         self.nbytes: int = 0
         self.messages: int = 0
         self._round_trips: deque[float] = deque(maxlen=KNOWN_ROUND_TRIPS)
@@ -144,7 +149,8 @@ class Channel:
         return self._group
 
     def _make_group(self) -> ProcessGroupGloo:
-        _ensure_descriptors(DESCRIPTORS_A_PEER * self.size + DESCRIPTORS_BESIDES)
+        if self.rank == self.root:  # the others connect to few: along the tree of a broadcast
+            _ensure_descriptors(DESCRIPTORS_A_PEER * self.size + DESCRIPTORS_BESIDES)
         if self._store is None:
             # A connection of our own: a wait on the training's connection would block all other users of it.
             store = self._world.get_group_store().clone()  # type: ignore[attr-defined]
@@ -156,7 +162,12 @@ class Channel:
                 number = store.add(f"{name}/{self.rank}", 1)
             self._store = PrefixStore(f"{name}/{number}", store)
         prefix = PrefixStore(f"{self._generation}/gloo", self._store)
-        return ProcessGroupGloo(prefix, self.rank, self.size, timedelta(seconds=self.timeout_s))
+        gloo: Any = ProcessGroupGloo  # whose options torch does not type
+        options = gloo._Options()
+        options._devices = _make_devices(self._store)
+        options._timeout = timedelta(seconds=self.timeout_s)
+        made: ProcessGroupGloo = gloo(prefix, self.rank, self.size, options)
+        return made
 
     async def give_up_opening(self) -> None:
         """Record that this channel was never opened, so that no rank waits under its number."""
@@ -167,8 +178,12 @@ class Channel:
         """Drop the group: whoever waits for this rank sees its connection close."""
         self._group = None
 
-    async def gather(self, row: torch.Tensor) -> torch.Tensor | None:
+    async def gather(self, row: torch.Tensor, *, limit_s: float | None = None) -> torch.Tensor | None:
         """Collect each rank's `row` (of one shape and dtype): [size, *shape] at the root, None elsewhere.
+
+        Args:
+            row: this rank's.
+            limit_s: seconds after which the others count as missing; by default `timeout_s`.
 
         Raises:
             ChannelBrokenError: a rank is gone or did not answer in time.
@@ -177,13 +192,18 @@ class Channel:
         table = torch.zeros(self.size, *row.shape, dtype=row.dtype) if self.rank == self.root else None
         options = dist.GatherOptions()
         options.rootRank = self.root
+        options.timeout = self._patience(limit_s)
         rows = [list(table.unbind())] if table is not None else []
         self.nbytes += row.nbytes
         await self._finish(group.gather, (rows, [row], options))
         return table
 
-    async def broadcast(self, tensor: torch.Tensor) -> None:
+    async def broadcast(self, tensor: torch.Tensor, *, limit_s: float | None = None) -> None:
         """Fill `tensor` with the root's.
+
+        Args:
+            tensor: of one shape and dtype on all ranks.
+            limit_s: as in `gather`.
 
         Raises:
             ChannelBrokenError: a rank is gone or did not answer in time.
@@ -191,6 +211,7 @@ class Channel:
         group = await self.connect()
         options = dist.BroadcastOptions()
         options.rootRank = self.root
+        options.timeout = self._patience(limit_s)
         self.nbytes += tensor.nbytes
         await self._finish(group.broadcast, ([tensor], options))
 
@@ -203,9 +224,15 @@ class Channel:
         group = await self.connect()
         options = dist.ScatterOptions()
         options.rootRank = self.root
+        options.timeout = self._patience()
         rows = [list(table.unbind())] if table is not None else []
         self.nbytes += row.nbytes
         await self._finish(group.scatter, ([row], rows, options))
+
+    def _patience(self, limit_s: float | None = None) -> timedelta:
+        """Return for how long to wait so that a missing rank is reported in time: who it is must be found out, too."""
+        limit_s = self.timeout_s if limit_s is None else min(limit_s, self.timeout_s)
+        return timedelta(seconds=limit_s - min(ROLL_CALL_S, 0.2 * limit_s))
 
     async def _finish(self, collective: Any, arguments: tuple[Any, ...]) -> None:
         self.messages += 1
@@ -249,11 +276,15 @@ class Channel:
     async def _break(self) -> ChannelBrokenError:
         self._group = None  # closes the connections: whoever waits for this rank notices
         try:
+            await in_own_thread("ranks", self._raise_alarm, ROLL_CALL_S)
             missing = await in_own_thread("ranks", self._call_roll, ROLL_CALL_LIMIT_S)
         except RuntimeError:
             missing = self._missing_host()
         self._generation += 1
         return ChannelBrokenError(missing)
+
+    def _raise_alarm(self) -> None:
+        self._store.add(f"{self._generation}/alarm", 1)  # unlike a `set`, it is answered
 
     def _missing_host(self) -> tuple[int, ...]:
         """Who is missing when the store is: the process that holds it, which is the first rank's."""
@@ -262,7 +293,6 @@ class Channel:
     def _call_roll(self) -> tuple[int, ...]:
         """Check in, wait for the others to do so, and agree on who did not."""
         roll = PrefixStore(str(self._generation), self._store)
-        roll.set("alarm", "")
         roll.set(f"here/{self.rank}", "")
         present = roll.add("present", 1)
         until = time.monotonic() + ROLL_CALL_S
@@ -274,6 +304,15 @@ class Channel:
         missing = [rank for rank in range(self.size) if present < self.size and not roll.check([f"here/{rank}"])]
         agreed: Sequence[int] = json.loads(roll.compare_set("missing", "", json.dumps(missing)))
         return tuple(agreed)
+
+
+def _make_devices(store: Any) -> list[Any]:
+    """Make gloo's devices, on the interfaces that are asked for: they connect to a rank once there is need to."""
+    if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return [ProcessGroupGloo.create_device(interface=each, lazy_init=True) for each in interfaces.split(",")]
+    if address := own_address_towards(store):
+        return [ProcessGroupGloo.create_device(hostname=address, lazy_init=True)]
+    return [ProcessGroupGloo.create_default_device(lazy_init=True)]  # by the host's name
 
 
 def _keep_until_done(work: Any, *used: object) -> None:

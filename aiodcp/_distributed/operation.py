@@ -120,6 +120,7 @@ class Operation:
         self._skips = skips
         self._on_failure = on_failure
         self._step = 0  # of the operation: every agreement and every exchange is one
+        self._has_met = False  # all ranks, since they had nothing to wait for but each other
         self._doing = ""
         self._cancelled = False
         self._scope: CancelScope | None = None
@@ -167,6 +168,7 @@ class Operation:
             RankError: the same, reported by another rank.
         """
         found: list[T] = []
+        self._has_met = False
         with CancelScope() as self._scope:
             if not self._cancelled:
                 found.append(await function())
@@ -275,15 +277,17 @@ class Operation:
         """Report this rank's state and proposal; return the decision and what is agreed, unless it is a failure."""
         doing = zlib.crc32(step.encode())
         row = torch.tensor([self._number, self._kind, self._step, doing, state, *padded(proposal)], dtype=torch.int64)
+        limit_s = channel.silence_s if self._has_met else channel.timeout_s
         began = time.perf_counter()
         with self._breaks_reported(channel, error):
-            table = await channel.gather(row)
+            table = await channel.gather(row, limit_s=limit_s)
             heard = torch.zeros(2 + PROPOSAL_LENGTH, dtype=torch.int64)
             if table is not None:
                 decision, *agreed = vote.decide(table.tolist())
                 heard = torch.tensor([decision, self._skipped(is_final(decision, last)), *agreed], dtype=torch.int64)
-            await channel.broadcast(heard)
+            await channel.broadcast(heard, limit_s=limit_s)
         channel.note_round_trip(time.perf_counter() - began)
+        self._has_met = True
         decision, skipped, *agreed = heard.tolist()
         if not self.is_coordinator and self._skips:
             self._skips.hear(skipped)

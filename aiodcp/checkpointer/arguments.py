@@ -35,6 +35,7 @@ class Options:
     coordinator: int
     no_dist: bool
     timeout: float
+    heartbeat_timeout: float
     keep_buffers: bool
     spare_buffer: bool
     max_host_bytes: int | None
@@ -65,8 +66,10 @@ class Options:
             raise ArgumentError("storage", f"must implement aiodcp.Storage, got {self.storage!r}")
         if not callable(self.checksum):
             raise ArgumentError("checksum", f"must be callable, got {self.checksum!r}")
-        if type(self.timeout) not in (int, float) or not 0 < self.timeout < float("inf"):
-            raise ArgumentError("timeout", f"must be a positive, finite number of seconds, got {self.timeout!r}")
+        for name in ("timeout", "heartbeat_timeout"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ArgumentError(name, f"must be a positive, finite number of seconds, got {value!r}")
         if self.no_dist and self.process_group is not None:
             raise ArgumentError("no_dist", "cannot be combined with process_group")
         if type(self.coordinator) is not int or self.coordinator < 0:

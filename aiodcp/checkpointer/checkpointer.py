@@ -55,7 +55,9 @@ class Checkpointer(SyncContext):
             who they are; its connections are not used.
         coordinator: who plans and commits: a rank of that group, counted in it.
         no_dist: save and load alone, whatever torch.distributed says.
-        timeout: seconds after which a rank that is not done with a phase, or does not answer, counts as missing.
+        timeout: seconds after which a rank that has not come, or is not done with a phase, counts as missing.
+        heartbeat_timeout: seconds after which one counts as missing that has come and is silent since, though its
+            engine answers a few times a second: its process hangs, or a link is cut.
         keep_buffers: keep the staging buffer, which is as large as this rank's part of the checkpoint, from save to
             save. False gives the memory back after each, and the next save takes longer to stage: fresh memory must
             be touched first.
@@ -86,6 +88,7 @@ class Checkpointer(SyncContext):
         coordinator: int = 0,
         no_dist: bool = False,
         timeout: float = 600.0,
+        heartbeat_timeout: float = 60.0,
         keep_buffers: bool = True,
         spare_buffer: bool = False,
         max_host_bytes: int | None = None,
@@ -103,6 +106,7 @@ class Checkpointer(SyncContext):
                 coordinator=coordinator,
                 no_dist=no_dist,
                 timeout=timeout,
+                heartbeat_timeout=heartbeat_timeout,
                 keep_buffers=keep_buffers,
                 spare_buffer=spare_buffer,
                 max_host_bytes=max_host_bytes,

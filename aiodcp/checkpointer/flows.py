@@ -87,7 +87,9 @@ class Flows:
     def is_coordinator(self) -> bool:
         return self.channel is None or self.channel.rank == self.channel.root
 
-    async def open(self, group: torch.distributed.ProcessGroup | None, *, coordinator: int, timeout_s: float) -> None:
+    async def open(
+        self, group: torch.distributed.ProcessGroup | None, *, coordinator: int, timeout_s: float, silence_s: float
+    ) -> None:
         """Start the engine, and connect with the others of `group`, if there are any.
 
         Raises:
@@ -97,7 +99,7 @@ class Flows:
         self.engine.start()
         try:
             if group is not None:
-                self.channel = Channel(group, root=coordinator, timeout_s=timeout_s)
+                self.channel = Channel(group, root=coordinator, timeout_s=timeout_s, silence_s=silence_s)
                 await self.run(self._connect, self.channel)
         except BaseException:
             self.channel = None

@@ -62,7 +62,10 @@ class Session:
         options = self._options
         try:
             await self.flows.open(
-                options.find_group(), coordinator=options.coordinator, timeout_s=float(options.timeout)
+                options.find_group(),
+                coordinator=options.coordinator,
+                timeout_s=float(options.timeout),
+                silence_s=float(options.heartbeat_timeout),
             )
             self._make_ready()
         except BaseException:  # Ctrl-C, too
