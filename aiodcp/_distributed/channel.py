@@ -148,7 +148,7 @@ class Channel:
                 raise await self._break() from error
         return self._group
 
-    def _make_group(self) -> ProcessGroupGloo:
+    def _make_group(self) -> Any:
         if self.rank == self.root:  # the others connect to few: along the tree of a broadcast
             _ensure_descriptors(DESCRIPTORS_A_PEER * self.size + DESCRIPTORS_BESIDES)
         if self._store is None:
@@ -161,13 +161,27 @@ class Channel:
             while store.check([f"{name}/{number}/failed"]):
                 number = store.add(f"{name}/{self.rank}", 1)
             self._store = PrefixStore(f"{name}/{number}", store)
-        prefix = PrefixStore(f"{self._generation}/gloo", self._store)
+        return self._make_group_of(range(self.size), "gloo")
+
+    async def group_of(self, members: Sequence[int], name: str) -> Any:
+        """Return a group of some of the ranks, which the caller drops; once this channel is connected.
+
+        Args:
+            members: their positions, this one among them; the same on all of them.
+            name: of the group, under which they make no other.
+
+        Raises:
+            RuntimeError: the store that the ranks share does not answer.
+        """
+        return await in_own_thread("ranks", lambda: self._make_group_of(members, name), STORE_TIMEOUT_S)
+
+    def _make_group_of(self, members: Sequence[int], name: str) -> Any:
+        prefix = PrefixStore(f"{self._generation}/{name}", self._store)
         gloo: Any = ProcessGroupGloo  # whose options torch does not type
         options = gloo._Options()
         options._devices = _make_devices(self._store)
         options._timeout = timedelta(seconds=self.timeout_s)
-        made: ProcessGroupGloo = gloo(prefix, self.rank, self.size, options)
-        return made
+        return gloo(prefix, members.index(self.rank), len(members), options)
 
     async def give_up_opening(self) -> None:
         """Record that this channel was never opened, so that no rank waits under its number."""
@@ -249,7 +263,7 @@ class Channel:
                 future.value()
             finally:
                 if not finished.is_set():
-                    _keep_until_done(work, collective, arguments)
+                    keep_until_done(work, collective, arguments)
         except RuntimeError as error:
             raise await self._break() from error
 
@@ -315,7 +329,7 @@ def _make_devices(store: Any) -> list[Any]:
     return [ProcessGroupGloo.create_default_device(lazy_init=True)]  # by the host's name
 
 
-def _keep_until_done(work: Any, *used: object) -> None:
+def keep_until_done(work: Any, *used: object) -> None:
     """Hold on to a collective that was given up: its memory is gloo's until it ends, at its own time limit.
 
     Its group too: a group's destructor waits for its last collective, in whatever thread frees it. Seen: the cycle

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import sha256
 from typing import Generic, TypeVar
 
 import anyio.lowlevel
@@ -30,6 +31,7 @@ from ..errors import CheckpointError, RankError, RankFailure
 from .channel import Channel, ChannelBrokenError
 from .exchange import broadcast_bytes, gather_bytes, scatter_bytes
 from .failures import describe_failure
+from .relay import Relay
 from .skip_agreement import SkipAgreement
 from .votes import (
     PROPOSAL_LENGTH,
@@ -390,6 +392,12 @@ class Operation:
             longest = await self._meet(channel, "scatter", max(map(len, parts), default=0))
         with self._breaks_reported(channel):
             return await scatter_bytes(channel, parts, longest)
+
+    def relay(self, members: Sequence[int]) -> Relay:
+        """Return a relay between some of the ranks, not connected yet; one at a time for each set of them."""
+        assert self._channel is not None
+        name = sha256(json.dumps(list(members)).encode()).hexdigest()
+        return Relay(self._channel, members, f"relay/{self._number}/{self._step}/{name}")
 
     async def broadcast(self, data: bytes) -> bytes:
         """Give every rank the coordinator's bytes."""

@@ -7,14 +7,17 @@ go; a large tensor that is contiguous in host memory is read straight into it.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import Any
 
 import anyio
 import torch
 
+from .._distributed.relay import Relay
 from .._engine.device_copies import DeviceCopies
 from .._engine.gc_pause import gc_paused
 from .._engine.host_memory import memory_of
@@ -207,13 +210,13 @@ class FileReads:
         An archive's directory is at its end, and the headers before the tensor's bytes are at its beginning.
 
         Returns:
-            Of those that are wanted whole, by their number, where the tensor lies.
+            Of those that are wanted whole, by their id, where the tensor lies.
         """
         found: dict[int, StoredTensor] = {}
         limit = anyio.Semaphore(self._at_once)
         readers = self._readers
 
-        async def look(number: int, read: TensorRead) -> None:
+        async def look(read: TensorRead) -> None:
             sparse = mmap.mmap(-1, read.nbytes)  # memory is taken for what is touched
             async with limit:
                 with memoryview(sparse) as archive:
@@ -224,34 +227,40 @@ class FileReads:
             if stored is None or stored.start >= ENDS_NBYTES:
                 return
             if read.part is None:
-                found[number] = stored
+                found[id(read)] = stored
             else:
                 read_rows(read, stored.dtype, stored.sizes, stored.strides, stored.start, stored.offset)
 
         async with anyio.create_task_group() as group:
-            for number, read in enumerate(reads):
+            for read in reads:
                 if read.frame is None and read.nbytes >= (SPAN_NBYTES if read.part is None else DIRECT_NBYTES):
-                    group.start_soon(look, number, read)
+                    group.start_soon(look, read)
         return found
 
     async def read_tensors(
-        self, reads: Sequence[TensorRead], stored: dict[int, StoredTensor], device_copies: DeviceCopies, bar: Bar
+        self,
+        reads: Sequence[TensorRead],
+        stored: dict[int, StoredTensor],
+        device_copies: DeviceCopies,
+        bar: Bar,
+        shared: Sequence[SharedReads] = (),
     ) -> None:
         """Read parts of tensors, and bring each to its place.
 
         Args:
             reads: what to read.
-            stored: of some of them, by number, where in their archive the tensor lies: see `find_stored`.
+            stored: of some of them, by id, where in their archive the tensor lies: see `find_stored`.
             device_copies: brings tensors to devices.
             bar: shows how far it has come.
+            shared: those of them that other ranks read, too; in one order on all ranks.
 
         Raises:
             CorruptError: what is stored is not what was saved.
             OSError: storage failed.
         """
-        ways = _Routes.choose(reads, stored, self._limits)
-        bar.total(ways.nbytes)
-        readers, decoder = self._readers, self._decoder
+        ways = list(self._routes(reads, stored, shared))
+        bar.total(sum(each.nbytes for each in ways))
+        decoder = self._decoder
         scratch = Scratch(self._threads, pin_for=device_copies.first_device)
         limit = anyio.Semaphore(self._at_once)
 
@@ -260,17 +269,16 @@ class FileReads:
                 await self._read_direct(group)
                 bar.advance(sum(read.nbytes for read in group))
 
-        async def read_span(span: ReadSpan) -> None:
+        async def read_span(span: ReadSpan, fetch: Fetch) -> None:
             async with limit, scratch.take(span.stop - span.start) as arena:
-                memory = arena.memory[: span.stop - span.start]
-                await readers[span.file].read_into(span.start, [memory])
+                await fetch(span.file, span.start, arena.tensor[: span.stop - span.start])
                 await in_thread(self._threads.compute, scatter, span, arena, decoder, device_copies)
                 bar.advance(span.stop - span.start)
 
-        async def read_window(each: LargeRead, number: int) -> None:  # begun in order, so the one before is under way
-            window = each.windows[number]
+        async def read_window(each: LargeRead, number: int, fetch: Fetch) -> None:
+            window = each.windows[number]  # begun in order, so the one before is under way
             async with limit, scratch.take(window.nbytes) as arena:
-                await readers[each.read.file].read_into(window.start, [arena.memory[: window.nbytes]])
+                await fetch(each.read.file, window.start, arena.tensor[: window.nbytes])
                 if each.is_compared and number:
                     await each.windows[number - 1].checked.wait()
                 await in_thread(self._threads.compute, each.fill, number, arena, decoder, device_copies)
@@ -279,15 +287,40 @@ class FileReads:
 
         with single_error():
             async with anyio.create_task_group() as group:
-                for direct in ways.direct:
-                    group.start_soon(read_direct, direct)
-                for span in ways.spans:
-                    group.start_soon(read_span, span)
-                for each in ways.large:
-                    if not each.is_compared and not each.read.bare:
-                        decoder.note_unchecked()
-                    for number in range(len(each.windows)):
-                        group.start_soon(read_window, each, number)
+                for way in ways:
+                    for direct in way.direct:
+                        group.start_soon(read_direct, direct)
+                    for span in way.spans:
+                        group.start_soon(read_span, span, self._fetch_with(way.relay, way.count()))
+                    for each in way.large:
+                        if not each.is_compared and not each.read.bare:
+                            decoder.note_unchecked()
+                        for number in range(len(each.windows)):
+                            group.start_soon(read_window, each, number, self._fetch_with(way.relay, way.count()))
+
+    def _routes(
+        self, reads: Sequence[TensorRead], stored: dict[int, StoredTensor], shared: Sequence[SharedReads]
+    ) -> Iterator[_Routes]:
+        """Choose ways: what is shared first, so that it goes in one order on all ranks."""
+        if shared:
+            tied = overlapping(reads)
+            for each in shared:
+                yield _Routes.choose(each.reads, stored, self._limits, tied=tied, relay=each.relay)
+            apart = {id(read) for each in shared for read in each.reads}
+            reads = [read for read in reads if id(read) not in apart]
+        yield _Routes.choose(reads, stored, self._limits)
+
+    def _fetch_with(self, relay: Relay | None, number: int) -> Fetch:
+        """Return what reads bytes into memory: from storage, or from the rank whose turn it is to do that."""
+
+        async def read(file: str, start: int, memory: torch.Tensor) -> None:
+            await self._readers[file].read_into(start, [memory_of(memory)])
+
+        async def fetch(file: str, start: int, memory: torch.Tensor) -> None:
+            assert relay is not None
+            await relay.fetch(number, memory, partial(read, file, start, memory))
+
+        return read if relay is None else fetch
 
     async def _read_direct(self, group: Sequence[TensorRead]) -> None:
         """Read tensors that lie one after the other straight into their places, and check them."""
@@ -317,6 +350,23 @@ class FileReads:
             self._decoder.framed(read, read.frame.header_crc, header, payload)
 
 
+Fetch = Callable[[str, int, torch.Tensor], Awaitable[None]]
+"""Reads bytes of a file, from an offset, into memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedReads:
+    """Reads that several ranks do together.
+
+    Attributes:
+        relay: to those ranks.
+        reads: the same bytes on all of them.
+    """
+
+    relay: Relay
+    reads: Sequence[TensorRead]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Routes:
     """In which way each part of a tensor is read.
@@ -325,34 +375,59 @@ class _Routes:
         direct: straight into its place; with those that one request is for.
         spans: with its neighbours, by way of scratch memory.
         large: a window at a time, likewise.
+        relay: to the ranks that do the same.
     """
 
     direct: list[list[TensorRead]]
     spans: list[ReadSpan]
     large: list[LargeRead]
+    relay: Relay | None = None
+    _counter: Iterator[int] = field(default_factory=count)
+
+    def count(self) -> int:
+        """Return the number of the next read in this way."""
+        return next(self._counter)
 
     @classmethod
     def choose(
-        cls, reads: Sequence[TensorRead], stored: dict[int, StoredTensor], limits: ObjectLimits | None
+        cls,
+        reads: Sequence[TensorRead],
+        stored: dict[int, StoredTensor],
+        limits: ObjectLimits | None,
+        *,
+        tied: Set[int] | None = None,
+        relay: Relay | None = None,
     ) -> _Routes:
+        """Choose for some reads.
+
+        Args:
+            reads: which.
+            stored: where the tensors of archives lie.
+            limits: of the storage.
+            tied: ids of reads whose memory others write too, if that is known.
+            relay: to the ranks that read the same; what is chosen then depends on the stored bytes alone.
+        """
         gap_nbytes = limits.gap_nbytes if limits else GAP_NBYTES
         with gc_paused():
-            large_or_direct = [read for read in reads if read.nbytes > SPAN_NBYTES or reads_direct(read)]
-            tied = overlapping(reads) if large_or_direct else set()
-            direct = [read for read in large_or_direct if reads_direct(read) and id(read) not in tied]
+            direct = [read for read in reads if reads_direct(read)] if relay is None else []
+            largest = [read for read in reads if read.nbytes > SPAN_NBYTES]
+            if tied is None:
+                tied = overlapping(reads) if direct or largest else set()
+            direct = [read for read in direct if id(read) not in tied]
             apart = set(map(id, direct))
             large = [
                 found
-                for number, read in enumerate(reads)
-                if read.nbytes > SPAN_NBYTES
-                and id(read) not in apart
+                for read in largest
+                if id(read) not in apart
                 and id(read) not in tied
-                and (found := in_windows(read, stored.get(number))) is not None
+                and (found := in_windows(read, stored.get(id(read)))) is not None
             ]
             apart |= {id(each.read) for each in large}
             spans = coalesce_reads([read for read in reads if id(read) not in apart] if apart else reads, gap_nbytes)
             groups = [[read] for read in direct] if limits is None else group_reads(direct, gap_nbytes)
-            return cls(direct=groups, spans=spans, large=large)
+            if relay is not None:
+                large.sort(key=lambda each: (each.read.file, each.read.offset))
+            return cls(direct=groups, spans=spans, large=large, relay=relay)
 
     @property
     def nbytes(self) -> int:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .._engine.device_copies import DeviceCopies
 from .._engine.threads import Threads, in_thread
 from .._telemetry.progress_bar import Bar
 from ..errors import LoadError, StageError
-from .file_reads import FileReads
+from .file_reads import FileReads, SharedReads
 from .plan import ReadPlan
 
 
 async def fill_tensors(
-    reads: FileReads, plan: ReadPlan, device_copies: DeviceCopies, threads: Threads, bar: Bar
+    reads: FileReads,
+    plan: ReadPlan,
+    device_copies: DeviceCopies,
+    threads: Threads,
+    bar: Bar,
+    shared: Sequence[SharedReads] = (),
 ) -> None:
-    """Read all parts of tensors; in a block of `ending`.
+    """Read all parts of tensors; in a block of `ending`. See `FileReads.read_tensors`.
 
     Raises:
         CorruptError: what is stored is not what was saved.
@@ -27,7 +32,7 @@ async def fill_tensors(
         stored = await reads.find_stored(plan.tensors)
         if device_copies:
             await in_thread(threads.compute, _begin, device_copies)
-        await reads.read_tensors(plan.tensors, stored, device_copies, bar)
+        await reads.read_tensors(plan.tensors, stored, device_copies, bar, shared)
 
 
 @contextmanager

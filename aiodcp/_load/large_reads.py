@@ -103,6 +103,11 @@ class LargeRead:
             raise
 
 
+def takes_windows(into: torch.Tensor) -> bool:
+    """Whether a tensor can be filled a window at a time."""
+    return type(into) in PLAIN_TENSORS and into.layout is torch.strided and not into.is_conj() and not into.is_neg()
+
+
 def in_windows(read: TensorRead, stored: StoredTensor | None = None, nbytes: int = SPAN_NBYTES) -> LargeRead | None:
     """Cut up what is to be read; None if that cannot be done, or is not worth while.
 
@@ -111,10 +116,7 @@ def in_windows(read: TensorRead, stored: StoredTensor | None = None, nbytes: int
         stored: where the elements lie, if it is an archive of `torch.save`.
         nbytes: of a window, at most.
     """
-    into = read.into
-    if read.nbytes <= nbytes or type(into) not in PLAIN_TENSORS or into.is_conj() or into.is_neg():
-        return None
-    if into.layout is not torch.strided:
+    if read.nbytes <= nbytes or not takes_windows(read.into):
         return None
     if read.frame is None:
         return _archive(read, stored, nbytes) if stored is not None else None

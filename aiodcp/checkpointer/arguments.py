@@ -45,6 +45,7 @@ class Options:
     retry: Retry
     checksum: Checksum
     on_disagreement: OnDisagreement
+    share_reads: bool | None
 
     def __post_init__(self) -> None:
         """Check them.

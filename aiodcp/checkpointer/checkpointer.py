@@ -78,6 +78,10 @@ class Checkpointer(SyncContext):
             that is not in a `PerRank`: "warn" once a name, and say whose is saved; "raise" `DisagreementError`, and
             commit nothing; or "ignore", and do not compare. Checked at every save: all bytes of values and of
             tensors up to 64 KiB, and a sample of larger ones.
+        share_reads: in a load on several ranks, what several of them want alike, such as replicated tensors, is read
+            from storage by one of them, in turns, and passed on to the others over their network. By default from
+            object stores, where each rank would download it; not from directories, where a host's cache serves all
+            its ranks: there it is worth while if hosts together read faster than the file system. Alike on all ranks.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Checkpointer(SyncContext):
         retry: Retry | None = None,
         checksum: Checksum | None = None,
         on_disagreement: OnDisagreement = "warn",
+        share_reads: bool | None = None,
     ) -> None:
         self._session = Session(
             Options(
@@ -116,6 +121,7 @@ class Checkpointer(SyncContext):
                 retry=retry if retry is not None else Retry(),
                 checksum=checksum if checksum is not None else default_checksum(),
                 on_disagreement=on_disagreement,
+                share_reads=share_reads,
             )
         )
 

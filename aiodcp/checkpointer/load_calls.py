@@ -38,7 +38,10 @@ class LoadCalls:
 
     def open(self, streams: CopyStreams) -> None:
         """Make what is kept from load to load; the engine runs."""
-        self._loader = Loader(self._storage, self._flows.engine.threads, checksum=self._options.checksum)
+        options = self._options
+        self._loader = Loader(
+            self._storage, self._flows.engine.threads, checksum=options.checksum, share_reads=options.share_reads
+        )
         self._streams = streams
 
     def close(self) -> None:

@@ -1,0 +1,100 @@
+"""Ranks that want the same bytes: one of them reads, and passes on to the others what it has read.
+
+The bytes go over gloo groups of the library's own, along a tree: each rank sends about as much as it receives, as the
+ranks take turns at reading. One group is made for each set of ranks, for the time of one load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import anyio
+import torch
+import torch.distributed as dist
+
+from .._engine.broadcast import Signal
+from .._engine.threads import start_thread
+from ..errors import ReadError
+from .channel import Channel, keep_until_done
+
+
+class Relay:
+    """One rank's end of a group that reads together. Used on the engine's loop."""
+
+    def __init__(self, channel: Channel, members: Sequence[int], name: str) -> None:
+        """Begin without a connection.
+
+        Args:
+            channel: to all ranks.
+            members: positions of those that belong to it, this one among them; the same everywhere.
+            name: of the group, under which no other is made.
+        """
+        self._channel = channel
+        self._members = list(members)
+        self._name = name
+        self._rank = self._members.index(channel.rank)
+        self._group: Any = None  # a ProcessGroupGloo, of which torch types the constructor only
+        self._next = 0
+        self._turns: dict[int, anyio.Event] = {}
+
+    async def connect(self) -> None:
+        """Make the group.
+
+        Raises:
+            ReadError: the store that the ranks share does not answer.
+        """
+        try:
+            self._group = await self._channel.group_of(self._members, self._name)
+        except RuntimeError as error:
+            raise ReadError(self._name, f"the ranks cannot connect: {error}") from error
+
+    async def fetch(self, number: int, memory: torch.Tensor, read: Callable[[], Awaitable[object]]) -> None:
+        """Fill memory with what one rank reads.
+
+        Args:
+            number: of the fetch, counted from 0: all members make the same ones. They may be under way at once.
+            memory: bytes, on the host.
+            read: fills it from storage; called on one of the members.
+
+        Raises:
+            ReadError: another member did not pass on what it has read.
+            Exception: what `read` raised.
+        """
+        options = dist.BroadcastOptions()
+        options.rootRank = number % len(self._members)
+        if options.rootRank == self._rank:
+            await read()
+        if number != self._next:  # in one order on all ranks: gloo matches them by that
+            turn = self._turns[number] = anyio.Event()
+            await turn.wait()
+        finished, arguments = Signal(), ([memory], options)
+        try:
+            work = self._group.broadcast(*arguments)
+            try:
+                self._let_next_go()
+                work.get_future().add_done_callback(lambda _: finished.set())  # in a thread of gloo's
+                await finished.wait()
+                work.get_future().value()
+            finally:
+                if not finished.is_set():
+                    keep_until_done(work, self._group, arguments)
+        except RuntimeError as error:
+            reader = self._channel.members[self._members[options.rootRank]]
+            raise ReadError(self._name, f"rank {reader} did not pass on what it was to read: {error}") from error
+
+    def _let_next_go(self) -> None:
+        self._next += 1
+        turn = self._turns.pop(self._next, None)
+        if turn is not None:
+            turn.set()
+
+    def close(self) -> None:
+        """Drop the connections: whoever waits for this rank notices."""
+        group, self._group = self._group, None
+        if group is not None:
+            start_thread("ranks", _drop, [group])  # its destructor waits for threads of gloo's
+
+
+def _drop(groups: list[Any]) -> None:
+    groups.clear()
