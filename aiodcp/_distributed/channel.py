@@ -1,4 +1,7 @@
-"""The private channel between ranks: a gloo group of the library's own, whose collectives can be awaited.
+"""The private channel between ranks: gloo groups of the library's own, whose collectives can be awaited.
+
+A gloo group connects each rank with each other one. Where there are many, ranks meet in blocks, and the blocks' first
+ones among themselves: that is two messages where it was one, and tens of connections in place of thousands.
 
 Only the engine's loop uses it, one collective at a time. It is made from a prefix of the process group's store and is
 not registered with torch.distributed, so the training's groups, and other channels, never meet it.
@@ -30,6 +33,7 @@ from .._engine.threads import in_own_thread, start_thread
 from .._log import SafeLogger
 from ..errors import ClosedError
 from .address import own_address_towards
+from .place import Place
 
 log = SafeLogger(__name__)
 
@@ -113,7 +117,10 @@ class Channel:
         self._world: dist.ProcessGroup = group
         self._store: Any = None  # a PrefixStore, of which torch types the constructor only
         self._generation = 0
-        self._group: Any = None  # a ProcessGroupGloo, likewise
+        self._place = Place.of(self.rank, self.size, self.root)
+        self._groups: tuple[Any, Any] | None = (
+            None  # each a ProcessGroupGloo, likewise: of the block, and of the firsts
+        )
 
     @property
     def store(self) -> Any:
@@ -129,28 +136,32 @@ class Channel:
         """Note how long a gather and a broadcast took."""
         self._round_trips.append(seconds)
 
-    async def connect(self) -> Any:
-        """Connect with all others, if that is not done yet, and return the group.
+    async def connect(self) -> tuple[Any, Any]:
+        """Connect with the others, if that is not done yet.
+
+        Returns:
+            The group of the ranks of this block; and that of the blocks' first ones, where this rank is one of them,
+            and there are several blocks.
 
         Raises:
             ChannelBrokenError: not all of them came in time.
 
         Cancellation: leaves a thread behind, for `timeout_s` at most.
         """
-        if self._group is None:
+        if self._groups is None:
             try:
-                self._group = await in_own_thread("ranks", self._make_group, self.timeout_s + STORE_TIMEOUT_S)
+                self._groups = await in_own_thread("ranks", self._make_groups, self.timeout_s + STORE_TIMEOUT_S)
             except ClosedError:
                 raise
             except RuntimeError as error:
                 if self._store is None:
                     raise ChannelBrokenError(self._missing_host()) from error
                 raise await self._break() from error
-        return self._group
+        return self._groups
 
-    def _make_group(self) -> Any:
-        if self.rank == self.root:  # the others connect to few: along the tree of a broadcast
-            _ensure_descriptors(DESCRIPTORS_A_PEER * self.size + DESCRIPTORS_BESIDES)
+    def _make_groups(self) -> tuple[Any, Any]:
+        place = self._place
+        _ensure_descriptors(DESCRIPTORS_A_PEER * (len(place.block) + len(place.firsts)) + DESCRIPTORS_BESIDES)
         if self._store is None:
             # A connection of our own: a wait on the training's connection would block all other users of it.
             store = self._world.get_group_store().clone()  # type: ignore[attr-defined]
@@ -161,7 +172,9 @@ class Channel:
             while store.check([f"{name}/{number}/failed"]):
                 number = store.add(f"{name}/{self.rank}", 1)
             self._store = PrefixStore(f"{name}/{number}", store)
-        return self._make_group_of(range(self.size), "gloo")
+        block = self._make_group_of(place.block, f"block/{place.block[0]}")
+        has_top = place.is_first and len(place.firsts) > 1
+        return block, self._make_group_of(place.firsts, "firsts") if has_top else None
 
     async def group_of(self, members: Sequence[int], name: str) -> Any:
         """Return a group of some of the ranks, which the caller drops; once this channel is connected.
@@ -190,7 +203,7 @@ class Channel:
 
     def close(self) -> None:
         """Drop the group: whoever waits for this rank sees its connection close."""
-        self._group = None
+        self._groups = None
 
     async def gather(self, row: torch.Tensor, *, limit_s: float | None = None) -> torch.Tensor | None:
         """Collect each rank's `row` (of one shape and dtype): [size, *shape] at the root, None elsewhere.
@@ -202,15 +215,18 @@ class Channel:
         Raises:
             ChannelBrokenError: a rank is gone or did not answer in time.
         """
-        group = await self.connect()
-        table = torch.zeros(self.size, *row.shape, dtype=row.dtype) if self.rank == self.root else None
-        options = dist.GatherOptions()
-        options.rootRank = self.root
+        block, top = await self.connect()
+        place, options = self._place, dist.GatherOptions()
         options.timeout = self._patience(limit_s)
-        rows = [list(table.unbind())] if table is not None else []
-        self.nbytes += row.nbytes
-        await self._finish(group.gather, (rows, [row], options))
-        return table
+        table = torch.zeros(place.block_size, *row.shape, dtype=row.dtype) if place.is_first else None
+        rows = [list(table[: len(place.block)].unbind())] if table is not None else []
+        await self._finish(block.gather, (rows, [row], options), row.nbytes)
+        if top is None or table is None:
+            return place.by_rank(table) if self.rank == self.root and table is not None else None
+        tables = torch.zeros(len(place.firsts), *table.shape, dtype=row.dtype) if self.rank == self.root else None
+        blocks = [list(tables.unbind())] if tables is not None else []
+        await self._finish(top.gather, (blocks, [table], options), table.nbytes)
+        return place.by_rank(tables.flatten(0, 1)) if tables is not None else None
 
     async def broadcast(self, tensor: torch.Tensor, *, limit_s: float | None = None) -> None:
         """Fill `tensor` with the root's.
@@ -222,12 +238,12 @@ class Channel:
         Raises:
             ChannelBrokenError: a rank is gone or did not answer in time.
         """
-        group = await self.connect()
+        block, top = await self.connect()
         options = dist.BroadcastOptions()
-        options.rootRank = self.root
         options.timeout = self._patience(limit_s)
-        self.nbytes += tensor.nbytes
-        await self._finish(group.broadcast, ([tensor], options))
+        if top is not None:
+            await self._finish(top.broadcast, ([tensor], options), tensor.nbytes)
+        await self._finish(block.broadcast, ([tensor], options), tensor.nbytes)
 
     async def scatter(self, table: torch.Tensor | None, row: torch.Tensor) -> None:
         """Fill `row` with this rank's row of the root's `table` [size, *shape].
@@ -235,21 +251,25 @@ class Channel:
         Raises:
             ChannelBrokenError: a rank is gone or did not answer in time.
         """
-        group = await self.connect()
-        options = dist.ScatterOptions()
-        options.rootRank = self.root
+        block, top = await self.connect()
+        place, options = self._place, dist.ScatterOptions()
         options.timeout = self._patience()
-        rows = [list(table.unbind())] if table is not None else []
-        self.nbytes += row.nbytes
-        await self._finish(group.scatter, ([row], rows, options))
+        ours = place.by_position(table) if table is not None else None
+        if top is not None:
+            blocks = [list(torch.split(ours, place.block_size))] if ours is not None else []
+            ours = torch.zeros(place.block_size, *row.shape, dtype=row.dtype)
+            await self._finish(top.scatter, ([ours], blocks, options), ours.nbytes)
+        rows = [list(ours[: len(place.block)].unbind())] if ours is not None else []
+        await self._finish(block.scatter, ([row], rows, options), row.nbytes)
 
     def _patience(self, limit_s: float | None = None) -> timedelta:
         """Return for how long to wait so that a missing rank is reported in time: who it is must be found out, too."""
         limit_s = self.timeout_s if limit_s is None else min(limit_s, self.timeout_s)
         return timedelta(seconds=limit_s - min(ROLL_CALL_S, 0.2 * limit_s))
 
-    async def _finish(self, collective: Any, arguments: tuple[Any, ...]) -> None:
+    async def _finish(self, collective: Any, arguments: tuple[Any, ...], nbytes: int) -> None:
         self.messages += 1
+        self.nbytes += nbytes
         finished = Signal()
         try:
             work = collective(*arguments)
@@ -288,7 +308,7 @@ class Channel:
         return alarmed and not finished.is_set()
 
     async def _break(self) -> ChannelBrokenError:
-        self._group = None  # closes the connections: whoever waits for this rank notices
+        self._groups = None  # closes the connections: whoever waits for this rank notices
         try:
             await in_own_thread("ranks", self._raise_alarm, ROLL_CALL_S)
             missing = await in_own_thread("ranks", self._call_roll, ROLL_CALL_LIMIT_S)
@@ -321,12 +341,15 @@ class Channel:
 
 
 def _make_devices(store: Any) -> list[Any]:
-    """Make gloo's devices, on the interfaces that are asked for: they connect to a rank once there is need to."""
+    """Make gloo's devices, on the interfaces that are asked for.
+
+    None that connects when there is need to (`lazy_init`): a group of such is not freed while a message is unread.
+    """
     if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
-        return [ProcessGroupGloo.create_device(interface=each, lazy_init=True) for each in interfaces.split(",")]
+        return [ProcessGroupGloo.create_device(interface=each, lazy_init=False) for each in interfaces.split(",")]
     if address := own_address_towards(store):
-        return [ProcessGroupGloo.create_device(hostname=address, lazy_init=True)]
-    return [ProcessGroupGloo.create_default_device(lazy_init=True)]  # by the host's name
+        return [ProcessGroupGloo.create_device(hostname=address, lazy_init=False)]
+    return [ProcessGroupGloo.create_default_device(lazy_init=False)]  # by the host's name
 
 
 def keep_until_done(work: Any, *used: object) -> None:

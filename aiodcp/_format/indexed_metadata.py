@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -80,6 +80,11 @@ class IndexedTensor(TensorStorageMetadata):
         self.size = size
         self.pattern: ChunkPattern = pattern
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is stored in one piece."""
+        return len(self.pattern) == 1
+
     def __getattr__(self, name: str) -> Any:
         if name == "chunks":
             return self.pattern.chunks
@@ -144,6 +149,10 @@ class IndexedMetadata(Metadata):
         else:
             number = 0 if offsets is None else None
         return None if number is None else self._place(first + number)
+
+    def rows_of(self, fqns: Sequence[str]) -> Array:
+        """Return where in `places` values lie, or the first chunks of tensors."""
+        return np.fromiter(map(self._first.__getitem__, fqns), dtype=np.int64, count=len(fqns))
 
     def _place(self, row: int) -> StorageInfo:
         places = self.places

@@ -32,6 +32,11 @@ class ReadSpan:
     items: list[Any]
 
 
+def gap_within(nbytes: int, gap_nbytes: int) -> float:
+    """Return how far apart two reads may lie that go together, when the span so far has `nbytes`."""
+    return max(GAP_NBYTES, min(gap_nbytes, WASTED * nbytes))
+
+
 def reads_direct(read: TensorRead) -> bool:
     return (
         read.frame is not None
@@ -76,7 +81,7 @@ def group_reads(reads: Sequence[TensorRead], gap_nbytes: int) -> list[list[Tenso
             stop = last.offset + last.nbytes
             if (
                 read.file == last.file
-                and 0 <= read.offset - stop <= max(GAP_NBYTES, min(gap_nbytes, WASTED * (stop - first.offset)))
+                and 0 <= read.offset - stop <= gap_within(stop - first.offset, gap_nbytes)
                 and read.offset + read.nbytes - first.offset <= SPAN_NBYTES + GAP_NBYTES  # and what frames add
             ):
                 groups[-1].append(read)
@@ -94,7 +99,7 @@ def coalesce_reads(reads: Iterable[Any], gap_nbytes: int = GAP_NBYTES) -> list[R
             last = spans[-1]
             if (
                 read.file == last.file
-                and start - last.stop <= max(GAP_NBYTES, min(gap_nbytes, WASTED * (last.stop - last.start)))
+                and start - last.stop <= gap_within(last.stop - last.start, gap_nbytes)
                 and max(stop, last.stop) - last.start <= SPAN_NBYTES
             ):
                 last.stop = max(stop, last.stop)

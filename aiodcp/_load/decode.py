@@ -45,14 +45,15 @@ class ItemDecoder:
         """Compare a payload with the CRC32 at `position` of `header`."""
         if self.crc32 is None:
             return
-        self.compare(read, self.crc32(payload, 0), int.from_bytes(header[position : position + 4], "little"))
+        stored = int.from_bytes(header[position : position + 4], "little")
+        self.compare(read.fqn, read.file, self.crc32(payload, 0), stored, read.crc)
 
-    def compare(self, read: TensorRead, crc: int, stored: int) -> None:
+    def compare(self, fqn: str, file: str, crc: int, stored: int, in_table: int | None) -> None:
         """Compare a payload's CRC32 with the one that is stored with it, and with the one in its file's table."""
         if crc != stored:
-            raise self._damaged(read.fqn, read.file)
-        if read.crc not in (None, crc):
-            raise self._wrong_item(read.fqn, read.file)
+            raise self._damaged(fqn, file)
+        if in_table not in (None, crc):
+            raise self._wrong_item(fqn, file)
 
     def whole(self, read: TensorRead, item: memoryview) -> None:
         """Compare an item with its CRC32 in its file's table."""

@@ -44,9 +44,11 @@ from .coalesce import (
 )
 from .decode import ItemDecoder
 from .large_reads import LargeRead, in_windows
-from .plan import ReadPlan, TensorRead, ValueRead
+from .plan import TensorRead, ValueRead
+from .read_plan import ReadPlan
 from .scatter import scatter
 from .scratch import Scratch
+from .small_reads import SmallReads, SmallSpan
 
 ENDS_NBYTES = 8 << 10  # of an archive: what torch.save writes before and after one tensor's bytes is 1.5 KiB
 READS_AT_ONCE = 3  # one is read, one is checked, one waits
@@ -97,7 +99,10 @@ class FileReads:
         reads: list[ValueRead | TensorRead] = [*plan.values, *plan.tensors]
         if self._inline:
             reads = [read for read in reads if read.file != INLINE]
-        await self._open_files(stack, reads)
+        small = plan.small
+        await self._open_files(stack, {read.file: read.fqn for read in reads} | (small.used_files() if small else {}))
+        if small is not None:
+            self._check_small(small)
         for read in reads:
             file = read.file
             if read.offset + read.nbytes > readers[file].nbytes:
@@ -109,11 +114,21 @@ class FileReads:
             if isinstance(read, ValueRead) or not read.bare:
                 read.crc = self._crcs.get(file, {}).get(read.offset)
 
-    async def _open_files(self, stack: AsyncExitStack, reads: Sequence[ValueRead | TensorRead]) -> None:
-        """Open the files of `reads`, and those that have their tables; several at once where storage answers late."""
-        wanted: dict[str, str] = {}  # the name of a value in each, for errors
-        for read in reads:
-            wanted.setdefault(read.file, read.fqn)
+    def _check_small(self, small: SmallReads) -> None:
+        problem = small.find_misplaced({file: self._readers[file].nbytes for file in small.used_files()})
+        if problem is not None:
+            number, text = problem
+            file = small.file_names[int(small.files[number])]
+            raise CorruptError(self._storage.describe(self._checkpoint_id, file), small.fqns[number], text)
+        small.take_crcs(self._crcs)
+
+    async def _open_files(self, stack: AsyncExitStack, wanted: dict[str, str]) -> None:
+        """Open files, and those that have their tables; several at once where storage answers late.
+
+        Args:
+            stack: closes them.
+            wanted: the files, each with the name of a value in it, for errors.
+        """
         for file, fqn in list(wanted.items()):
             wanted.setdefault(self._tables.file_of(file), fqn)
         names = [(file, fqn) for file, fqn in wanted.items() if file not in self._readers]
@@ -239,7 +254,7 @@ class FileReads:
 
     async def read_tensors(
         self,
-        reads: Sequence[TensorRead],
+        plan: ReadPlan,
         stored: dict[int, StoredTensor],
         device_copies: DeviceCopies,
         bar: Bar,
@@ -248,7 +263,7 @@ class FileReads:
         """Read parts of tensors, and bring each to its place.
 
         Args:
-            reads: what to read.
+            plan: what to read.
             stored: of some of them, by id, where in their archive the tensor lies: see `find_stored`.
             device_copies: brings tensors to devices.
             bar: shows how far it has come.
@@ -258,8 +273,9 @@ class FileReads:
             CorruptError: what is stored is not what was saved.
             OSError: storage failed.
         """
-        ways = list(self._routes(reads, stored, shared))
-        bar.total(sum(each.nbytes for each in ways))
+        ways = list(self._routes(plan, stored, shared))
+        small_spans = list(plan.small.spans(self._gap_nbytes)) if plan.small is not None else []
+        bar.total(sum(each.nbytes for each in ways) + sum(each.stop - each.start for each in small_spans))
         decoder = self._decoder
         scratch = Scratch(self._threads, pin_for=device_copies.first_device)
         limit = anyio.Semaphore(self._at_once)
@@ -275,6 +291,12 @@ class FileReads:
                 await in_thread(self._threads.compute, scatter, span, arena, decoder, device_copies)
                 bar.advance(span.stop - span.start)
 
+        async def read_small(span: SmallSpan) -> None:
+            async with limit, scratch.take(span.stop - span.start) as arena:
+                await self._readers[span.file].read_into(span.start, [arena.memory[: span.stop - span.start]])
+                await in_thread(self._threads.compute, span.fill, arena, decoder)
+                bar.advance(span.stop - span.start)
+
         async def read_window(each: LargeRead, number: int, fetch: Fetch) -> None:
             window = each.windows[number]  # begun in order, so the one before is under way
             async with limit, scratch.take(window.nbytes) as arena:
@@ -287,6 +309,8 @@ class FileReads:
 
         with single_error():
             async with anyio.create_task_group() as group:
+                for small_span in small_spans:
+                    group.start_soon(read_small, small_span)
                 for way in ways:
                     for direct in way.direct:
                         group.start_soon(read_direct, direct)
@@ -299,16 +323,17 @@ class FileReads:
                             group.start_soon(read_window, each, number, self._fetch_with(way.relay, way.count()))
 
     def _routes(
-        self, reads: Sequence[TensorRead], stored: dict[int, StoredTensor], shared: Sequence[SharedReads]
+        self, plan: ReadPlan, stored: dict[int, StoredTensor], shared: Sequence[SharedReads]
     ) -> Iterator[_Routes]:
         """Choose ways: what is shared first, so that it goes in one order on all ranks."""
+        reads, small = plan.tensors, plan.small
         if shared:
             tied = overlapping(reads)
             for each in shared:
                 yield _Routes.choose(each.reads, stored, self._limits, tied=tied, relay=each.relay)
             apart = {id(read) for each in shared for read in each.reads}
             reads = [read for read in reads if id(read) not in apart]
-        yield _Routes.choose(reads, stored, self._limits)
+        yield _Routes.choose(reads, stored, self._limits, small=small)
 
     def _fetch_with(self, relay: Relay | None, number: int) -> Fetch:
         """Return what reads bytes into memory: from storage, or from the rank whose turn it is to do that."""
@@ -396,6 +421,7 @@ class _Routes:
         limits: ObjectLimits | None,
         *,
         tied: Set[int] | None = None,
+        small: SmallReads | None = None,
         relay: Relay | None = None,
     ) -> _Routes:
         """Choose for some reads.
@@ -405,6 +431,7 @@ class _Routes:
             stored: where the tensors of archives lie.
             limits: of the storage.
             tied: ids of reads whose memory others write too, if that is known.
+            small: what else is read.
             relay: to the ranks that read the same; what is chosen then depends on the stored bytes alone.
         """
         gap_nbytes = limits.gap_nbytes if limits else GAP_NBYTES
@@ -413,6 +440,8 @@ class _Routes:
             largest = [read for read in reads if read.nbytes > SPAN_NBYTES]
             if tied is None:
                 tied = overlapping(reads) if direct or largest else set()
+                if small is not None:
+                    tied |= {id(read) for read in (*direct, *largest) if small.overlaps(read.into)}
             direct = [read for read in direct if id(read) not in tied]
             apart = set(map(id, direct))
             large = [

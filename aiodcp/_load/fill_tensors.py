@@ -10,7 +10,7 @@ from .._engine.threads import Threads, in_thread
 from .._telemetry.progress_bar import Bar
 from ..errors import LoadError, StageError
 from .file_reads import FileReads, SharedReads
-from .plan import ReadPlan
+from .read_plan import ReadPlan
 
 
 async def fill_tensors(
@@ -32,7 +32,7 @@ async def fill_tensors(
         stored = await reads.find_stored(plan.tensors)
         if device_copies:
             await in_thread(threads.compute, _begin, device_copies)
-        await reads.read_tensors(plan.tensors, stored, device_copies, bar, shared)
+        await reads.read_tensors(plan, stored, device_copies, bar, shared)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from .._log import SafeLogger
 from .._state.plain_tensors import PLAIN_TENSORS
 from .._state.sharding import is_sharded, parts_of, shape_and_dtype
 from .conversion import as_number, holds_number, is_lossy
-from .plan import ReadPlan
+from .read_plan import ReadPlan
 from .targets import LoadTargets
 
 log = SafeLogger(__name__)

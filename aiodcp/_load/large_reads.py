@@ -87,7 +87,7 @@ class LargeRead:
                 self._stored = int.from_bytes(arena.memory[self._crc_place : self._crc_place + 4], "little")
             self._crc = decoder.crc32(arena.memory[slice(*window.payload)], self._crc)
             if number == len(self.windows) - 1 and self._stored is not None:
-                decoder.compare(read, self._crc, self._stored)
+                decoder.compare(read.fqn, read.file, self._crc, self._stored, read.crc)
         targets, sources = [], []
         typed = arena.tensor[: arena.nbytes // read.dtype.itemsize * read.dtype.itemsize].view(read.dtype)
         for piece in window.pieces:

@@ -47,9 +47,10 @@ from .fitting import fill_whole, settle_values
 from .leave_out import Choice, Kept, leave_out
 from .name_union import join_marks, pack_marks, unwanted
 from .options import Loaded, LoadOptions
-from .plan import ReadPlan, ValueRead
+from .plan import ValueRead
 from .planner_reads import commit_loaded, plan_local_load, plan_reads
 from .planning import plan_load
+from .read_plan import ReadPlan
 from .refuse import note_left_out, refuse
 from .resolve import Resolution, Resolver, groups_needed, names_wanted
 from .sharing import MIN_NBYTES, Group, OpenProposal, agree_on_open, groups_of, share_out, table_of
@@ -207,6 +208,8 @@ class _LoadFlow:
                 return None
             planned = found
         plan = planned.plan
+        if self._shares_reads():
+            plan.expand()
 
         async def open_files() -> tuple[bool, Array]:
             opened = await self._unless_replaced(data, partial(self._reads.open, stack, plan))
@@ -261,14 +264,17 @@ class _LoadFlow:
         if agreed.nbytes < MIN_NBYTES:
             return []
         if agreed.digest:  # all ranks all of it
-            return [Group(members=list(range(operation.size)), numbers=list(range(len(table))))]
-        tables = await operation.gather(table.tobytes())
+            groups = [Group(members=list(range(operation.size)), numbers=list(range(len(table))))]
+        else:
+            tables = await operation.gather(table.tobytes())
 
-        async def share() -> list[bytes]:
-            return await in_thread(self._threads.compute, share_out, tables) if tables else []
+            async def share() -> list[bytes]:
+                return await in_thread(self._threads.compute, share_out, tables) if tables else []
 
-        parts, _ = await operation.run_phase("compare", share)
-        return groups_of(await operation.scatter(parts), table)
+            parts, _ = await operation.run_phase("compare", share)
+            groups = groups_of(await operation.scatter(parts), table)
+        near = [group.near(operation.rank) for group in groups]
+        return [group for group in near if len(group.members) > 1]
 
     async def _connect(self, stack: AsyncExitStack, plan: ReadPlan, groups: Sequence[Group]) -> list[SharedReads]:
         """Connect the ranks that read the same, until `stack` is closed: after a failure all hear of that before."""

@@ -1,11 +1,10 @@
-"""What a load reads, as plain data."""
+"""Reads of a load, as plain data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.distributed.checkpoint.planner as dcp
 
 from .._format.archive_writer import Frame
 
@@ -64,26 +63,3 @@ class TensorRead:
     into: torch.Tensor
     bare: bool
     crc: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadPlan:
-    """What a load reads.
-
-    Attributes:
-        tensors: parts of tensors.
-        values: other values, and tensors that are not filled part by part.
-        numbers: indices of numbers that are stored as tensors.
-        fills: indices of tensors that are stored as numbers.
-        opaque: indices of tensors that are filled as a whole, by themselves, or replaced.
-        items: of the caller's own planner, to which the values' indices refer.
-        resolved: of those the tensors', with what they are read into.
-    """
-
-    tensors: list[TensorRead]
-    values: list[ValueRead]
-    numbers: list[int] = field(default_factory=list)
-    fills: list[int] = field(default_factory=list)
-    opaque: list[int] = field(default_factory=list)
-    items: list[dcp.ReadItem] = field(default_factory=list)
-    resolved: list[tuple[dcp.ReadItem, torch.Tensor]] = field(default_factory=list)

@@ -13,7 +13,8 @@ from .._format.dcp import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from ..errors import CorruptError, LoadError, MismatchError
 from .chunk_index import ChunkIndex
 from .conversion import is_lossy
-from .plan import ReadPlan, ValueRead
+from .plan import ValueRead
+from .read_plan import ReadPlan
 
 
 def plan_local_load(

@@ -23,7 +23,9 @@ from .._state.structure import Finder
 from ..errors import ArgumentError, CorruptError
 from .chunk_index import ChunkIndex
 from .fitting import differs, misfit
-from .plan import ReadPlan, TensorRead, ValueRead
+from .plan import TensorRead, ValueRead
+from .read_plan import ReadPlan
+from .small_reads import SmallChooser
 from .targets import LoadTargets
 
 
@@ -46,6 +48,7 @@ def plan_load(
 
 class _Planner:
     def __init__(self, metadata: Metadata, targets: LoadTargets, pieces: ChunkIndex, cast: bool) -> None:
+        self._metadata = metadata
         self._entries = metadata.state_dict_metadata
         self._pieces = pieces
         self._targets = targets
@@ -55,13 +58,15 @@ class _Planner:
         self._assigned: list[int] = []
 
     def plan(self) -> tuple[ReadPlan, list[str]]:
-        targets, entries = self._targets, self._entries
+        targets, entries, small = self._targets, self._entries, SmallChooser(self._metadata)
         converted = targets.report.converted
         for index, (fqn, value, source) in enumerate(zip(targets.fqns, targets.values, targets.sources, strict=True)):
             if source is None:
                 continue
             entry = entries[source]
-            # The usual case, spelt out as it is that of 10,000 tensors: contiguous, with memory, stored in one piece.
+            if small.takes(fqn, source, value, entry):
+                continue
+            # The usual case besides, spelt out as it is that of 10,000 tensors: contiguous, stored in one piece.
             if (
                 type(value) in PLAIN_TENSORS
                 and isinstance(entry, TensorStorageMetadata)
@@ -109,6 +114,7 @@ class _Planner:
                 self._plan_opaque(index, fqn, source, entry)
             else:
                 self._plan.tensors.extend(_read_tensor(self._pieces, fqn, source, value, entry))
+        self._plan.small = small.reads()
         targets.assignments = self._find_assignments()
         return self._plan, self._problems
 

@@ -21,6 +21,8 @@ from .plan import TensorRead
 
 MIN_NBYTES = 1 << 20  # bytes for which a group is made: below them each rank reads for itself
 
+MAX_MEMBERS = 32  # ranks that are connected with each other: of more, each so many read once
+
 MAX_GROUPS = 8  # of one rank: those with most bytes
 
 
@@ -58,6 +60,11 @@ class Group:
 
     members: list[int]
     numbers: list[int]
+
+    def near(self, rank: int) -> Group:
+        """Return the part of it, of `MAX_MEMBERS` at most, to which a rank belongs."""
+        start = self.members.index(rank) // MAX_MEMBERS * MAX_MEMBERS
+        return Group(members=self.members[start : start + MAX_MEMBERS], numbers=self.numbers)
 
 
 def agree_on_open(table: list[Row]) -> Row:

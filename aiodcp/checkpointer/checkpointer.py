@@ -79,9 +79,10 @@ class Checkpointer(SyncContext):
             commit nothing; or "ignore", and do not compare. Checked at every save: all bytes of values and of
             tensors up to 64 KiB, and a sample of larger ones.
         share_reads: in a load on several ranks, what several of them want alike, such as replicated tensors, is read
-            from storage by one of them, in turns, and passed on to the others over their network. By default from
-            object stores, where each rank would download it; not from directories, where a host's cache serves all
-            its ranks: there it is worth while if hosts together read faster than the file system. Alike on all ranks.
+            from storage by one of them (of more than 32, by one of each 32), in turns, and passed on to the others over
+            their network. By default from object stores, where each rank would download it; not from directories, where
+            a host's cache serves all its ranks: there it is worth while if hosts together could read faster than the
+            file system answers.
     """
 
     def __init__(

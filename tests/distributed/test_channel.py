@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, TCPStore
 
 from aiodcp import Checkpointer, RankError
-from aiodcp._distributed import channel
+from aiodcp._distributed import channel, place
 from aiodcp._distributed.address import own_address_towards
+from aiodcp._distributed.place import Place
 
 from ..support.broken_files import BrokenFiles
-from ..support.ranks import World
+from ..support.ranks import Killed, World
+from ..support.states import assert_equal, blank
 
 
 @pytest.fixture
@@ -79,26 +82,95 @@ def _connections() -> int:
     return sum(row[3] == "01" and f"socket:[{row[9]}]" in inodes for row in ours)
 
 
-def _count_connections(rank: int, size: int, path: Path) -> int:
+@contextmanager
+def _small_blocks() -> Iterator[None]:
+    """Have ranks meet in blocks as if they were many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "ONE_BLOCK", 2)
+        yield
+
+
+def _exchange(rank: int, size: int, root: int) -> int:
     async def main() -> int:
-        async with Checkpointer() as checkpointer:
-            await (await checkpointer.save({"w": torch.ones(10)}, path)).uploaded
-            dist.barrier()
-            made = _connections()
-            dist.barrier()
+        assert dist.group.WORLD is not None
+        line = channel.Channel(dist.group.WORLD, root=root, timeout_s=30)
+        for _ in range(2):
+            table = await line.gather(torch.tensor([[rank, 10 * rank]]))
+            assert (table is not None) is (rank == root)
+            if table is not None:
+                assert table.tolist() == [[[each, 10 * each]] for each in range(size)]
+            heard = torch.full((3,), 7 if rank == root else 0)
+            await line.broadcast(heard)
+            assert heard.tolist() == [7, 7, 7]
+            row = torch.zeros(2, dtype=torch.int64)
+            await line.scatter(torch.arange(2 * size).reshape(size, 2) if rank == root else None, row)
+            assert row.tolist() == [2 * rank, 2 * rank + 1]
+        made = _connections()
+        dist.barrier()
+        line.close()
         return made
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _small_blocks():
         patch.setattr(channel, "own_address_towards", lambda store: OWN_ADDRESS)
         return asyncio.run(main())
 
 
-def test_only_the_coordinator_is_connected_to_every_rank(world: World, tmp_path: Path) -> None:
-    size = 6
-    made = world.run(size, _count_connections, tmp_path / "ckpt")
-    assert made[0] == size - 1
-    assert made[-1] <= 2  # a leaf in the tree of a broadcast
-    assert all(1 <= each < size - 1 for each in made[1:])
+@pytest.mark.parametrize(("size", "root"), [(5, 0), (6, 4)])
+def test_many_ranks_meet_in_blocks_and_few_are_connected_to_many(world: World, size: int, root: int) -> None:
+    made = world.run(size, _exchange, root)
+    firsts = {root, (root + 3) % size}
+    for rank, connections in enumerate(made):
+        assert connections <= (3 if rank in firsts else 2)  # of 3 ranks in a block, and 2 blocks
+
+
+def _save_in_blocks(rank: int, size: int, path: Path, victim: int) -> tuple[int, ...]:
+    async def main() -> tuple[int, ...]:
+        storage = BrokenFiles()
+        state = {f"w{n}": torch.full((1000,), float(n)) for n in range(size)}
+        async with Checkpointer(storage=storage, coordinator=1) as checkpointer:
+            for _ in range(2):
+                await (await checkpointer.save(state, path)).uploaded
+            target = blank(state)
+            await checkpointer.load(target, path)
+            assert_equal(state, target)
+            if rank == victim:
+                storage.fault = lambda call: os.kill(os.getpid(), signal.SIGKILL)
+            with pytest.raises(RankError) as caught:
+                await (await checkpointer.save(state, path)).uploaded
+            return tuple(caught.value.missing)
+
+    with _small_blocks():
+        return asyncio.run(main())
+
+
+@pytest.mark.parametrize("victim", [4, 0])  # with rank 1 as the root: the first of the second block, and one behind it
+def test_a_rank_of_any_block_that_dies_is_named(world: World, tmp_path: Path, victim: int) -> None:
+    results = world.run(5, _save_in_blocks, tmp_path, victim, killed=True)
+    assert isinstance(results.pop(victim), Killed)
+    assert results == [(victim,)] * 4
+
+
+@pytest.mark.parametrize("root", [0, 7, 4095])
+def test_places_of_many_ranks(root: int) -> None:
+    size = 4096
+    places = [Place.of(rank, size, root) for rank in range(size)]
+    assert {each.block_size for each in places} == {64}
+    assert [rank for rank, each in enumerate(places) if each.is_first] == sorted(places[0].firsts)
+    assert places[root].firsts[0] == places[root].block[0] == root
+    for rank, each in enumerate(places):
+        assert rank in each.block
+        assert each.is_first is (each.block[0] == rank)
+        assert each.block[0] in each.firsts
+    assert sorted(rank for first in places[0].firsts for rank in places[first].block) == list(range(size))
+    table = torch.arange(size)
+    assert torch.equal(places[0].by_rank(places[0].by_position(table)), table)
+
+
+def test_few_ranks_are_one_block_and_the_last_block_may_be_short() -> None:
+    assert Place.of(3, 32, 5).block == [*range(5, 32), *range(5)]
+    assert Place.of(3, 32, 5).firsts == [5]
+    sizes = [len(Place.of(rank, 38, 0).block) for rank in Place.of(0, 38, 0).firsts]
+    assert sizes == [7, 7, 7, 7, 7, 3]
 
 
 def _stop_in_the_middle(rank: int, size: int, path: Path) -> float:

@@ -72,9 +72,9 @@ def _count_messages(rank: int, size: int, folder: Path, delay_s: float) -> list[
     async def main() -> list[int]:
         real, counted = Channel._finish, []
 
-        async def slow(self: Channel, collective: Any, arguments: tuple[Any, ...]) -> None:
+        async def slow(self: Channel, collective: Any, arguments: tuple[Any, ...], nbytes: int) -> None:
             await asyncio.sleep(delay_s)
-            await real(self, collective, arguments)
+            await real(self, collective, arguments, nbytes)
 
         async with Checkpointer(storage=Slow()) as checkpointer:
             state = {"w": torch.zeros(1000), "n": 3}

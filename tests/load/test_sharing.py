@@ -70,6 +70,13 @@ def test_each_set_of_ranks_that_read_the_same_is_a_group() -> None:
     assert groups[3] == [Group(members=[2, 3], numbers=[0, 1]), Group(members=[0, 1, 2, 3], numbers=[2])]
 
 
+def test_of_many_ranks_each_so_many_read_once() -> None:
+    group = Group(members=list(range(0, 140, 2)), numbers=[4])
+    assert group.near(2) == Group(members=list(range(0, 64, 2)), numbers=[4])
+    assert group.near(64) == Group(members=list(range(64, 128, 2)), numbers=[4])
+    assert group.near(138) == Group(members=list(range(128, 140, 2)), numbers=[4])
+
+
 def test_little_is_not_worth_a_group_and_nobody_belongs_to_many() -> None:
     assert share_out([table((1, MIN_NBYTES - 1)).tobytes()] * 2) == [b"[]", b"[]"]
     assert share_out([table().tobytes(), table((1, MIN_NBYTES)).tobytes()]) == [b"[]", b"[]"]

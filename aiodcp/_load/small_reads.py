@@ -1,0 +1,279 @@
+"""Small tensors as columns: each stored whole, in this library's framing, and wanted in one stretch of host memory.
+
+Of those a model has thousands, and what a load does for each decides how long it takes: here that is one checksum and
+one copy, and all else is done for all of them at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._engine.host_memory import Arena
+from .._format.archive_writer import Frame, frame_tensor
+from .._format.arrays import Array
+from .._format.dcp import Metadata
+from .._format.extension import opaque_names
+from .._format.indexed_metadata import IndexedMetadata, IndexedTensor
+from .._state.plain_tensors import PLAIN_TENSORS, QUANTIZED
+from .coalesce import DIRECT_NBYTES, GAP_NBYTES, SPAN_NBYTES, gap_within
+from .decode import ItemDecoder
+from .plan import TensorRead
+
+_copy = ctypes.PyDLL(None).memmove  # holds the GIL: to let go of it would take longer than what is copied
+_copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_copy.restype = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Small tensors: the names under which they are wanted and stored, where they go, and which kind each is of."""
+
+    fqns: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    into: list[torch.Tensor] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+
+
+class SmallChooser:
+    """Chooses, of all that a load wants, the small tensors."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        self._metadata = metadata
+        self._opaque = opaque_names(metadata)
+        self._chosen = Chosen()
+        self._frames: list[Frame] = []
+        self._kinds: dict[tuple[torch.dtype, torch.Size], int | None] = {}
+
+    def takes(self, fqn: str, source: str, value: Any, entry: object) -> bool:
+        """Take a tensor, if it is a small one, that is wanted as it is stored."""
+        if type(value) not in PLAIN_TENSORS or type(entry) is not IndexedTensor:
+            return False
+        properties, dtype, shape = entry.properties, value.dtype, value.shape
+        if dtype is not properties.dtype or shape != entry.size or not entry.is_whole or source in self._opaque:
+            return False
+        try:
+            kind = self._kinds[dtype, shape]
+        except KeyError:
+            kind = self._kinds[dtype, shape] = self._find_kind(dtype, shape)
+        if kind is None or not (value.layout is torch.strided is properties.layout):
+            return False
+        if not (value.is_cpu and value.is_contiguous()) or value.is_inference() or value.is_conj() or value.is_neg():
+            return False
+        address = value.data_ptr()
+        if not address:
+            return False
+        chosen = self._chosen
+        chosen.fqns.append(fqn)
+        chosen.sources.append(source)
+        chosen.into.append(value)
+        chosen.addresses.append(address)
+        chosen.kinds.append(kind)
+        return True
+
+    def _find_kind(self, dtype: torch.dtype, shape: torch.Size) -> int | None:
+        frame = frame_tensor(dtype, tuple(shape)) if dtype not in QUANTIZED else None
+        if frame is None or not 0 < frame.nbytes < DIRECT_NBYTES:
+            return None
+        self._frames.append(frame)
+        return len(self._frames) - 1
+
+    def reads(self) -> SmallReads | None:
+        """Return what is read of them; None if there are none."""
+        if not self._chosen.fqns:
+            return None
+        assert isinstance(self._metadata, IndexedMetadata)
+        return SmallReads(self._metadata, self._chosen, self._frames)
+
+
+class SmallReads:
+    """What is read, one entry a tensor.
+
+    Attributes:
+        fqns: the tensors.
+        into: where they go.
+        addresses: of that memory, [tensors].
+        file_names: of the files.
+        files: which file each lies in, [tensors].
+        starts: bytes, where in that its item begins, [tensors].
+        nbytes: of the item, [tensors].
+        payloads: where in the item its elements begin, their bytes, and where their CRC32 stands, [tensors, 3].
+        crcs: what the files' tables say of the items, once that is known; -1 where they say nothing, [tensors].
+    """
+
+    def __init__(self, metadata: IndexedMetadata, chosen: Chosen, frames: Sequence[Frame]) -> None:
+        """Find the items.
+
+        Args:
+            metadata: says where they are.
+            chosen: which.
+            frames: that there are around them.
+        """
+        rows, places = metadata.rows_of(chosen.sources), metadata.places
+        self.fqns: list[str] = chosen.fqns
+        self.into: list[torch.Tensor] = chosen.into
+        self.addresses: Array = np.array(chosen.addresses, dtype=np.int64)
+        self.file_names: list[str] = metadata.file_names
+        self.files: Array = places.files[rows]
+        self.starts: Array = places.starts[rows]
+        self.nbytes: Array = places.nbytes[rows]
+        self._frames = frames
+        self._kinds: Array = np.array(chosen.kinds, dtype=np.int64)
+        kinds = [(len(each.header), each.nbytes, each.header_crc, each.item_nbytes) for each in frames]
+        *payload, self._expected = np.array(kinds, dtype=np.int64)[self._kinds].T
+        self.payloads: Array = np.stack(payload, axis=1)
+        self.crcs: Array = np.full(len(rows), -1, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.fqns)
+
+    def used_files(self) -> dict[str, str]:
+        """Return the files, each with the name of a tensor in it."""
+        files, first = np.unique(self.files, return_index=True)
+        return {
+            self.file_names[file]: self.fqns[number]
+            for file, number in zip(files.tolist(), first.tolist(), strict=True)
+        }
+
+    def find_misplaced(self, file_nbytes: Mapping[str, int]) -> tuple[int, str] | None:
+        """Return the number of an item that cannot be where the metadata says, and why; None if there is none."""
+        for file in np.unique(self.files).tolist():
+            length = file_nbytes[self.file_names[file]]
+            beyond = np.flatnonzero((self.files == file) & (self.starts + self.nbytes > length))
+            if len(beyond):
+                number = int(beyond[0])
+                stop = int(self.starts[number] + self.nbytes[number])
+                return number, f"truncated: {length} bytes, the value ends at {stop}"
+        odd = np.flatnonzero(self.nbytes != self._expected)
+        if len(odd):
+            number = int(odd[0])
+            into = self.into[number]
+            stored = int(self.nbytes[number])
+            return number, f"is stored as {stored} bytes, not the size of {into.dtype} {tuple(into.shape)}"
+        return None
+
+    def take_crcs(self, tables: Mapping[str, Mapping[int, int]]) -> None:
+        """Take the CRC32s from the files' tables, which are by file and offset."""
+        for file in np.unique(self.files).tolist():
+            table = tables.get(self.file_names[file])
+            if table:
+                chosen = self.files == file
+                self.crcs[chosen] = [table.get(start, -1) for start in self.starts[chosen].tolist()]
+
+    def spans(self, gap_nbytes: int) -> Iterator[SmallSpan]:
+        """Group what lies close together, as `coalesce_reads` does."""
+        order = np.lexsort((self.starts, self.files))
+        files, starts = self.files[order], self.starts[order]
+        stops = starts + self.nbytes[order]
+        apart = (files[1:] != files[:-1]) | (starts[1:] - stops[:-1] > GAP_NBYTES)
+        bounds = [0, *(np.flatnonzero(apart) + 1).tolist(), len(order)]
+        first = 0
+        for begin, end in pairwise(bounds):
+            if begin > first:  # what lies before may be close enough yet
+                gap = int(starts[begin] - stops[begin - 1])
+                if files[begin] != files[begin - 1] or gap > gap_within(
+                    int(stops[begin - 1] - starts[first]), gap_nbytes
+                ):
+                    yield self._span(order[first:begin])
+                    first = begin
+            while int(stops[end - 1] - starts[first]) > SPAN_NBYTES:
+                last = int(np.searchsorted(stops[first:end], starts[first] + SPAN_NBYTES, side="right"))
+                yield self._span(order[first : first + max(last, 1)])
+                first += max(last, 1)
+        if first < len(order):
+            yield self._span(order[first:])
+
+    def _span(self, numbers: Array) -> SmallSpan:
+        first, last = int(numbers[0]), int(numbers[-1])
+        return SmallSpan(
+            reads=self,
+            file=self.file_names[int(self.files[first])],
+            start=int(self.starts[first]),
+            stop=int(self.starts[last] + self.nbytes[last]),
+            numbers=numbers,
+        )
+
+    def overlaps(self, tensor: torch.Tensor) -> bool:
+        """Whether some of what is filled shares memory with a tensor."""
+        if not tensor.is_cpu or not len(self):
+            return False
+        start = tensor.data_ptr()
+        steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        stop = start + tensor.itemsize * (1 + steps)
+        return bool(((self.addresses < stop) & (self.addresses + self.payloads[:, 1] > start)).any())
+
+    def as_reads(self) -> list[TensorRead]:
+        """Return the same, an object for each."""
+        columns = (each.tolist() for each in (self._kinds, self.files, self.starts, self.nbytes, self.crcs))
+        return [
+            TensorRead(
+                fqn,
+                self.file_names[file],
+                start,
+                nbytes,
+                into.dtype,
+                into.shape,
+                self._frames[kind],
+                None,
+                into,
+                bare=False,
+                crc=crc if crc >= 0 else None,
+            )
+            for fqn, into, kind, file, start, nbytes, crc in zip(self.fqns, self.into, *columns, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallSpan:
+    """Neighbouring items of one file, read together: bytes `start` to `stop`.
+
+    Attributes:
+        reads: what they belong to.
+        numbers: which of those they are, in their order in the file.
+    """
+
+    reads: SmallReads
+    file: str
+    start: int
+    stop: int
+    numbers: Array
+
+    def fill(self, arena: Arena, decoder: ItemDecoder) -> None:
+        """Check the items, which have been read into `arena`, and copy them to their places.
+
+        Raises:
+            CorruptError: they are not what was saved.
+        """
+        reads, numbers, memory = self.reads, self.numbers, arena.memory
+        begins = reads.starts[numbers] - self.start
+        headers, lengths, crc_places = reads.payloads[numbers].T
+        payloads = begins + headers
+        crc32 = decoder.crc32
+        if crc32 is not None:
+            found = [
+                crc32(memory[start:stop], 0)
+                for start, stop in zip(payloads.tolist(), (payloads + lengths).tolist(), strict=True)
+            ]
+            there = np.frombuffer(memory, dtype=np.uint8)
+            bytes_of_crcs = there[(begins + crc_places)[:, None] + np.arange(4)].astype(np.int64)
+            stored, crcs = bytes_of_crcs @ (1 << np.arange(0, 32, 8)), reads.crcs[numbers]
+            wrong = np.flatnonzero((np.array(found) != stored) | ((crcs >= 0) & (crcs != found)))
+            if len(wrong):
+                place = int(wrong[0])
+                number, crc = int(numbers[place]), int(crcs[place])
+                decoder.compare(
+                    reads.fqns[number], self.file, found[place], int(stored[place]), crc if crc >= 0 else None
+                )
+        chosen = numbers.tolist()
+        torch.autograd.graph.increment_version([reads.into[number] for number in chosen])
+        base = arena.tensor.data_ptr()
+        places = reads.addresses[numbers].tolist(), (payloads + base).tolist(), lengths.tolist()
+        for into, source, nbytes in zip(*places, strict=True):
+            _copy(into, source, nbytes)
