@@ -6,6 +6,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MANY = 10_000  # new objects
+
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
@@ -13,6 +15,9 @@ def gc_paused() -> Iterator[None]:
 
     Measured, 10,000 tensors: 0.04 s, against 0.16-0.34 s with full collections in between, each of which would
     also hold the GIL.
+
+    If there are very many, all objects count as old afterwards, for the collector to look at when it next looks at all;
+    else it would at once: measured, 20,000 tensors, holding the GIL for 0.17 s, twice.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -20,4 +25,7 @@ def gc_paused() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            if gc.get_count()[0] > MANY and not gc.get_freeze_count():  # else the caller has frozen some of his own
+                gc.freeze()
+                gc.unfreeze()  # moves them among the old ones
             gc.enable()

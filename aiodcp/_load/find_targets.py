@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
 from .._engine.device_copies import CopyStreams, DeviceCopies
+from .._engine.gc_pause import gc_paused
 from .._format.dcp import Metadata, TensorStorageMetadata
 from .._state.flatten import Leaves, flatten
 from .._state.freeze import refuse_nested
@@ -40,7 +41,8 @@ def find_targets(
         raise ArgumentError("state_dict", f"must be a mutable mapping such as a dict, got {type(state_dict).__name__}")
     try:
         states = call_stateful(state_dict)
-        leaves = flatten(states, rank)
+        with gc_paused():
+            leaves = flatten(states, rank)
     except CaptureError as error:
         raise LoadError(str(error)) from error.__cause__
     for fqn, value in zip(leaves.fqns, leaves.values, strict=True):

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
+from .._engine.gc_pause import gc_paused
 from .._format.dcp import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from .._format.dtypes import NOT_COPIED
 from .._format.extension import Containers
@@ -219,6 +220,7 @@ def _make_share(local: LocalPlan, numbers: Sequence[int], items: Sequence[WriteI
     return Share(staged=staged, frozen=frozen, layout=layout)
 
 
+@gc_paused()
 def finish_plan(
     captured: Capture, local: LocalPlan, kept: Sequence[int], shared: SharedItems, share: Share | None = None
 ) -> WritePlan:

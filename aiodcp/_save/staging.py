@@ -13,6 +13,7 @@ import torch
 
 from .._engine.device_copies import DeviceCopies
 from .._engine.device_gather import SMALL_NBYTES, Gather, GatherBuffer, Tensors
+from .._engine.gc_pause import gc_paused
 from .._engine.host_memory import Arena
 from .._format.alignment import BLOCK, round_up
 from .._format.checksum import Checksum
@@ -43,10 +44,11 @@ class Staging:
         self.arena = Arena(staging_nbytes(layout, tail_nbytes))
         self.arena.populate()
         put_frames(self.arena.memory, layout, range(len(layout.frames)))
-        self._copies = [
-            plan_copies(self.arena, layout, range(segment.first, segment.stop_record), leaves)
-            for segment in layout.segments
-        ]
+        with gc_paused():
+            self._copies = [
+                plan_copies(self.arena, layout, range(segment.first, segment.stop_record), leaves)
+                for segment in layout.segments
+            ]
         self._buffer: tuple[torch.device, GatherBuffer] | None = None
         self._gathers: dict[int, Gather] = {}  # by segment, of those that consist of small tensors
 

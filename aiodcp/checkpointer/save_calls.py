@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from .._distributed.operation import Operation
 from .._distributed.votes import OperationKind
 from .._engine.device_copies import CopyStreams
+from .._engine.gc_pause import gc_paused
 from .._engine.gil_fairness import yield_to_engine
 from .._save.commit import remove_files
 from .._save.parts import PartExchange, PartTicket
@@ -302,7 +303,8 @@ class SaveCalls:
 
     def _capture_plain(self, state_dict: Mapping[str, Any]) -> Capture:
         may_be_empty = self._flows.channel is not None
-        return capture(state_dict, self._flows.rank, may_be_empty=may_be_empty, names=self._names)
+        with gc_paused():
+            return capture(state_dict, self._flows.rank, may_be_empty=may_be_empty, names=self._names)
 
     def _warn_unsafe(self, captured: Capture) -> None:
         """Warn of values that `load` will not build by default, once a name."""
