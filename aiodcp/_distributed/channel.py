@@ -34,6 +34,7 @@ from .._log import SafeLogger
 from ..errors import ClosedError
 from .address import own_address_towards
 from .place import Place
+from .store_pace import pace
 
 log = SafeLogger(__name__)
 
@@ -265,7 +266,7 @@ class Channel:
     def _patience(self, limit_s: float | None = None) -> timedelta:
         """Return for how long to wait so that a missing rank is reported in time: who it is must be found out, too."""
         limit_s = self.timeout_s if limit_s is None else min(limit_s, self.timeout_s)
-        return timedelta(seconds=limit_s - min(ROLL_CALL_S, 0.2 * limit_s))
+        return timedelta(seconds=limit_s - min(pace(ROLL_CALL_S, self.size), 0.2 * limit_s))
 
     async def _finish(self, collective: Any, arguments: tuple[Any, ...], nbytes: int) -> None:
         self.messages += 1
@@ -298,7 +299,7 @@ class Channel:
                     alarmed = await in_own_thread(
                         "ranks", lambda: self._store.check([f"{self._generation}/alarm"]), STORE_TIMEOUT_S
                     )
-                await anyio.sleep(ALARM_PERIOD_S)
+                await anyio.sleep(pace(ALARM_PERIOD_S, self.size))
             group.cancel_scope.cancel()
 
         async with anyio.create_task_group() as group:
@@ -329,12 +330,12 @@ class Channel:
         roll = PrefixStore(str(self._generation), self._store)
         roll.set(f"here/{self.rank}", "")
         present = roll.add("present", 1)
-        until = time.monotonic() + ROLL_CALL_S
+        until = time.monotonic() + pace(ROLL_CALL_S, self.size)
         while present < self.size and time.monotonic() < until and not roll.check(["missing"]):
-            time.sleep(_POLL_S)
+            time.sleep(pace(_POLL_S, self.size))
             before, present = present, roll.add("present", 0)
             if present > before:
-                until = time.monotonic() + ROLL_CALL_S
+                until = time.monotonic() + pace(ROLL_CALL_S, self.size)
         missing = [rank for rank in range(self.size) if present < self.size and not roll.check([f"here/{rank}"])]
         agreed: Sequence[int] = json.loads(roll.compare_set("missing", "", json.dumps(missing)))
         return tuple(agreed)

@@ -4,8 +4,8 @@ One rank may hear of it and the others not, and ranks that train in step must no
 steps. So they agree, by way of torch.distributed's store, without the threads that train:
 
     a rank hears     sets the flag
-    every rank       sees it within a second, says which step it has last been asked about, and freezes: whoever is
-                     asked about a later step waits
+    every rank       sees it within a second (of thousands, within some), says which step it has last been asked about,
+                     and freezes: whoever is asked about a later step waits
     coordinator      when all have said theirs: the step after the latest of them is the one
     every rank       hears of it, and thaws; asked about that step, or a later one, it says yes
 
@@ -19,15 +19,22 @@ from collections.abc import Callable
 from typing import Any
 
 from .._log import SafeLogger
+from .store_pace import pace
 
 log = SafeLogger(__name__)
 
 AGREE_TIMEOUT_S = 30.0  # after which a rank that is asked waits no longer for the others: some of them are gone
+LOOK_S = 1.0  # between two looks whether another rank stops
+
 _POLL_S = 0.1
 
 
 class StopAgreement:
-    """One rank's view. `stops_at` is called by the training, all else by the thread that listens."""
+    """One rank's view. `stops_at` is called by the training, all else by the thread that listens.
+
+    Attributes:
+        look_s: how often to look at `reason_of_others`.
+    """
 
     def __init__(self, *, store: Any, rank: int, size: int, root: int, name: str = "preempt") -> None:
         """Begin.
@@ -37,6 +44,7 @@ class StopAgreement:
             rank, size, root: this rank, how many there are, the coordinator.
             name: of this agreement, under which nothing else is in the store.
         """
+        self.look_s: float = pace(LOOK_S, size)
         self._store = store
         self._name = name
         self._rank, self._size, self._root = rank, size, root
@@ -88,7 +96,7 @@ class StopAgreement:
 
     def _wait_for(self, keys: list[str], sleep: Callable[[float], bool]) -> bool:
         while not self._store.check(keys):
-            if not sleep(_POLL_S):
+            if not sleep(pace(_POLL_S, self._size)):
                 return False
         return True
 

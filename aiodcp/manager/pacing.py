@@ -16,7 +16,6 @@ from .._log import SafeLogger
 
 log: SafeLogger = SafeLogger(__name__)
 
-POLL_S = 1.0
 
 DUE = "time to save"
 
@@ -94,7 +93,7 @@ class Pacing:
     def _wait_until_due(self, agreement: StopAgreement) -> bool:
         """Wait for the clock, or for the rank whose clock decides; return False when closed before."""
         assert self._interval_s is not None
-        while not self._closed.wait(min(POLL_S, self._interval_s / 4)):
+        while not self._closed.wait(min(agreement.look_s, self._interval_s / 4)):
             if agreement.reason_of_others():
                 return True
             if self._leads and time.monotonic() - self._began_s >= self._interval_s:

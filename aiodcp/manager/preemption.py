@@ -19,7 +19,6 @@ from ..errors import ClosedError
 
 log: SafeLogger = SafeLogger(__name__)
 
-POLL_S = 1.0  # how often a rank looks at the store: 4,096 of them ask it as many times a second
 _LONGEST_WAIT_S = 3600.0  # a queue does not wait for ever so long
 
 
@@ -149,7 +148,7 @@ class Preemption:
         return True
 
     def _next_look_s(self) -> float | None:
-        waits = [] if self._agreement is None else [POLL_S]
+        waits = [] if self._agreement is None else [self._agreement.look_s]
         if self._deadline is not None:
             waits.append(min(_LONGEST_WAIT_S, max(0.0, self._deadline - self._grace_s - time.time())))
         return min(waits, default=None)

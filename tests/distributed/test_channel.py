@@ -21,6 +21,8 @@ from aiodcp import Checkpointer, RankError
 from aiodcp._distributed import channel, place
 from aiodcp._distributed.address import own_address_towards
 from aiodcp._distributed.place import Place
+from aiodcp._distributed.stop_agreement import StopAgreement
+from aiodcp._distributed.store_pace import pace
 
 from ..support.broken_files import BrokenFiles
 from ..support.ranks import Killed, World
@@ -164,6 +166,14 @@ def test_places_of_many_ranks(root: int) -> None:
     assert sorted(rank for first in places[0].firsts for rank in places[first].block) == list(range(size))
     table = torch.arange(size)
     assert torch.equal(places[0].by_rank(places[0].by_position(table)), table)
+
+
+def test_ranks_ask_their_store_no_more_than_so_often_all_together() -> None:
+    assert pace(1.0, 2) == pace(1.0, 1024) == 1.0
+    assert pace(1.0, 4096) == 4.0
+    for ranks in (2, 4096):
+        agreement = StopAgreement(store=None, rank=0, size=ranks, root=0)
+        assert ranks / agreement.look_s <= 1024
 
 
 def test_few_ranks_are_one_block_and_the_last_block_may_be_short() -> None:
