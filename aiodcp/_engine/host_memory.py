@@ -68,11 +68,18 @@ class Arena:
         self.memory = memoryview(mapping)
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
         self.address = self.tensor.data_ptr()
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._pin_tried = False
         # Advice: a kernel that does not take it is no error. A child that is forked while a save is staged (a data
         # loader's worker) would make every page be copied: measured, 1 GiB staged in 2.6 s instead of 0.09 s.
         _libc.madvise(self.address, nbytes, mmap.MADV_HUGEPAGE)
         _libc.madvise(self.address, nbytes, mmap.MADV_DONTFORK)
+
+    def typed(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return all of it as elements: to view a tensor in it by `as_strided` takes a third of the time."""
+        if dtype not in self._typed:
+            self._typed[dtype] = self.tensor[: self.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
+        return self._typed[dtype]
 
     def pin(self, device: torch.device | None, borders: Sequence[int] = ()) -> None:
         """Register the memory with CUDA, so that devices copy from and to it by themselves. Releases the GIL.

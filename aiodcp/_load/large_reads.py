@@ -89,7 +89,7 @@ class LargeRead:
             if number == len(self.windows) - 1 and self._stored is not None:
                 decoder.compare(read.fqn, read.file, self._crc, self._stored, read.crc)
         targets, sources = [], []
-        typed = arena.tensor[: arena.nbytes // read.dtype.itemsize * read.dtype.itemsize].view(read.dtype)
+        typed = arena.typed(read.dtype)
         for piece in window.pieces:
             source = typed.as_strided(piece.into.shape, piece.strides, piece.at // read.dtype.itemsize)
             targets.append(copyable(piece.into))

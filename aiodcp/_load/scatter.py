@@ -19,15 +19,9 @@ from .plan import TensorRead
 def scatter(span: ReadSpan, arena: Arena, decoder: ItemDecoder, device_copies: DeviceCopies) -> None:
     """Check the items of a span that has been read into `arena`, and copy them to their targets."""
     memory = arena.memory
-    typed: dict[torch.dtype, torch.Tensor] = {}
     targets: list[torch.Tensor] = []
     sources: list[torch.Tensor] = []
     odd: list[tuple[TensorRead, torch.Tensor, torch.Tensor]] = []
-
-    def as_typed(dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in typed:
-            typed[dtype] = arena.tensor[: arena.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
-        return typed[dtype]
 
     device_copies.enter_thread()
     with gc_paused():
@@ -38,14 +32,14 @@ def scatter(span: ReadSpan, arena: Arena, decoder: ItemDecoder, device_copies: D
                 tensor = unpack(read, arena, offset, decoder)
             elif read.bare:
                 assert read.part is not None
-                rows, first = as_typed(dtype), offset // dtype.itemsize
+                rows, first = arena.typed(dtype), offset // dtype.itemsize
                 if offset % dtype.itemsize:  # in files of DCP's, where items begin anywhere
                     rows, first = arena.tensor[offset : offset + read.nbytes].clone().view(dtype), 0
                 tensor = rows.as_strided(read.part[1], frame.strides, first)
             else:
                 start = offset + len(frame.header)
                 decoder.framed(read, frame.header_crc + offset, memory, memory[start : start + frame.nbytes])
-                tensor = as_typed(dtype).as_strided(frame.shape, frame.strides, start // dtype.itemsize)
+                tensor = arena.typed(dtype).as_strided(frame.shape, frame.strides, start // dtype.itemsize)
             if read.part is not None and not read.bare:
                 tensor = cut(tensor, read.part)
             if dtype in NOT_COPIED:

@@ -70,7 +70,8 @@ def plan_copies(
         header_crcs.append(offset + frame.header_crc)
         trailer_crcs.append(stop + frame.trailer_crc)
         indices.append(leaves[record])
-        targets.append(copyable(arena.tensor[start:stop].view(frame.dtype).view(frame.shape)))
+        typed = arena.typed(frame.dtype)
+        targets.append(copyable(typed.as_strided(frame.shape, frame.strides, start // frame.dtype.itemsize)))
         odd = odd or frame.dtype in NOT_COPIED
     return RecordCopies(
         pick=picker(indices),
