@@ -117,6 +117,8 @@ class Channel:
         self._round_trips: deque[float] = deque(maxlen=KNOWN_ROUND_TRIPS)
         self._world: dist.ProcessGroup = group
         self._store: Any = None  # a PrefixStore, of which torch types the constructor only
+        self._base: Any = None  # what it lies on
+        self._prefix = ""
         self._generation = 0
         self._place = Place.of(self.rank, self.size, self.root)
         self._groups: tuple[Any, Any] | None = (
@@ -172,10 +174,12 @@ class Channel:
             number = store.add(f"{name}/{self.rank}", 1)
             while store.check([f"{name}/{number}/failed"]):
                 number = store.add(f"{name}/{self.rank}", 1)
-            self._store = PrefixStore(f"{name}/{number}", store)
-        block = self._make_group_of(place.block, f"block/{place.block[0]}")
-        has_top = place.is_first and len(place.firsts) > 1
-        return block, self._make_group_of(place.firsts, "firsts") if has_top else None
+            self._base, self._prefix = store, f"{name}/{number}"
+            self._store = PrefixStore(self._prefix, store)
+        block = self._make_group_of(place.block, f"block/{place.block[0]}", self._store, self.timeout_s)
+        if not place.is_first or len(place.firsts) == 1:
+            return block, None
+        return block, self._make_group_of(place.firsts, "firsts", self._store, self.timeout_s)
 
     async def group_of(self, members: Sequence[int], name: str) -> Any:
         """Return a group of some of the ranks, which the caller drops; once this channel is connected.
@@ -187,14 +191,20 @@ class Channel:
         Raises:
             RuntimeError: the store that the ranks share does not answer.
         """
-        return await in_own_thread("ranks", lambda: self._make_group_of(members, name), STORE_TIMEOUT_S)
 
-    def _make_group_of(self, members: Sequence[int], name: str) -> Any:
-        prefix = PrefixStore(f"{self._generation}/{name}", self._store)
+        def make() -> Any:
+            _ensure_descriptors(DESCRIPTORS_A_PEER * len(members) + DESCRIPTORS_BESIDES)
+            store = PrefixStore(self._prefix, self._base.clone())  # if a member fails to come, nobody else waits on it
+            return self._make_group_of(members, name, store, self.silence_s)
+
+        return await in_own_thread("ranks", make, self.silence_s + STORE_TIMEOUT_S)
+
+    def _make_group_of(self, members: Sequence[int], name: str, store: Any, limit_s: float) -> Any:
+        prefix = PrefixStore(f"{self._generation}/{name}", store)
         gloo: Any = ProcessGroupGloo  # whose options torch does not type
         options = gloo._Options()
-        options._devices = _make_devices(self._store)
-        options._timeout = timedelta(seconds=self.timeout_s)
+        options._devices = _make_devices(store)
+        options._timeout = timedelta(seconds=limit_s)
         return gloo(prefix, members.index(self.rank), len(members), options)
 
     async def give_up_opening(self) -> None:

@@ -6,7 +6,10 @@ ranks take turns at reading. One group is made for each set of ranks, for the ti
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from hashlib import sha256
 from typing import Any
 
 import anyio
@@ -15,7 +18,7 @@ import torch.distributed as dist
 
 from .._engine.broadcast import Signal
 from .._engine.threads import start_thread
-from ..errors import ReadError
+from ..errors import LoadError
 from .channel import Channel, keep_until_done
 
 
@@ -42,12 +45,28 @@ class Relay:
         """Make the group.
 
         Raises:
-            ReadError: the store that the ranks share does not answer.
+            LoadError: the members did not come, or cannot reach each other.
         """
         try:
             self._group = await self._channel.group_of(self._members, self._name)
         except RuntimeError as error:
-            raise ReadError(self._name, f"the ranks cannot connect: {error}") from error
+            ranks = ", ".join(str(self._channel.members[each]) for each in self._members)
+            raise LoadError(f"ranks {ranks} cannot connect with each other to share what they read: {error}") from error
+
+    async def compare(self, fetches: Sequence[tuple[str, int, int]]) -> None:
+        """Make sure that all members are about to fetch the same bytes.
+
+        Args:
+            fetches: file, start and stop of each, in order.
+
+        Raises:
+            LoadError: this one is about to fetch others than the first member.
+        """
+        own = torch.frombuffer(bytearray(sha256(json.dumps(fetches).encode()).digest()), dtype=torch.uint8)
+        first = own.clone()
+        await self._broadcast(first, 0)
+        if not torch.equal(own, first):
+            raise LoadError("the ranks disagree on what they read together; load with share_reads=False")
 
     async def fetch(self, number: int, memory: torch.Tensor, read: Callable[[], Awaitable[object]]) -> None:
         """Fill memory with what one rank reads.
@@ -58,21 +77,28 @@ class Relay:
             read: fills it from storage; called on one of the members.
 
         Raises:
-            ReadError: another member did not pass on what it has read.
+            LoadError: another member did not pass on what it has read.
             Exception: what `read` raised.
         """
-        options = dist.BroadcastOptions()
-        options.rootRank = number % len(self._members)
-        if options.rootRank == self._rank:
+        reader = number % len(self._members)
+        if reader == self._rank:
             await read()
         if number != self._next:  # in one order on all ranks: gloo matches them by that
             turn = self._turns[number] = anyio.Event()
             await turn.wait()
+        await self._broadcast(memory, reader, self._let_next_go)
+
+    async def _broadcast(
+        self, memory: torch.Tensor, reader: int, on_issued: Callable[[], object] = lambda: None
+    ) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = reader
+        options.timeout = timedelta(seconds=self._channel.timeout_s)
         finished, arguments = Signal(), ([memory], options)
         try:
             work = self._group.broadcast(*arguments)
             try:
-                self._let_next_go()
+                on_issued()
                 work.get_future().add_done_callback(lambda _: finished.set())  # in a thread of gloo's
                 await finished.wait()
                 work.get_future().value()
@@ -80,8 +106,8 @@ class Relay:
                 if not finished.is_set():
                     keep_until_done(work, self._group, arguments)
         except RuntimeError as error:
-            reader = self._channel.members[self._members[options.rootRank]]
-            raise ReadError(self._name, f"rank {reader} did not pass on what it was to read: {error}") from error
+            rank = self._channel.members[self._members[reader]]
+            raise LoadError(f"rank {rank} did not pass on what it was to read: {error}") from error
 
     def _let_next_go(self) -> None:
         self._next += 1

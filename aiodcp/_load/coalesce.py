@@ -93,7 +93,7 @@ def group_reads(reads: Sequence[TensorRead], gap_nbytes: int) -> list[list[Tenso
 def coalesce_reads(reads: Iterable[Any], gap_nbytes: int = GAP_NBYTES) -> list[ReadSpan]:
     """Group reads that lie close together in one file, at most `gap_nbytes` apart; see `WASTED`."""
     spans: list[ReadSpan] = []
-    for read in sorted(reads, key=attrgetter("file", "offset")):
+    for read in sorted(reads, key=attrgetter("file", "offset", "nbytes")):
         start, stop = read.offset // ALIGNMENT * ALIGNMENT, read.offset + read.nbytes
         if spans:
             last = spans[-1]

@@ -307,6 +307,9 @@ class FileReads:
                 window.checked.set()
                 bar.advance(window.nbytes)
 
+        for way in ways:
+            if way.relay is not None:
+                await way.relay.compare(way.fetches())
         with single_error():
             async with anyio.create_task_group() as group:
                 for small_span in small_spans:
@@ -455,8 +458,13 @@ class _Routes:
             spans = coalesce_reads([read for read in reads if id(read) not in apart] if apart else reads, gap_nbytes)
             groups = [[read] for read in direct] if limits is None else group_reads(direct, gap_nbytes)
             if relay is not None:
-                large.sort(key=lambda each: (each.read.file, each.read.offset))
+                large.sort(key=lambda each: (each.read.file, each.read.offset, each.read.nbytes, str(each.read.dtype)))
             return cls(direct=groups, spans=spans, large=large, relay=relay)
+
+    def fetches(self) -> list[tuple[str, int, int]]:
+        """Return file, start and stop of what is fetched by way of the relay, in order."""
+        windows = [(each.read.file, window.start, window.stop) for each in self.large for window in each.windows]
+        return [(span.file, span.start, span.stop) for span in self.spans] + windows
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from .._engine.device_copies import DeviceCopies
 from .._engine.threads import Threads, in_thread
+from .._format.archive_reader import StoredTensor
 from .._telemetry.progress_bar import Bar
 from ..errors import LoadError, StageError
 from .file_reads import FileReads, SharedReads
@@ -19,9 +20,13 @@ async def fill_tensors(
     device_copies: DeviceCopies,
     threads: Threads,
     bar: Bar,
+    *,
+    stored: dict[int, StoredTensor] | None = None,
     shared: Sequence[SharedReads] = (),
 ) -> None:
     """Read all parts of tensors; in a block of `ending`. See `FileReads.read_tensors`.
+
+    `stored` is what `FileReads.find_stored` has found, if it was asked already.
 
     Raises:
         CorruptError: what is stored is not what was saved.
@@ -29,7 +34,8 @@ async def fill_tensors(
         OSError: storage failed.
     """
     with _memory_errors():
-        stored = await reads.find_stored(plan.tensors)
+        if stored is None:
+            stored = await reads.find_stored(plan.tensors)
         if device_copies:
             await in_thread(threads.compute, _begin, device_copies)
         await reads.read_tensors(plan, stored, device_copies, bar, shared)

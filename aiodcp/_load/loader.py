@@ -20,7 +20,6 @@ from .._distributed.votes import Row, any_rank
 from .._engine.gc_pause import gc_paused
 from .._engine.threads import Threads, in_thread
 from .._foreign.find import complete, find_metadata, folder_of, read_found
-from .._format.arrays import Array
 from .._format.checksum import Checksum
 from .._format.dcp import Metadata
 from .._format.extension import containers_of, foreign_layout
@@ -40,7 +39,7 @@ from ..storage.base import Storage, object_limits
 from ..storage.error_mapping import read_errors
 from .chunk_index import ChunkIndex
 from .decode import ItemDecoder
-from .file_reads import FileReads, SharedReads
+from .file_reads import FileReads
 from .fill_tensors import ending, fill_tensors
 from .find_targets import allocate_optimizers
 from .fitting import fill_whole, settle_values
@@ -51,9 +50,10 @@ from .plan import ValueRead
 from .planner_reads import commit_loaded, plan_local_load, plan_reads
 from .planning import plan_load
 from .read_plan import ReadPlan
+from .reading_together import ReadingTogether
 from .refuse import note_left_out, refuse
 from .resolve import Resolution, Resolver, groups_needed, names_wanted
-from .sharing import MIN_NBYTES, Group, OpenProposal, agree_on_open, groups_of, share_out, table_of
+from .sharing import OpenProposal, agree_on_open
 from .start_agreement import LoadPlanProposal, LoadProposal, agree_on_load, agree_on_load_plan
 from .stored_names import StoredNames
 from .targets import LoadTargets
@@ -208,20 +208,17 @@ class _LoadFlow:
                 return None
             planned = found
         plan = planned.plan
-        if self._shares_reads():
-            plan.expand()
 
-        async def open_files() -> tuple[bool, Array]:
-            opened = await self._unless_replaced(data, partial(self._reads.open, stack, plan))
-            shares = opened and self._shares_reads()
-            return opened, await in_thread(self._threads.compute, table_of, plan.tensors if shares else ())
+        together = ReadingTogether(operation, self._threads, is_wanted=self._shares_reads())
 
-        (_, table), row = await operation.run_phase(
-            "open",
-            open_files,
-            propose=lambda result: OpenProposal.of(result[1], is_replaced=not result[0]).to_row(),
-            agree=agree_on_open,
-        )
+        async def open_files() -> bool:
+            if not await self._unless_replaced(data, partial(self._reads.open, stack, plan)):
+                return False
+            with read_errors(self._storage.describe(self._checkpoint_id)):
+                await together.look(plan, self._reads)
+            return True
+
+        _, row = await operation.run_phase("open", open_files, propose=together.propose, agree=agree_on_open)
         agreed = OpenProposal.from_row(row)
         if agreed.is_replaced:
             return None
@@ -237,54 +234,27 @@ class _LoadFlow:
         async def read_tensors() -> None:
             with ending(targets.device_copies):
                 with read_errors(self._storage.describe(self._checkpoint_id)):
-                    relayed = await self._connect(stack, plan, shared)
-                    await fill_tensors(self._reads, plan, targets.device_copies, self._threads, self._bar, relayed)
+                    shared = await together.connect(stack, plan)
+                    copies, stored = targets.device_copies, together.stored
+                    await fill_tensors(
+                        self._reads, plan, copies, self._threads, self._bar, stored=stored, shared=shared
+                    )
                 await in_thread(self._threads.compute, self._finish, plan, targets)
 
         await operation.run_phase("read values", read_values)  # all of them before the first tensor
         if self._options.is_dry:
             targets.device_copies.end()
             return Loaded(targets=targets, absent=planned.found.absent)
-        shared = await self._find_shared(table, agreed)
+        await together.find(agreed)
         await operation.run_phase("read tensors", read_tensors)
         self._log_report(targets)
         return Loaded(targets=targets, absent=planned.found.absent)
-
-    # --- reading together
 
     def _shares_reads(self) -> bool:
         if self._operation.size == 1 or self._options.is_dry:
             return False
         is_store = object_limits(self._storage, self._checkpoint_id) is not None
         return is_store if self._share_reads is None else self._share_reads
-
-    async def _find_shared(self, table: Array, agreed: OpenProposal) -> list[Group]:
-        """Find out which ranks read the same."""
-        operation = self._operation
-        if agreed.nbytes < MIN_NBYTES:
-            return []
-        if agreed.digest:  # all ranks all of it
-            groups = [Group(members=list(range(operation.size)), numbers=list(range(len(table))))]
-        else:
-            tables = await operation.gather(table.tobytes())
-
-            async def share() -> list[bytes]:
-                return await in_thread(self._threads.compute, share_out, tables) if tables else []
-
-            parts, _ = await operation.run_phase("compare", share)
-            groups = groups_of(await operation.scatter(parts), table)
-        near = [group.near(operation.rank) for group in groups]
-        return [group for group in near if len(group.members) > 1]
-
-    async def _connect(self, stack: AsyncExitStack, plan: ReadPlan, groups: Sequence[Group]) -> list[SharedReads]:
-        """Connect the ranks that read the same, until `stack` is closed: after a failure all hear of that before."""
-        shared: list[SharedReads] = []
-        for group in groups:
-            relay = self._operation.relay(group.members)
-            stack.callback(relay.close)
-            await relay.connect()
-            shared.append(SharedReads(relay=relay, reads=[plan.tensors[number] for number in group.numbers]))
-        return shared
 
     def _finish(self, plan: ReadPlan, targets: LoadTargets) -> None:
         targets.device_copies.enter_thread()

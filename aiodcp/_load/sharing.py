@@ -7,13 +7,14 @@ too reads it with them; each such set of ranks is a group.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 
 from .._distributed.votes import Proposal, Row
+from .._format.archive_reader import StoredTensor
 from .._format.arrays import Array
 from .coalesce import overlapping
 from .large_reads import takes_windows
@@ -55,7 +56,7 @@ class Group:
 
     Attributes:
         members: their positions, in order.
-        numbers: which of this rank's reads.
+        numbers: which of this rank's reads: of several of the same bytes one.
     """
 
     members: list[int]
@@ -78,15 +79,20 @@ def agree_on_open(table: list[Row]) -> Row:
     ).to_row()
 
 
-def table_of(reads: Sequence[TensorRead]) -> Array:
-    """Return what a rank reads, to compare it with others': [reads, 2] of digests and bytes."""
+def table_of(reads: Sequence[TensorRead], stored: Mapping[int, StoredTensor]) -> Array:
+    """Return what a rank reads, to compare it with others': [reads, 2] of digests and bytes.
+
+    Args:
+        reads: as they are read: after `FileReads.find_stored`.
+        stored: what that has returned.
+    """
     tied = overlapping(reads)
     table = np.zeros((len(reads), 2), dtype=np.int64)
     for row, read in zip(table, reads, strict=True):
-        lengths = tuple(read.part[1]) if read.part is not None else None
         windows = id(read) not in tied and takes_windows(read.into)  # else it is read whole, however large
-        what = (read.file, read.offset, read.nbytes, str(read.dtype), tuple(read.sizes), lengths, read.bare, windows)
-        digest = blake2b(repr(what).encode(), digest_size=8).digest()
+        place = (read.file, read.offset, read.nbytes, read.bare, windows)
+        what = (str(read.dtype), read.sizes, read.part, stored.get(id(read)))
+        digest = blake2b(repr((place, what)).encode(), digest_size=8).digest()
         row[:] = int.from_bytes(digest, "little", signed=True), read.nbytes
     return table
 
@@ -118,10 +124,18 @@ def share_out(tables: Sequence[bytes]) -> list[bytes]:
 
 def groups_of(part: bytes, table: Array) -> list[Group]:
     """Return this rank's groups from its part of what `share_out` returned; in one order on all ranks."""
-    numbers: dict[int, list[int]] = {}
-    for number, digest in enumerate(table[:, 0].tolist()):
-        numbers.setdefault(digest, []).append(number)
+    numbers = _numbers_of(table)
     return [
-        Group(members=members, numbers=sorted(number for digest in digests for number in numbers[digest]))
+        Group(members=members, numbers=sorted(numbers[digest] for digest in digests))
         for members, digests in json.loads(part)
     ]
+
+
+def one_group(size: int, table: Array) -> Group:
+    """Return the group of all ranks, which all read the same."""
+    return Group(members=list(range(size)), numbers=sorted(_numbers_of(table).values()))
+
+
+def _numbers_of(table: Array) -> dict[int, int]:
+    digests, numbers = np.unique(table[:, 0], return_index=True)
+    return dict(zip(digests.tolist(), numbers.tolist(), strict=True))

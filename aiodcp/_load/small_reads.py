@@ -22,6 +22,7 @@ from .._format.dcp import Metadata
 from .._format.extension import opaque_names
 from .._format.indexed_metadata import IndexedMetadata, IndexedTensor
 from .._state.plain_tensors import PLAIN_TENSORS, QUANTIZED
+from ..errors import LoadError
 from .coalesce import DIRECT_NBYTES, GAP_NBYTES, SPAN_NBYTES, gap_within
 from .decode import ItemDecoder
 from .plan import TensorRead
@@ -38,7 +39,6 @@ class Chosen:
     fqns: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     into: list[torch.Tensor] = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
 
 
@@ -67,14 +67,12 @@ class SmallChooser:
             return False
         if not (value.is_cpu and value.is_contiguous()) or value.is_inference() or value.is_conj() or value.is_neg():
             return False
-        address = value.data_ptr()
-        if not address:
+        if not value.data_ptr():
             return False
         chosen = self._chosen
         chosen.fqns.append(fqn)
         chosen.sources.append(source)
         chosen.into.append(value)
-        chosen.addresses.append(address)
         chosen.kinds.append(kind)
         return True
 
@@ -99,7 +97,6 @@ class SmallReads:
     Attributes:
         fqns: the tensors.
         into: where they go.
-        addresses: of that memory, [tensors].
         file_names: of the files.
         files: which file each lies in, [tensors].
         starts: bytes, where in that its item begins, [tensors].
@@ -119,7 +116,6 @@ class SmallReads:
         rows, places = metadata.rows_of(chosen.sources), metadata.places
         self.fqns: list[str] = chosen.fqns
         self.into: list[torch.Tensor] = chosen.into
-        self.addresses: Array = np.array(chosen.addresses, dtype=np.int64)
         self.file_names: list[str] = metadata.file_names
         self.files: Array = places.files[rows]
         self.starts: Array = places.starts[rows]
@@ -207,7 +203,8 @@ class SmallReads:
         start = tensor.data_ptr()
         steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         stop = start + tensor.itemsize * (1 + steps)
-        return bool(((self.addresses < stop) & (self.addresses + self.payloads[:, 1] > start)).any())
+        addresses = np.fromiter(map(torch.Tensor.data_ptr, self.into), dtype=np.int64, count=len(self))
+        return bool(((addresses < stop) & (addresses + self.payloads[:, 1] > start)).any())
 
     def as_reads(self) -> list[TensorRead]:
         """Return the same, an object for each."""
@@ -271,9 +268,11 @@ class SmallSpan:
                 decoder.compare(
                     reads.fqns[number], self.file, found[place], int(stored[place]), crc if crc >= 0 else None
                 )
-        chosen = numbers.tolist()
-        torch.autograd.graph.increment_version([reads.into[number] for number in chosen])
-        base = arena.tensor.data_ptr()
-        places = reads.addresses[numbers].tolist(), (payloads + base).tolist(), lengths.tolist()
-        for into, source, nbytes in zip(*places, strict=True):
-            _copy(into, source, nbytes)
+        targets = [reads.into[number] for number in numbers.tolist()]
+        torch.autograd.graph.increment_version(targets)
+        sources = (payloads + arena.address).tolist()
+        for number, into, source, nbytes in zip(numbers, targets, sources, lengths.tolist(), strict=True):
+            address = into.data_ptr()  # as it is now: the caller may have moved it
+            if not address:
+                raise LoadError(f"{reads.fqns[int(number)]}: its memory was freed while it was loaded")
+            _copy(address, source, nbytes)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from aiodcp import Checkpointer, PerRank, RankError, Storage
 from aiodcp._distributed.relay import Relay
+from aiodcp._load.file_reads import _Routes
 
 from ..support.counting_storage import CountingStorage
 from ..support.object_servers import S3Server
@@ -112,6 +113,60 @@ async def test_replicas_of_shards_read_theirs_once(rank: int, size: int, tmp_pat
     await load_and_count(other, tmp_path)
     for name, tensor in whole.items():
         assert torch.equal(other[name].full_tensor(), tensor), name
+
+
+@rank_test(2)
+async def test_shards_of_archives_are_each_ranks_own(rank: int, size: int, tmp_path: Path) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+    whole = torch.arange(2048 * 1024, dtype=torch.float32).reshape(2048, 1024)
+    if rank == 0:
+        dcp.save({"w": whole}, checkpoint_id=tmp_path, no_dist=True)
+    dist.barrier()
+    target = {"w": distribute_tensor(torch.zeros_like(whole), mesh, [Shard(0)])}
+    nbytes = await load_and_count(target, tmp_path)
+    assert torch.equal(target["w"].to_local(), whole.chunk(size)[rank])
+    assert nbytes < 1.1 * whole.nbytes
+
+
+@rank_test(2)
+async def test_bytes_that_one_rank_wants_twice_are_right(rank: int, size: int, tmp_path: Path) -> None:
+    w, v = (torch.randn(LARGE, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    state = {"a": w, "b": w, "c": v, "d": v}
+    if rank == 0:
+        torch.save(state, tmp_path / "state.pt")
+    dist.barrier()
+    target = {name: torch.zeros(LARGE) for name in ("abc", "acd")[rank]}
+    async with Checkpointer(share_reads=True) as checkpointer:
+        await checkpointer.load(target, tmp_path / "state.pt", strict=False)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in target.items())
+
+
+@rank_test(3)
+async def test_ranks_that_cannot_connect_or_disagree_fail_and_the_next_load_works(
+    rank: int, size: int, tmp_path: Path
+) -> None:
+    state = make_state(rank)
+
+    async def refuse(relay: Relay) -> None:
+        raise OSError(24, "Too many open files")
+
+    def others(routes: _Routes) -> list[tuple[str, int, int]]:
+        return [("another", 0, 1)]
+
+    async with Checkpointer(share_reads=True, timeout=60) as checkpointer:
+        await (await checkpointer.save(state, tmp_path)).uploaded
+        for where, name, fault, said in (
+            (Relay, "connect", refuse, "rank 1: ReadError: .*Too many open files"),
+            (_Routes, "fetches", others, "rank 1: LoadError: the ranks disagree on what they read together"),
+        ):
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == 1:
+                    patch.setattr(where, name, fault)
+                with pytest.raises(RankError, match=said):
+                    await checkpointer.load(make_target(), tmp_path)
+            target = make_target()
+            await checkpointer.load(target, tmp_path)
+            assert_loaded(rank, target)
 
 
 class Failing(CountingStorage):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from aiodcp import Checkpointer, CorruptError
+from aiodcp import Checkpointer, CorruptError, LoadError
 from aiodcp._format.item_tables import ItemTables
 from aiodcp._load import coalesce, small_reads
 from aiodcp._load.small_reads import SmallReads, SmallSpan
@@ -151,3 +152,21 @@ async def test_it_counts_as_a_change_of_the_tensors() -> None:
     assert all(tensor._version > before[name] for name, tensor in target.items())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         used.backward()
+
+
+async def test_memory_that_is_freed_or_moved_meanwhile_is_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = await saved({"w": torch.ones(300), "v": torch.ones(300)})
+    target = {"w": torch.zeros(300), "v": torch.zeros(300)}
+    real = SmallSpan.fill
+    change: Callable[[], object] = target["w"].share_memory_
+
+    def fill(span: SmallSpan, *args: Any) -> None:
+        change()
+        real(span, *args)
+
+    monkeypatch.setattr(SmallSpan, "fill", fill)
+    await load(storage, target)
+    assert_equal({"w": torch.ones(300), "v": torch.ones(300)}, target)
+    change = partial(target["v"].untyped_storage().resize_, 0)
+    with pytest.raises(LoadError, match="v: its memory was freed while it was loaded"):
+        await load(storage, target)
