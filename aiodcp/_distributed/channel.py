@@ -117,8 +117,6 @@ class Channel:
         self._round_trips: deque[float] = deque(maxlen=KNOWN_ROUND_TRIPS)
         self._world: dist.ProcessGroup = group
         self._store: Any = None  # a PrefixStore, of which torch types the constructor only
-        self._base: Any = None  # what it lies on
-        self._prefix = ""
         self._generation = 0
         self._place = Place.of(self.rank, self.size, self.root)
         self._groups: tuple[Any, Any] | None = (
@@ -174,8 +172,7 @@ class Channel:
             number = store.add(f"{name}/{self.rank}", 1)
             while store.check([f"{name}/{number}/failed"]):
                 number = store.add(f"{name}/{self.rank}", 1)
-            self._base, self._prefix = store, f"{name}/{number}"
-            self._store = PrefixStore(self._prefix, store)
+            self._store = PrefixStore(f"{name}/{number}", store)
         block = self._make_group_of(place.block, f"block/{place.block[0]}", self._store, self.timeout_s)
         if not place.is_first or len(place.firsts) == 1:
             return block, None
@@ -194,8 +191,8 @@ class Channel:
 
         def make() -> Any:
             _ensure_descriptors(DESCRIPTORS_A_PEER * len(members) + DESCRIPTORS_BESIDES)
-            store = PrefixStore(self._prefix, self._base.clone())  # if a member fails to come, nobody else waits on it
-            return self._make_group_of(members, name, store, self.silence_s)
+            # A connection of its own: if a member fails to come, nobody else waits for that.
+            return self._make_group_of(members, name, self._store.clone(), self.silence_s)
 
         return await in_own_thread("ranks", make, self.silence_s + STORE_TIMEOUT_S)
 

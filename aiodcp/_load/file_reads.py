@@ -7,9 +7,9 @@ go; a large tensor that is contiguous in host memory is read straight into it.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 
 from .._distributed.relay import Relay
 from .._engine.device_copies import DeviceCopies
-from .._engine.gc_pause import gc_paused
 from .._engine.host_memory import memory_of
 from .._engine.task_groups import single_error
 from .._engine.threads import Threads, in_thread
@@ -29,7 +28,7 @@ from .._format.extension import INLINE, ForeignLayout, Stamp
 from .._format.item_tables import ItemTables
 from .._telemetry.progress_bar import Bar
 from ..errors import CorruptError, LoadError, ReadError
-from ..storage.base import ObjectLimits, Reader, Storage, object_limits
+from ..storage.base import Reader, Storage, object_limits
 from ..storage.error_mapping import read_errors
 from .chunk_index import read_rows
 from .coalesce import (
@@ -38,14 +37,13 @@ from .coalesce import (
     SPAN_NBYTES,
     ReadSpan,
     coalesce_reads,
-    group_reads,
     overlapping,
-    reads_direct,
 )
 from .decode import ItemDecoder
-from .large_reads import LargeRead, in_windows
+from .large_reads import LargeRead
 from .plan import TensorRead, ValueRead
 from .read_plan import ReadPlan
+from .routes import Routes
 from .scatter import scatter
 from .scratch import Scratch
 from .small_reads import SmallReads, SmallSpan
@@ -315,28 +313,31 @@ class FileReads:
                 for small_span in small_spans:
                     group.start_soon(read_small, small_span)
                 for way in ways:
+                    numbers = count()
                     for direct in way.direct:
                         group.start_soon(read_direct, direct)
                     for span in way.spans:
-                        group.start_soon(read_span, span, self._fetch_with(way.relay, way.count()))
+                        group.start_soon(read_span, span, self._fetch_with(way.relay, next(numbers)))
                     for each in way.large:
                         if not each.is_compared and not each.read.bare:
                             decoder.note_unchecked()
                         for number in range(len(each.windows)):
-                            group.start_soon(read_window, each, number, self._fetch_with(way.relay, way.count()))
+                            group.start_soon(read_window, each, number, self._fetch_with(way.relay, next(numbers)))
 
     def _routes(
         self, plan: ReadPlan, stored: dict[int, StoredTensor], shared: Sequence[SharedReads]
-    ) -> Iterator[_Routes]:
+    ) -> Iterator[Routes]:
         """Choose ways: what is shared first, so that it goes in one order on all ranks."""
-        reads, small = plan.tensors, plan.small
-        if shared:
+        reads = plan.tensors
+        if shared:  # then there are no columns: see `ReadPlan.expand`
             tied = overlapping(reads)
             for each in shared:
-                yield _Routes.choose(each.reads, stored, self._limits, tied=tied, relay=each.relay)
+                yield Routes.choose(each.reads, stored, self._limits, tied=tied, relay=each.relay)
             apart = {id(read) for each in shared for read in each.reads}
-            reads = [read for read in reads if id(read) not in apart]
-        yield _Routes.choose(reads, stored, self._limits, small=small)
+            alone = [read for read in reads if id(read) not in apart]
+            yield Routes.choose(alone, stored, self._limits, tied=tied)
+        else:
+            yield Routes.choose(reads, stored, self._limits, small=plan.small)
 
     def _fetch_with(self, relay: Relay | None, number: int) -> Fetch:
         """Return what reads bytes into memory: from storage, or from the rank whose turn it is to do that."""
@@ -393,84 +394,3 @@ class SharedReads:
 
     relay: Relay
     reads: Sequence[TensorRead]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Routes:
-    """In which way each part of a tensor is read.
-
-    Attributes:
-        direct: straight into its place; with those that one request is for.
-        spans: with its neighbours, by way of scratch memory.
-        large: a window at a time, likewise.
-        relay: to the ranks that do the same.
-    """
-
-    direct: list[list[TensorRead]]
-    spans: list[ReadSpan]
-    large: list[LargeRead]
-    relay: Relay | None = None
-    _counter: Iterator[int] = field(default_factory=count)
-
-    def count(self) -> int:
-        """Return the number of the next read in this way."""
-        return next(self._counter)
-
-    @classmethod
-    def choose(
-        cls,
-        reads: Sequence[TensorRead],
-        stored: dict[int, StoredTensor],
-        limits: ObjectLimits | None,
-        *,
-        tied: Set[int] | None = None,
-        small: SmallReads | None = None,
-        relay: Relay | None = None,
-    ) -> _Routes:
-        """Choose for some reads.
-
-        Args:
-            reads: which.
-            stored: where the tensors of archives lie.
-            limits: of the storage.
-            tied: ids of reads whose memory others write too, if that is known.
-            small: what else is read.
-            relay: to the ranks that read the same; what is chosen then depends on the stored bytes alone.
-        """
-        gap_nbytes = limits.gap_nbytes if limits else GAP_NBYTES
-        with gc_paused():
-            direct = [read for read in reads if reads_direct(read)] if relay is None else []
-            largest = [read for read in reads if read.nbytes > SPAN_NBYTES]
-            if tied is None:
-                tied = overlapping(reads) if direct or largest else set()
-                if small is not None:
-                    tied |= {id(read) for read in (*direct, *largest) if small.overlaps(read.into)}
-            direct = [read for read in direct if id(read) not in tied]
-            apart = set(map(id, direct))
-            large = [
-                found
-                for read in largest
-                if id(read) not in apart
-                and id(read) not in tied
-                and (found := in_windows(read, stored.get(id(read)))) is not None
-            ]
-            apart |= {id(each.read) for each in large}
-            spans = coalesce_reads([read for read in reads if id(read) not in apart] if apart else reads, gap_nbytes)
-            groups = [[read] for read in direct] if limits is None else group_reads(direct, gap_nbytes)
-            if relay is not None:
-                large.sort(key=lambda each: (each.read.file, each.read.offset, each.read.nbytes, str(each.read.dtype)))
-            return cls(direct=groups, spans=spans, large=large, relay=relay)
-
-    def fetches(self) -> list[tuple[str, int, int]]:
-        """Return file, start and stop of what is fetched by way of the relay, in order."""
-        windows = [(each.read.file, window.start, window.stop) for each in self.large for window in each.windows]
-        return [(span.file, span.start, span.stop) for span in self.spans] + windows
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to be read."""
-        return (
-            sum(read.nbytes for group in self.direct for read in group)
-            + sum(span.stop - span.start for span in self.spans)
-            + sum(window.nbytes for each in self.large for window in each.windows)
-        )

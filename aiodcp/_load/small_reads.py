@@ -254,19 +254,21 @@ class SmallSpan:
         payloads = begins + headers
         crc32 = decoder.crc32
         if crc32 is not None:
-            found = [
-                crc32(memory[start:stop], 0)
-                for start, stop in zip(payloads.tolist(), (payloads + lengths).tolist(), strict=True)
-            ]
+            found = np.array(
+                [
+                    crc32(memory[start:stop], 0)
+                    for start, stop in zip(payloads.tolist(), (payloads + lengths).tolist(), strict=True)
+                ]
+            )
             there = np.frombuffer(memory, dtype=np.uint8)
             bytes_of_crcs = there[(begins + crc_places)[:, None] + np.arange(4)].astype(np.int64)
             stored, crcs = bytes_of_crcs @ (1 << np.arange(0, 32, 8)), reads.crcs[numbers]
-            wrong = np.flatnonzero((np.array(found) != stored) | ((crcs >= 0) & (crcs != found)))
+            wrong = np.flatnonzero((found != stored) | ((crcs >= 0) & (crcs != found)))
             if len(wrong):
                 place = int(wrong[0])
                 number, crc = int(numbers[place]), int(crcs[place])
                 decoder.compare(
-                    reads.fqns[number], self.file, found[place], int(stored[place]), crc if crc >= 0 else None
+                    reads.fqns[number], self.file, int(found[place]), int(stored[place]), crc if crc >= 0 else None
                 )
         targets = [reads.into[number] for number in numbers.tolist()]
         torch.autograd.graph.increment_version(targets)

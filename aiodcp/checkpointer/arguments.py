@@ -71,6 +71,8 @@ class Options:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise ArgumentError(name, f"must be a positive, finite number of seconds, got {value!r}")
+        if self.share_reads is not None and type(self.share_reads) is not bool:
+            raise ArgumentError("share_reads", f"must be True, False or None, got {self.share_reads!r}")
         if self.no_dist and self.process_group is not None:
             raise ArgumentError("no_dist", "cannot be combined with process_group")
         if type(self.coordinator) is not int or self.coordinator < 0:

@@ -24,7 +24,7 @@ class CheckpointedActor:
 
     def checkpoint_state(self) -> Mapping[str, Any]:
         """Return what is to be saved, and what `load_actors` fills: as for `Checkpointer.save`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what its state is: define checkpoint_state()")
 
     def make_checkpointer(self) -> Checkpointer:
         """Return what saves and loads in this process: not open yet."""

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from aiodcp import Checkpointer, PerRank, RankError, Storage
 from aiodcp._distributed.relay import Relay
-from aiodcp._load.file_reads import _Routes
+from aiodcp._load.routes import Routes
 
 from ..support.counting_storage import CountingStorage
 from ..support.object_servers import S3Server
@@ -150,14 +150,14 @@ async def test_ranks_that_cannot_connect_or_disagree_fail_and_the_next_load_work
     async def refuse(relay: Relay) -> None:
         raise OSError(24, "Too many open files")
 
-    def others(routes: _Routes) -> list[tuple[str, int, int]]:
+    def others(routes: Routes) -> list[tuple[str, int, int]]:
         return [("another", 0, 1)]
 
     async with Checkpointer(share_reads=True, timeout=60) as checkpointer:
         await (await checkpointer.save(state, tmp_path)).uploaded
         for where, name, fault, said in (
             (Relay, "connect", refuse, "rank 1: ReadError: .*Too many open files"),
-            (_Routes, "fetches", others, "rank 1: LoadError: the ranks disagree on what they read together"),
+            (Routes, "fetches", others, "rank 1: LoadError: the ranks disagree on what they read together"),
         ):
             with pytest.MonkeyPatch.context() as patch:
                 if rank == 1:

@@ -351,6 +351,10 @@ async def test_leftovers_of_failed_saves_and_of_dcp_are_removed_after_the_commit
 async def test_arguments_that_cannot_be_used_are_refused_by_name() -> None:
     with pytest.raises(aiodcp.ArgumentError, match="copy_threads"):
         Checkpointer(copy_threads=0)
+    with pytest.raises(aiodcp.ArgumentError, match="share_reads: must be True, False or None, got 'yes'"):
+        Checkpointer(share_reads="yes")  # type: ignore[arg-type]
+    with pytest.raises(aiodcp.ArgumentError, match="heartbeat_timeout: must be a positive, finite number"):
+        Checkpointer(heartbeat_timeout=0)
     with pytest.raises(aiodcp.ArgumentError, match="storage"):
         Checkpointer(storage="a path")  # type: ignore[arg-type]
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:
