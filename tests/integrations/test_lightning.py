@@ -20,6 +20,7 @@ from aiodcp import ArgumentError, StageError
 from aiodcp._engine import host_memory
 from aiodcp.integrations.lightning import AiodcpCheckpointIO
 
+from ..support.ranks import as_under_torchrun, rank_test
 from ..support.states import assert_equal
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # Lightning's own
@@ -46,7 +47,9 @@ class Model(LightningModule):
         assert checkpoint["int_keys"][2][3].item() == 1
 
 
-def fit(folder: Path, steps: int, ckpt_path: Any = None, *, plugin: bool = True) -> tuple[Model, Trainer]:
+def fit(
+    folder: Path, steps: int, ckpt_path: Any = None, *, plugin: bool = True, **options: Any
+) -> tuple[Model, Trainer]:
     seed_everything(3, verbose=False)
     model = Model()
     data = DataLoader(TensorDataset(torch.randn(12, 4)), batch_size=2)
@@ -58,6 +61,7 @@ def fit(folder: Path, steps: int, ckpt_path: Any = None, *, plugin: bool = True)
         enable_model_summary=False,
         plugins=[AiodcpCheckpointIO()] if plugin else [],
         callbacks=[ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")],
+        **options,
     )
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return model, trainer
@@ -70,6 +74,18 @@ def test_a_run_that_goes_on_equals_one_that_was_never_interrupted(tmp_path: Path
     assert (saved / ".metadata").exists()
     second, trainer = fit(tmp_path / "run", 9, saved)
     assert trainer.global_step == 9
+    assert_equal(dict(whole.state_dict()), dict(second.state_dict()))
+
+
+@rank_test(2)
+def test_ranks_that_go_on_equal_ranks_that_were_never_interrupted(rank: int, size: int, tmp_path: Path) -> None:
+    with as_under_torchrun(rank, size):
+        options: dict[str, Any] = {"strategy": "ddp", "devices": size}
+        whole, trainer = fit(tmp_path / "whole", 6, **options)
+        assert trainer.world_size == size
+        fit(tmp_path / "run", 3, **options)
+        second, trainer = fit(tmp_path / "run", 6, tmp_path / "run" / "step=3.ckpt", **options)
+    assert trainer.global_step == 6
     assert_equal(dict(whole.state_dict()), dict(second.state_dict()))
 
 

@@ -30,6 +30,7 @@ from aiodcp.integrations.accelerate import accelerator_state
 from aiodcp.integrations.random_states import random_states
 from aiodcp.integrations.transformers import AiodcpCallback
 
+from ..support.ranks import as_under_torchrun, rank_test
 from ..support.states import assert_equal
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # of the frameworks
@@ -94,6 +95,24 @@ def test_a_run_that_goes_on_equals_one_that_was_never_interrupted(tmp_path: Path
     assert losses[0][:5] == losses[1][:5]  # after which it may have resumed between two logs: then it is a mean of less
 
 
+@rank_test(2)
+def test_ranks_that_go_on_equal_ranks_that_were_never_interrupted(rank: int, size: int, tmp_path: Path) -> None:
+    with as_under_torchrun(rank, size):
+        options = {"save_steps": 2, "max_steps": 5, "logging_steps": 100}
+        whole = make_trainer(tmp_path / "whole", AiodcpCallback(), **options)
+        assert whole.args.world_size == size
+        whole.train()
+        first = make_trainer(tmp_path / "run", AiodcpCallback(), **options)
+        first.add_callback(_StopAt(3))
+        first.train()
+        callback = AiodcpCallback()
+        second = make_trainer(tmp_path / "run", callback, **options)
+        second.train(resume_from_checkpoint=callback.resume_from(tmp_path / "run"))
+        assert second.state.global_step == 5
+        assert_equal(dict(whole.model.state_dict()), dict(second.model.state_dict()))
+        assert_equal(whole.optimizer.state_dict(), second.optimizer.state_dict())
+
+
 class _StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
@@ -151,7 +170,7 @@ class Count:
         self.steps = state["steps"]
 
 
-def test_accelerate(tmp_path: Path) -> None:
+def _resume_with_accelerate(folder: Path) -> None:
     def make() -> tuple[Accelerator, Any, Any, Any, Count]:
         torch.manual_seed(0)
         accelerator = Accelerator(cpu=True)
@@ -175,12 +194,23 @@ def test_accelerate(tmp_path: Path) -> None:
     parts = make()
     train(parts, 3)
     with Checkpointer() as checkpointer:
-        checkpointer.save_sync(accelerator_state(parts[0]), tmp_path).uploaded.wait()
+        checkpointer.save_sync(accelerator_state(parts[0]), folder).uploaded.wait()
         train(parts, 3)
         other = make()
         assert accelerator_state(other[0]).keys() == {"model", "optimizer", "scheduler", "custom", "rng"}
-        checkpointer.load_sync(accelerator_state(other[0]), tmp_path)
+        checkpointer.load_sync(accelerator_state(other[0]), folder)
     train(other, 3)
     assert_equal(dict(parts[1].state_dict()), dict(other[1].state_dict()))
     assert_equal(parts[2].state_dict(), other[2].state_dict())
     assert parts[4].steps == other[4].steps == 6
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    _resume_with_accelerate(tmp_path)
+
+
+@rank_test(2)
+def test_accelerate_on_ranks(rank: int, size: int, tmp_path: Path) -> None:
+    with as_under_torchrun(rank, size):
+        assert Accelerator(cpu=True).num_processes == size
+        _resume_with_accelerate(tmp_path)

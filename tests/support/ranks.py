@@ -17,7 +17,8 @@ import faulthandler
 import inspect
 import multiprocessing
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -26,6 +27,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch._C._distributed_c10d import TCPStore
 
 LIMIT_S = 60.0  # for one function on all ranks: beyond it the processes print their stacks and end
@@ -106,6 +108,16 @@ class _Body:
         result = _bodies[self.module, self.name](rank, size, tmp_path)
         if inspect.iscoroutine(result):
             asyncio.run(result)
+
+
+@contextmanager
+def as_under_torchrun(rank: int, size: int) -> Iterator[None]:
+    """Tell frameworks, for the time of the block, what torchrun would."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ranks, "TORCHELASTIC_RUN_ID": "run"}.items():
+            patch.setenv(name, str(value))
+        yield
 
 
 def rank_test(size: int) -> Callable[[RankBody], Callable[[World, Path], None]]:
