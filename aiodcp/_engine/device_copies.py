@@ -28,6 +28,7 @@ from .._log import SafeLogger
 from ..errors import ArgumentError, CaptureError, ClosedError, SaveError
 from .activity import Activity
 from .device_gather import Gather, GatherBuffer, Tensors, gather_and_copy
+from .gil_fairness import AT_ONCE
 
 log = SafeLogger(__name__)
 
@@ -120,7 +121,8 @@ class DeviceCopies:
         if not self._marks_reached and any(map(torch.Tensor.is_pinned, sources)):
             self.wait_for_marks()
         with torch.no_grad():
-            torch._foreach_copy_(targets, sources)
+            for start in range(0, len(targets), AT_ONCE):
+                torch._foreach_copy_(targets[start : start + AT_ONCE], sources[start : start + AT_ONCE])
 
     def gather_buffer(self, nbytes: int) -> GatherBuffer:
         """Take memory on the device, for these copies and later ones."""

@@ -24,6 +24,9 @@ from weakref import WeakKeyDictionary, ref
 
 SWITCH_INTERVAL_S = 0.0005
 
+AT_ONCE = 1000
+"""Tensors that one call of C code looks at: for as long, up to a millisecond, no other thread has the GIL."""
+
 PAUSE_PERIOD_S = 0.005
 
 PAUSE_S = 0.00005  # with the timer's slack twice that: 2 % of the loop's time

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from .._engine.device_copies import CopyStreams, DeviceCopies
 from .._engine.gc_pause import gc_paused
 from .._format.dcp import Metadata, TensorStorageMetadata
-from .._state.flatten import Leaves, flatten
+from .._state.flatten import Leaves, Walk
 from .._state.freeze import refuse_nested
 from .._state.optimizers import find_optimizer, is_optimizer_state, keys_of, parameters_of
 from .._state.per_rank import PerRank
@@ -26,10 +27,13 @@ from .targets import LoadTargets, NewTensorDevice, ObjectKind, OptimizerScope
 _PLAIN_LEAVES = (torch.Tensor, int, float, str, bytes, type(None))
 
 
-def find_targets(
+def take_targets(
     state_dict: MutableMapping[str, Any], rank: int, planner: LoadPlanner | None, streams: CopyStreams
-) -> LoadTargets:
-    """Return what is to be filled of `state_dict`. In the caller's thread.
+) -> Callable[[], LoadTargets]:
+    """Take what is to be filled of `state_dict`. In the caller's thread.
+
+    Returns:
+        What looks at it, from any thread; it raises the same.
 
     Raises:
         ArgumentError: it takes no values, or has an object inside that is only looked for at the top level.
@@ -40,51 +44,70 @@ def find_targets(
     if not isinstance(state_dict, MutableMapping):
         raise ArgumentError("state_dict", f"must be a mutable mapping such as a dict, got {type(state_dict).__name__}")
     try:
-        states = call_stateful(state_dict)
+        states = dict(call_stateful(state_dict))
         with gc_paused():
-            leaves = flatten(states, rank)
+            walk = Walk(states, rank)
     except CaptureError as error:
         raise LoadError(str(error)) from error.__cause__
+    owners = {str(key): value.value if type(value) is PerRank else value for key, value in state_dict.items()}
+    new_tensors = NewTensorDevice()
+    begin = partial(_begin_copies, walk, _parameters_of(owners), streams, new_tensors)
+    copies = begin() if torch.accelerator.current_accelerator() is not None else None  # marks the caller's streams
+
+    def find() -> LoadTargets:
+        with gc_paused():
+            leaves = walk.leaves()
+        return _find_targets(states, owners, leaves, begin() if copies is None else copies, new_tensors, planner)
+
+    return find
+
+
+def _find_targets(
+    states: dict[str, Any],
+    owners: Mapping[str, Any],
+    leaves: Leaves,
+    copies: DeviceCopies,
+    new_tensors: NewTensorDevice,
+    planner: LoadPlanner | None,
+) -> LoadTargets:
     for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
         if not isinstance(value, _PLAIN_LEAVES) and (found := _object_in(value)) is not None:
             raise ArgumentError("state_dict", str(refuse_nested(fqn, value, found)))
-    owners = {str(key): value.value if type(value) is PerRank else value for key, value in state_dict.items()}
-    kinds = {name: _kind_of(owner) for name, owner in owners.items()}
     optimizers = [
         OptimizerScope(path=path, state=state, optimizer=_optimizer_of(owners[str(path[0])], str(path[-1]), state))
         for path in leaves.optimizers
         if is_optimizer_state(state := find(states, path)[0])
     ]
-    parameters: list[torch.Tensor] = [
-        each for owner in owners.values() if isinstance(owner, torch.optim.Optimizer) for each in _params(owner)
-    ]
-    new_tensors = NewTensorDevice()
     return LoadTargets(
         states=states,
-        kinds=kinds,
+        kinds={name: _kind_of(owner) for name, owner in owners.items()},
         optimizers=optimizers,
         per_rank=leaves.per_rank,
         fqns=leaves.fqns,
         paths=leaves.paths,
         values=leaves.values,
-        device_copies=_begin_copies(leaves, parameters, streams, new_tensors),
+        device_copies=copies,
         new_tensors=new_tensors,
         planner=planner,
     )
 
 
+def _parameters_of(owners: Mapping[str, Any]) -> list[torch.Tensor]:
+    return [each for owner in owners.values() if isinstance(owner, torch.optim.Optimizer) for each in _params(owner)]
+
+
 def _begin_copies(
-    leaves: Leaves, parameters: Sequence[torch.Tensor], streams: CopyStreams, new_tensors: NewTensorDevice
+    walk: Walk, parameters: Sequence[torch.Tensor], streams: CopyStreams, new_tensors: NewTensorDevice
 ) -> DeviceCopies:
     """Begin the copies to all that is filled, as this rank holds it."""
-    tensors = [value for value in (*leaves.values, *parameters) if isinstance(value, torch.Tensor)]
+    tensors = [value for value in (*walk.values, *parameters) if isinstance(value, torch.Tensor)]
     if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these have no `device`
         tensors = [value for value in tensors if not isinstance(value, ShardedTensor)]
         tensors += [part for value in sharded for part in held_parts(value)]
     devices = {new_tensors.device_of(tensor) for tensor in tensors if not tensor.is_cpu}
 
     def name_on(device: torch.device) -> str:
-        for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
+        for fqn, value in zip(walk.leaves().fqns, walk.values, strict=True):
             parts = held_parts(value) if isinstance(value, ShardedTensor) else [value]
             if any(isinstance(part, torch.Tensor) and new_tensors.device_of(part) == device for part in parts):
                 return fqn

@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import anyio
 import torch
 from anyio import Event
 
 from .._engine.broadcast import Signal
+from .._engine.gil_fairness import AT_ONCE as TENSORS_AT_ONCE
 from .._engine.task_groups import single_error
 from .._engine.threads import Threads, in_thread
 from .._format.checksum import Checksum
@@ -394,10 +396,8 @@ class WritePipeline:
     def _copying(self, job: SaveJob, plan: WritePlan, buffer: StagingBuffer, *, first: bool = True) -> Iterator[None]:
         """Copy within the block; whatever happens, no device uses the memory after it, or it is never freed."""
         values = job.captured.values
-        if first and not all(map(torch.Tensor.data_ptr, map(values.__getitem__, plan.staged))):
-            for index, item in zip(plan.staged, plan.share.staged, strict=True):
-                if values[index].data_ptr() == 0 and values[index].numel():  # to copy it would crash the process
-                    raise CaptureError(item.index.fqn, "its storage has been freed")
+        if first:
+            _refuse_freed(values, plan)
         self._is_lost = bool(job.device_copies)
         try:
             with _copy_errors(0):
@@ -440,6 +440,16 @@ class _Comparing:
     def wait(self) -> None:
         """Block until the tensors are not read any more."""
         self._over.wait()
+
+
+def _refuse_freed(values: Sequence[Any], plan: WritePlan) -> None:
+    """Refuse to copy from memory that is not there: it would crash the process."""
+    for start in range(0, len(plan.staged), TENSORS_AT_ONCE):
+        staged = plan.staged[start : start + TENSORS_AT_ONCE]
+        if not all(map(torch.Tensor.data_ptr, map(values.__getitem__, staged))):
+            for index, item in zip(staged, plan.share.staged[start:], strict=False):
+                if values[index].data_ptr() == 0 and values[index].numel():
+                    raise CaptureError(item.index.fqn, "its storage has been freed")
 
 
 @contextmanager

@@ -5,23 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint.planner as dcp
 from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.tensor import DTensor
 
+from .._engine.gil_fairness import AT_ONCE
 from .._format.dcp import KeyPath, Metadata
 from .._format.extension import Containers
 from .._format.layout import Layout
 from .._state.capture import Capture
-from .._state.sharding import holds_shards, shape_and_dtype
+from .._state.sharding import LeafKind
 from .comparison import Comparison
 from .cutting import Cut
 from .sharing import SharingPlan
 
 FROZEN_NBYTES = 1024  # about what a number takes with its framing
-
-LeafKind = tuple[Any, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +84,7 @@ class WritePlan:
 
     Attributes:
         fqns: of all leaves, in the order of the state dict.
-        kinds: of each leaf, type, dtype and shape if it is a tensor, and more if it is sharded; else None.
+        kinds: of each leaf, as of `Capture`.
         paths: of each leaf, its keys.
         share: the items, and the file that they make.
         staged: of each staged item, which of the captured values it writes.
@@ -121,33 +118,7 @@ class WritePlan:
             return False
         if self.items != (None if captured.planned is None else captured.planned.items):
             return False
-        for index, (kind, value) in enumerate(zip(self.kinds, captured.values, strict=False)):
-            if not isinstance(value, torch.Tensor):
-                if kind is not None and index not in captured.parts:
-                    return False
-            elif kind is None or kind[0] is not type(value) or kind[1] is not value.dtype or kind[2] != value.shape:
+        for start in range(0, len(self.kinds), AT_ONCE):
+            if self.kinds[start : start + AT_ONCE] != captured.kinds[start : start + AT_ONCE]:
                 return False
-        if {index for index, kind in enumerate(self.kinds) if kind and len(kind) > 3} != captured.sharded.keys():
-            return False
-        if any(self.kinds[index] != sharded_kind(captured, index) for index in captured.sharded):
-            return False
         return captured.frozen.keys() == self.frozen_indices
-
-
-def sharded_kind(captured: Capture, index: int) -> LeafKind:
-    """What makes two captures of a sharded tensor alike: all that its plan depends on."""
-    value = captured.sharded[index]
-    if isinstance(value, DTensor) and holds_shards(value):
-        chunks = [(chunk.offsets, chunk.sizes) for chunk in value.__create_chunk_list__()]  # type: ignore[no-untyped-call]
-        return type(value), value.dtype, value.shape, tuple(chunks)
-    if isinstance(value, DTensor):
-        local = captured.values[index]
-        return type(local), local.dtype, local.shape, value.shape, value.placements, value.device_mesh
-    shards = [(tuple(each.shard_offsets), tuple(each.shard_sizes)) for each in value.metadata().shards_metadata]
-    held = [tuple(shard.metadata.shard_offsets) for shard in value.local_shards()]
-    shape, dtype = shape_and_dtype(value)
-    return type(value), dtype, shape, tuple(shards), tuple(held)
-
-
-def tensor_kind(value: object) -> tuple[type, torch.dtype, torch.Size] | None:
-    return (type(value), value.dtype, value.shape) if isinstance(value, torch.Tensor) else None

@@ -28,7 +28,7 @@ from .._state.sharding import ShardedTensor, holds_shards, local_tensor
 from ..errors import CaptureError
 from .comparison import Comparison
 from .cutting import Cut, cut_item
-from .plan import GlobalPlan, LocalPlan, Share, WritePlan, sharded_kind, tensor_kind
+from .plan import GlobalPlan, LocalPlan, Share, WritePlan
 from .sharing import SharedItems, SharingPlan, nbytes_of, plan_sharing
 
 
@@ -227,13 +227,9 @@ def finish_plan(
     """Return what this rank writes, given which items of its local plan are its own, and which others hold too."""
     if share is None:
         share = _make_share(local, kept, [local.items[number] for number in kept])
-    count = len(captured.fqns)
     return WritePlan(
         fqns=captured.fqns,
-        kinds=[
-            sharded_kind(captured, index) if index in captured.sharded else tensor_kind(value)
-            for index, value in enumerate(captured.values[:count])
-        ],
+        kinds=captured.kinds,
         paths=captured.paths,
         share=share,
         staged=[local.sources[number] for number in kept if number not in local.frozen],

@@ -1,11 +1,11 @@
-"""A state dict at one instant, in the caller's thread."""
+"""A state dict at one instant: taken in the caller's thread, its tensors looked at where that holds nobody up."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlan
@@ -14,11 +14,25 @@ from torch.distributed.tensor import DTensor
 from .._format.dcp import KeyPath
 from .._format.extension import Containers
 from ..errors import CaptureError
-from .flatten import KnownNames, flatten
+from .flatten import KnownNames, Leaves, Walk
 from .freeze import Frozen, freeze
 from .plain_tensors import PLAIN_TENSORS, QUANTIZED, is_plain
-from .sharding import ShardedTensor, holds_shards, is_sharded, local_parts
+from .sharding import (
+    LeafKind,
+    ShardedTensor,
+    held_parts,
+    holds_shards,
+    is_sharded,
+    local_parts,
+    local_tensor,
+    sharded_kind,
+    tensor_kind,
+)
 from .stateful import call_stateful
+
+SMALL = 1000  # values, at which a state's tensors are looked at in the caller's thread: it takes a millisecond
+
+SAMPLED = 500  # tensors of a large state, of which it is known that they were not changed before they were looked at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +47,9 @@ class Capture:
         frozen: for every leaf that is not staged, by index, its pickle; framed as `torch.save` does it or still bare.
         sharded: the leaves that are sharded, by index.
         parts: of each leaf with any number of parts, by index, where among the values its first part is.
+        kinds: of each leaf, what the plan depends on.
+        versions: of each of the values, how often it was changed.
         devices: where the tensors are that are staged.
-        versions: of each value, how often it was changed; None if they are to be read one by one.
         containers: what dotted names do not say of them.
         planned: the plan of the caller's own planner, whose items are the leaves.
     """
@@ -45,8 +60,9 @@ class Capture:
     frozen: dict[int, Frozen]
     sharded: dict[int, DTensor | ShardedTensor]
     parts: dict[int, int]
+    kinds: list[LeafKind]
+    versions: list[int]
     devices: set[torch.device]
-    versions: list[int] | None = None
     containers: Containers = field(default_factory=Containers)
     planned: SavePlan | None = None
 
@@ -63,104 +79,209 @@ class Capture:
 
     def name_on(self, device: torch.device) -> str:
         """Return the name of a tensor on `device`."""
-        on_it = (isinstance(value, torch.Tensor) and value.device == device for value in self.values)
-        return next(compress(self.names, on_it))
+        return _name_on(device, self.names, self.values)
 
     def leaf(self, index: int) -> Any:
         """Return a leaf as it stands in the state dict."""
         return self.sharded.get(index, self.values[index])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instant:
+    """What a state dict is at one instant, but for its tensors, which do not change until they are staged.
+
+    To look at a tensor that is in no cache takes most of a microsecond, and to name one as long: both are done later,
+    and elsewhere.
+
+    Attributes:
+        values: the leaves.
+        named: returns them with their names.
+        frozen: as of `Capture`, of what is no tensor or a tensor of a class of its own.
+        sharded: as of `Capture`.
+        devices: where the tensors are; empty if torch has no accelerator.
+        versions: of some of the tensors, by index, how often they were changed.
+        planned: as of `Capture`.
+    """
+
+    values: list[Any]
+    named: Callable[[], Leaves]
+    frozen: dict[int, Frozen]
+    sharded: dict[int, DTensor | ShardedTensor]
+    devices: set[torch.device]
+    versions: dict[int, int]
+    planned: SavePlan | None = None
+
+    @classmethod
+    def of(
+        cls,
+        values: list[Any],
+        named: Callable[[], Leaves],
+        frozen: dict[int, Frozen],
+        sharded: dict[int, DTensor | ShardedTensor],
+        planned: SavePlan | None = None,
+    ) -> Instant:
+        """Return what this instant is, given what is frozen of it and what is sharded."""
+        sampled = range(0, len(values), len(values) // SAMPLED + 1)
+        return cls(
+            values=values,
+            named=named,
+            frozen=frozen,
+            sharded=sharded,
+            devices=_devices_of(values, frozen),
+            versions={index: version_of(values[index]) for index in sampled if type(values[index]) in PLAIN_TENSORS},
+            planned=planned,
+        )
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its tensors are looked at here and now, rather than in another thread."""
+        return len(self.values) <= SMALL
+
+    def name_on(self, device: torch.device) -> str:
+        """Return the name of a tensor on `device`."""
+        return _name_on(device, self.named().fqns, self.values)
+
+    def look(self) -> Capture:
+        """Look at the tensors. From any thread.
+
+        Raises:
+            CaptureError: one of them cannot be saved.
+        """
+        leaves = self.named()
+        fqns, values, frozen = leaves.fqns, [*self.values], dict(self.frozen)
+        parts: dict[int, int] = {}
+        for index, value in self.sharded.items():
+            held = local_parts(fqns[index], value)
+            if isinstance(value, DTensor) and not holds_shards(value):
+                [values[index]] = held
+            else:
+                parts[index] = len(values)
+                values[index] = None
+                values += held
+        seen = _look_at(values)
+        known = {*frozen, *parts, *range(len(fqns), len(values))}
+        frozen |= {index: freeze(fqns[index], values[index]) for index in seen.odd if index not in known}
+        for index, value in self.sharded.items():
+            seen.kinds[index] = sharded_kind(value)
+        return Capture(
+            fqns=fqns,
+            paths=leaves.paths,
+            values=values,
+            frozen=frozen,
+            sharded=self.sharded,
+            parts=parts,
+            kinds=seen.kinds[: len(fqns)],
+            versions=seen.versions,
+            devices=seen.devices,
+            containers=leaves.containers,
+            planned=self.planned,
+        )
+
+
 def capture(
     state_dict: Mapping[str, Any], rank: int = 0, *, may_be_empty: bool = False, names: KnownNames | None = None
 ) -> Capture:
-    """Take `state_dict` apart.
+    """Take `state_dict` apart, as `take` and `look` do; raises what they raise."""
+    return take(state_dict, rank, may_be_empty=may_be_empty, names=names).look()
+
+
+def take(
+    state_dict: Mapping[str, Any], rank: int = 0, *, may_be_empty: bool = False, names: KnownNames | None = None
+) -> Instant:
+    """Take `state_dict` as it is now, in the caller's thread.
 
     Args:
         state_dict: of the caller.
         rank: whose it is.
         may_be_empty: whether another rank may hold all of it.
-        names: see `flatten`.
+        names: see `Walk`.
 
     Raises:
         ArgumentError: it is not a mapping.
         CaptureError: it is empty, a `state_dict()` raised, or a leaf cannot be saved.
     """
-    leaves = flatten(call_stateful(state_dict), rank, names)
-    fqns, values = leaves.fqns, leaves.values
-    if not fqns and not leaves.containers.empty and not may_be_empty:
+    walk = Walk(call_stateful(state_dict), rank, names)
+    values = walk.values
+    if not values and not may_be_empty and not walk.leaves().containers.empty:
         raise nothing_to_save()
-    seen = _look_at(values)
-    odd, devices = seen.odd, seen.devices
-    sharded = {index: values[index] for index in odd if is_sharded(values[index])}
-    parts: dict[int, int] = {}
     frozen: dict[int, Frozen] = {}
-    for index, value in sharded.items():
-        held = local_parts(fqns[index], value)
-        devices |= {part.device for part in held}
-        if isinstance(value, DTensor) and not holds_shards(value):
-            [values[index]] = held
-            if not is_plain(held[0]) and not held[0].is_meta:
-                frozen[index] = freeze(fqns[index], held[0])
-        else:
-            parts[index] = len(values)
-            values[index] = None
-            values += held
-    frozen |= {index: freeze(fqns[index], values[index]) for index in odd if index not in sharded}
-    return Capture(
-        fqns=fqns,
-        paths=leaves.paths,
-        values=values,
-        frozen=frozen,
-        sharded=sharded,
-        parts=parts,
-        devices=devices,
-        versions=seen.versions,
-        containers=leaves.containers,
-    )
+    sharded: dict[int, DTensor | ShardedTensor] = {}
+    others = walk.kinds - PLAIN_TENSORS - {dict}
+    if others:
+        for index in compress(range(len(values)), map(others.__contains__, map(type, values))):
+            value = values[index]
+            if is_sharded(value):
+                sharded[index] = value
+            else:
+                frozen[index] = freeze(walk.fqn(index), value)
+    return Instant.of(values, walk.leaves, frozen, sharded)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What is seen of the values of a state in one go.
+def version_of(value: object) -> int:
+    """Return how often a tensor was changed; 0 of what has no version: inference tensors, and what is no tensor."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
-    Attributes:
-        odd: the indices of all but tensors that are only referred to (see `is_plain`).
-        devices: where those are, but for host memory.
-        versions: of each value, how often it was changed; None if they are to be read one by one.
-    """
+
+def _devices_of(values: Sequence[Any], frozen: Container[int]) -> set[torch.device]:
+    """Return the accelerator's devices on which tensors are, but for frozen ones."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return set()
+    staged = [value for index, value in enumerate(values) if index not in frozen]
+    local = [local_tensor(value) if type(value) is DTensor else value for value in staged]
+    whole = [part for value in local for part in (held_parts(value) if isinstance(value, ShardedTensor) else [value])]
+    return {torch.device(accelerator.type, index) for index in set(map(torch.Tensor.get_device, whole)) if index >= 0}
+
+
+class _Seen(NamedTuple):
+    """What is seen of the values of a state in one go; `odd` are the indices of all that is not `is_plain`."""
 
     odd: list[int]
+    kinds: list[LeafKind]
+    versions: list[int]
     devices: set[torch.device]
-    versions: list[int] | None
 
 
 def _look_at(values: Sequence[Any]) -> _Seen:
-    """Look at every value once: of 20,000 tensors none is in the cache, and each look takes 3 ms more."""
+    """Look at every value once: none is in the cache, and a second look takes as long."""
     odd: list[int] = []
+    kinds: list[LeafKind] = []
     versions: list[int] = []
     facts: set[tuple[torch.layout, torch.dtype, torch.device | bool]] = set()
-    plain, add_version, add_fact = PLAIN_TENSORS, versions.append, facts.add
+    plain, add_kind, add_version, add_fact = PLAIN_TENSORS, kinds.append, versions.append, facts.add
     try:
         for index, value in enumerate(values):
-            if type(value) in plain:
+            kind = type(value)
+            if kind in plain:
+                dtype = value.dtype
+                add_kind((kind, dtype, value.shape))
                 add_version(value._version)
-                add_fact((value.layout, value.dtype, value.is_cpu or value.device))  # a device takes longer to make
+                add_fact((value.layout, dtype, value.is_cpu or value.device))  # a device takes longer to make
             else:
                 odd.append(index)
-                add_version(0)
+                add_kind(tensor_kind(value))
+                add_version(version_of(value))
     except RuntimeError:  # an inference tensor has no version
-        versions = []
+        return _look_again(values)
     devices = {device for _, _, device in facts if isinstance(device, torch.device)}
-    if not versions or any(
-        layout is not torch.strided or dtype in QUANTIZED or torch.device("meta") in devices
-        for layout, dtype, _ in facts
+    if torch.device("meta") in devices or any(
+        layout is not torch.strided or dtype in QUANTIZED for layout, dtype, _ in facts
     ):
-        odd = [index for index, value in enumerate(values) if type(value) not in PLAIN_TENSORS or not is_plain(value)]
-        others = set(odd)
-        return _Seen(odd, {value.device for index, value in enumerate(values) if index not in others}, None)
-    has_others = any(isinstance(values[index], torch.Tensor) for index in odd)
-    return _Seen(odd, devices, None if has_others else versions)
+        return _look_again(values)
+    return _Seen(odd, kinds, versions, devices)
+
+
+def _look_again(values: Sequence[Any]) -> _Seen:
+    """Look at every value, whatever there is among them."""
+    odd = [index for index, value in enumerate(values) if type(value) not in PLAIN_TENSORS or not is_plain(value)]
+    others = set(odd)
+    devices = {value.device for index, value in enumerate(values) if index not in others}
+    return _Seen(odd, [*map(tensor_kind, values)], [*map(version_of, values)], devices)
+
+
+def _name_on(device: torch.device, names: Sequence[str], values: Sequence[Any]) -> str:
+    on_it = (isinstance(value, torch.Tensor) and value.device == device for value in values)
+    return next(compress(names, on_it))
 
 
 def nothing_to_save() -> CaptureError:

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
+from .._format.extension import Containers
 from .._format.plain_data import unsafe_in_archive
 from ..errors import CaptureError
-from .capture import Capture
-from .flatten import flatten
+from .capture import Instant
+from .flatten import Leaves, flatten
 from .freeze import Frozen, checksums, freeze
 from .plain_tensors import is_plain
 from .stateful import call_stateful
 
 
-def capture_planned(state_dict: Mapping[str, Any], planner: SavePlanner, *, is_coordinator: bool) -> Capture:
-    """Take `state_dict` apart as `planner` does: every item of its local plan is a leaf.
+def take_planned(state_dict: Mapping[str, Any], planner: SavePlanner, *, is_coordinator: bool) -> Instant:
+    """Take `state_dict` as it is now, as `planner` takes it apart: every item of its local plan is a leaf.
 
     Raises:
         CaptureError: the planner raised, or an item is not what it says.
     """
-    states = call_stateful(state_dict)
+    states = dict(call_stateful(state_dict))
     leaves = flatten(states)
     for name, value in zip(leaves.fqns, leaves.values, strict=True):
         if not isinstance(value, torch.Tensor | int | float | str | bytes | None):
@@ -56,16 +57,9 @@ def capture_planned(state_dict: Mapping[str, Any], planner: SavePlanner, *, is_c
             if planned != (value.dtype, tuple(value.shape)):
                 problem = f"planned as {planned}, resolved as {(value.dtype, tuple(value.shape))}"
                 raise CaptureError(item.index.fqn, problem)
-    return Capture(
-        fqns=[item.index.fqn for item in plan.items],
-        paths=[],
-        values=values,
-        frozen=frozen,
-        sharded={},
-        parts={},
-        devices={value.device for value in values if isinstance(value, torch.Tensor)},
-        planned=plan,
-    )
+    fqns = [item.index.fqn for item in plan.items]
+    named = Leaves(fqns, [], values, Containers(), [], [])
+    return Instant.of(values, lambda: named, frozen, {}, plan)
 
 
 def _whole_plan(planner: SavePlanner) -> SavePlan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor as ShardedTensor
 from torch.distributed.tensor import DTensor, Partial
@@ -9,6 +11,27 @@ from torch.distributed.tensor import DTensor, Partial
 from .._format.dcp import ChunkStorageMetadata
 from ..errors import CaptureError
 from .plain_tensors import PLAIN_TENSORS, is_plain
+
+LeafKind = tuple[Any, ...] | None
+"""Of a tensor type, dtype and shape, and more if it is sharded; None of what is no tensor."""
+
+
+def tensor_kind(value: object) -> LeafKind:
+    return (type(value), value.dtype, value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def sharded_kind(value: DTensor | ShardedTensor) -> LeafKind:
+    """What makes two captures of a sharded tensor alike: all that its plan depends on."""
+    if isinstance(value, DTensor) and holds_shards(value):
+        chunks = [(chunk.offsets, chunk.sizes) for chunk in value.__create_chunk_list__()]  # type: ignore[no-untyped-call]
+        return type(value), value.dtype, value.shape, tuple(chunks)
+    if isinstance(value, DTensor):
+        local = local_tensor(value)
+        return type(local), local.dtype, local.shape, value.shape, value.placements, value.device_mesh
+    shards = [(tuple(each.shard_offsets), tuple(each.shard_sizes)) for each in value.metadata().shards_metadata]
+    held = [tuple(shard.metadata.shard_offsets) for shard in value.local_shards()]
+    shape, dtype = shape_and_dtype(value)
+    return type(value), dtype, shape, tuple(shards), tuple(held)
 
 
 def local_parts(fqn: str, value: DTensor | ShardedTensor) -> list[torch.Tensor]:
@@ -21,6 +44,8 @@ def local_parts(fqn: str, value: DTensor | ShardedTensor) -> list[torch.Tensor]:
         raise CaptureError(
             fqn, f"has Partial placements {value.placements} (a pending reduction): redistribute it first"
         )
+    if type(value) is DTensor and is_plain(local_tensor(value)):  # as almost all are
+        return [local_tensor(value)]
     parts = held_parts(value)
     whole = isinstance(value, DTensor) and not holds_shards(value)
     for part in parts:

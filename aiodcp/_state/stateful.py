@@ -21,17 +21,17 @@ _NEVER_STATEFUL = {*PLAIN_TENSORS, DTensor, dict, list, tuple, int, float, str, 
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 
 
-def call_stateful(state_dict: Mapping[str, Any]) -> StateDict:
-    """Return `state_dict` with each `Stateful` of its top level (where DCP looks for them) replaced by its state.
+def call_stateful(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return `state_dict`, or a dict like it with each `Stateful` of its top level replaced by its state, as DCP does.
 
     They are asked in the order of their names, so that ranks whose dicts have another order meet in collectives.
     """
     if not isinstance(state_dict, Mapping):
         problem = f'must be a mapping such as {{"model": model}}, got {type(state_dict).__name__}'
         raise ArgumentError("state_dict", problem)
+    if _NEVER_STATEFUL.issuperset(map(type, state_dict.values())):
+        return state_dict
     called: StateDict = dict(state_dict)
-    if _NEVER_STATEFUL.issuperset(map(type, called.values())):
-        return called
     for key in sorted([key for key, value in called.items() if type(value) not in _NEVER_STATEFUL], key=str):
         value = called[key]
         stateful = value.value if type(value) is PerRank else value

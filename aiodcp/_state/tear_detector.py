@@ -8,27 +8,38 @@ through `.data`, `numpy()` or a pointer, and the replay of a CUDA graph. Tensors
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from .capture import Capture
+from .capture import Capture, version_of
 from .plain_tensors import is_plain
 from .sharding import local_tensor
 
 
 class TearDetector:
-    """Watches the tensors of one capture, from now on."""
+    """Watches what is captured: from now on whether optimizers begin to step, and tensors when they are known."""
 
-    def __init__(self, captured: Capture) -> None:
-        self._captured = captured
-        self._count = len(captured.values)  # parts of them may be added as values of their own
-        self._whole = {index: value for index, value in captured.sharded.items() if isinstance(value, DTensor)}
-        self._versions = self._read(captured.values) if captured.versions is None else captured.versions
-        self._names_of_values = captured.names
+    def __init__(self) -> None:
+        self._captured: Capture | None = None
+        self._whole: dict[int, DTensor] = {}
+        self._count = 0
+        self._names_of_values: list[str] = []
+        self._versions: list[int] = []
         self._stepping: list[torch.Tensor] = []  # parameters of which optimizers have begun to step
         self._closed: list[str] | None = None
+
+    def watch(self, captured: Capture, versions: Mapping[int, int]) -> None:
+        """Watch the tensors themselves, of some of which the versions are known from the instant of the capture."""
+        self._count = len(captured.values)  # parts of them may be added as values of their own
+        self._whole = {index: value for index, value in captured.sharded.items() if isinstance(value, DTensor)}
+        self._names_of_values = captured.names
+        self._versions = [*captured.versions, *map(version_of, self._whole.values())]
+        for index, version in versions.items():
+            self._versions[index] = version
+        self._captured = captured
 
     def close(self) -> None:
         """Watch no longer: what changes from now on may do so."""
@@ -39,20 +50,17 @@ class TearDetector:
         """Return the names of the tensors that have changed, in the order of the state dict."""
         if self._closed is not None:
             return self._closed
-        values = self._captured.values[
-            : self._count
-        ]  # emptied when all is staged, perhaps by another thread and just now
+        if self._captured is None:
+            return []
+        # Emptied when all is staged, perhaps by another thread and just now.
+        values = self._captured.values[: self._count]
         now = self._read(values)
         if (now == self._versions and not self._stepping) or not values:
             return []
-        names = self._names()
+        captured, names = self._captured, self._names(self._captured)
         changed = {name for name, one, other in zip(names, now, self._versions, strict=True) if one != other}
         changed |= self._stepped(names, values)
-        return [
-            fqn
-            for index, fqn in enumerate(self._captured.fqns)
-            if fqn in changed and index not in self._captured.frozen
-        ]
+        return [fqn for index, fqn in enumerate(captured.fqns) if fqn in changed and index not in captured.frozen]
 
     def begins_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the captured parameters of an optimizer as changed.
@@ -83,12 +91,8 @@ class TearDetector:
         try:
             return [value._version if isinstance(value, torch.Tensor) else 0 for value in watched]
         except RuntimeError:  # one of them is an inference tensor
-            return [_version_of(value) for value in watched]
+            return [version_of(value) for value in watched]
 
-    def _names(self) -> list[str]:
+    def _names(self, captured: Capture) -> list[str]:
         """Return the name of each value, in the order of `_read`."""
-        return [*self._names_of_values, *(self._captured.fqns[index] for index in self._whole)]
-
-
-def _version_of(value: Any) -> int:
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
+        return [*self._names_of_values, *(captured.fqns[index] for index in self._whole)]

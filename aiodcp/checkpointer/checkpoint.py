@@ -39,6 +39,7 @@ class SaveState:
 
     Attributes:
         checkpoint_id: where it goes.
+        captured: reached when its tensors have been looked at.
         queued: reached when all copies from devices are queued, or no tensor must be waited for.
         staged, uploaded: see `Checkpoint`.
         timeline: likewise.
@@ -54,6 +55,7 @@ class SaveState:
     def __init__(self, checkpoint_id: str, engine: Engine, owner: object) -> None:
         self.checkpoint_id = checkpoint_id
         self.source: SnapshotSource = SnapshotSource(owner)
+        self.captured: MilestoneSource = MilestoneSource("captured")
         self.queued: MilestoneSource = MilestoneSource("queued")
         self.staged: MilestoneSource = MilestoneSource("staged")
         self.uploaded: MilestoneSource = MilestoneSource("uploaded")
@@ -109,6 +111,7 @@ class SaveState:
         repeated = isinstance(error, RankError) and {each.kind for each in error.failures} == {
             EarlierFailureError.__name__
         }
+        self.captured.fail(error)
         self.queued.fail(error)
         if self.part is not None:
             self.part.written.fail(error, retrieved=True)

@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from .._distributed.votes import OperationKind
 from .._engine.device_copies import CopyStreams
-from .._load.find_targets import find_targets
+from .._engine.threads import in_thread
+from .._load.find_targets import take_targets
 from .._load.loader import Loader
 from .._load.options import Loaded, LoadOptions
 from .._load.read_custom_metadata import read_custom_metadata
@@ -60,13 +61,18 @@ class LoadCalls:
         flows = self._flows
         flows.check_open()
 
-        def find() -> tuple[str, LoadTargets]:
+        def take_here() -> tuple[str, Callable[[], LoadTargets]]:
             path = self._storage.resolve(check_id(checkpoint_id))
-            return path, find_targets(state_dict, flows.rank, planner, self._streams)
+            return path, take_targets(state_dict, flows.rank, planner, self._streams)
 
         with _load_errors():
             await flows.wait_for_saves()
-            take = captured_here(find, is_alone=flows.channel is None)
+            taken = captured_here(take_here, is_alone=flows.channel is None)
+
+            async def take() -> tuple[str, LoadTargets]:
+                path, find = await taken()
+                return path, await in_thread(flows.engine.threads.compute, find)
+
             loaded = await self._load(take, checkpoint_id, options, bar)
             if not options.is_dry:
                 loaded.targets.hand_over(state_dict, absent=loaded.absent)

@@ -14,22 +14,24 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from .._distributed.operation import Operation
 from .._distributed.votes import OperationKind
-from .._engine.device_copies import CopyStreams
+from .._engine.device_copies import HOST, CopyStreams
 from .._engine.gc_pause import gc_paused
 from .._engine.gil_fairness import yield_to_engine
+from .._engine.threads import in_thread
 from .._save.commit import remove_files
 from .._save.parts import PartExchange, PartTicket
 from .._save.pipeline import WritePipeline
 from .._save.request import PartRequest, SaveJob
 from .._save.saver import Saver
-from .._state.capture import Capture, capture
+from .._state.capture import Capture, Instant, take
 from .._state.flatten import KnownNames
-from .._state.planner_capture import capture_planned
+from .._state.planner_capture import take_planned
 from .._state.tear_detector import TearDetector
 from .._telemetry.trace import Trace
 from ..errors import (
     ArgumentError,
     BusyError,
+    CaptureError,
     CheckpointError,
     ClosedError,
     DeadlockError,
@@ -45,6 +47,9 @@ from .flows import Flows
 from .handshake import Handshake
 from .optimizer_guard import Guard, Guards
 from .snapshot import is_inside_snapshot_of
+
+FinishCapture = Callable[[], SaveJob]
+"""What looks at the tensors of what was taken, from any thread."""
 
 
 class SaveCalls:
@@ -63,7 +68,7 @@ class SaveCalls:
         self._options = options
         self._unsafe: set[str] = set()  # fqns that were warned about: they need more than plain data to be loaded
         self._staging: list[SaveState] = []  # captured, and perhaps not staged yet
-        self._names: KnownNames = {}
+        self._names: KnownNames = KnownNames()
         self._saver: Saver
         self._guards: Guards
         self._streams: CopyStreams
@@ -118,7 +123,7 @@ class SaveCalls:
         self.refuse_inside_snapshot()
         number = flows.count_call()
         is_skipped = on_busy in ("skip", "raise") and await flows.skips.ask()
-        handshake: Handshake[SaveJob] = Handshake()
+        handshake: Handshake[FinishCapture] = Handshake()
         with flows.waiting(handshake):
             try:
                 path = self._storage.resolve(check_id(checkpoint_id))
@@ -137,20 +142,32 @@ class SaveCalls:
             try:
                 await handshake.wait_for_turn()
                 self.raise_unretrieved()  # of the save that this one waited for
-                job = self.capture(state, state_dict, custom_metadata, planner, overwrite=overwrite)
-                if not handshake.hand_over(job):
+                finish = self.take(state, state_dict, custom_metadata, planner, overwrite=overwrite)
+                if not handshake.hand_over(finish):
                     await state.uploaded.reached()  # another rank has failed: raises that
                     raise ClosedError("the Checkpointer was closed before this save was captured")
                 self.last = state
+                yield_to_engine(asyncio.get_running_loop(), state.uploaded)
+                await self._wait_for_capture(state)
             except BaseException as error:
                 state.mark_retrieved()  # it is raised here
                 handshake.fail(self._reason_for(error, checkpoint_id))
                 raise
-        yield_to_engine(asyncio.get_running_loop(), state.uploaded)
         return state
 
+    async def _wait_for_capture(self, state: SaveState) -> None:
+        try:
+            await state.captured.reached()
+        except asyncio.CancelledError:
+            state.cancel()
+            raise
+
     def _report_to_others(
-        self, error: BaseException, number: int, checkpoint_id: CheckpointId, handshake: Handshake[SaveJob]
+        self,
+        error: BaseException,
+        number: int,
+        checkpoint_id: CheckpointId,
+        handshake: Handshake[FinishCapture],
     ) -> None:
         """Take part in the save after all, to fail it: the other ranks wait for this one."""
         handshake.fail(self._reason_for(error, checkpoint_id))
@@ -167,15 +184,27 @@ class SaveCalls:
         number: int,
         path: str,
         checkpoint_id: CheckpointId,
-        handshake: Handshake[SaveJob],
+        handshake: Handshake[FinishCapture],
         part: PartExchange | None = None,
     ) -> SaveState:
         state = SaveState(path, self._flows.engine, self)
         state.part = part
 
+        async def take() -> SaveJob:
+            finish = await handshake.wait_for_capture()
+            if state.captured.done():
+                return finish()
+            try:
+                job = await in_thread(self._flows.engine.threads.compute, finish)
+            except Exception as error:
+                state.captured.fail(error)
+                raise
+            state.captured.reach()
+            return job
+
         async def save(operation: Operation) -> list[str]:
             try:
-                return await self._saver.save(operation, digest_of(checkpoint_id), handshake.wait_for_capture, part)
+                return await self._saver.save(operation, digest_of(checkpoint_id), take, part)
             finally:
                 state.tears = None  # and with it what it held of the state
 
@@ -262,7 +291,14 @@ class SaveCalls:
         remove = partial(remove_files, self._storage, path)
         return self._flows.begin_save(number, path, give_turn, save_or_fail, remove, on_failure=fail)
 
-    def capture(
+    def capture(self, state: SaveState, state_dict: Mapping[str, Any]) -> SaveJob:
+        """Take the state as it is now, and look at it. In the caller's thread."""
+        finish = self.take(state, state_dict)
+        job = finish()
+        state.captured.reach()
+        return job
+
+    def take(
         self,
         state: SaveState,
         state_dict: Mapping[str, Any],
@@ -270,47 +306,68 @@ class SaveCalls:
         planner: SavePlanner | None = None,
         *,
         overwrite: bool = True,
-    ) -> SaveJob:
-        """Take the state as it is now. In the caller's thread."""
+    ) -> FinishCapture:
+        """Take the state as it is now, in the caller's thread; if it is small, look at it and reach `captured`."""
         state.log.restart()
         with state.timeline.record("capture"), _capture_errors():
-            if planner is None:
-                captured = self._capture_plain(state_dict)
-            else:
-                captured = capture_planned(state_dict, planner, is_coordinator=self._flows.skips.decides)
-            self._warn_unsafe(captured)
-            state.device_copies = self._streams.begin(captured.devices, captured.name_on)
+            instant = self._instant(state_dict, planner)
+            self._warn_unsafe(instant)
+            state.device_copies = self._streams.begin(instant.devices, instant.name_on)
             if self._options.check_torn:
-                state.tears = TearDetector(captured)
+                state.tears = TearDetector()
                 self._guards.arm()
         self._staging = [*(each for each in self._staging if not each.staged.done()), state]
         self.trace.add(state.checkpoint_id, state.timeline)
-        return SaveJob(
-            captured=captured,
-            planner=planner,
-            device_copies=state.device_copies,
-            tears=state.tears,
-            checkpoint_id=state.checkpoint_id,
-            custom_metadata=custom_metadata,
-            source=state.source,
-            queued=state.queued,
-            staged=state.staged,
-            uploaded=state.uploaded,
-            log=state.log,
-            timeline=state.timeline,
-            overwrite=overwrite,
-        )
 
-    def _capture_plain(self, state_dict: Mapping[str, Any]) -> Capture:
-        may_be_empty = self._flows.channel is not None
+        def finish() -> SaveJob:
+            captured = self._look_at(instant)
+            if state.tears is not None:
+                state.tears.watch(captured, instant.versions)
+            return SaveJob(
+                captured=captured,
+                planner=planner,
+                device_copies=state.device_copies,
+                tears=state.tears,
+                checkpoint_id=state.checkpoint_id,
+                custom_metadata=custom_metadata,
+                source=state.source,
+                queued=state.queued,
+                staged=state.staged,
+                uploaded=state.uploaded,
+                log=state.log,
+                timeline=state.timeline,
+                overwrite=overwrite,
+            )
+
+        if not instant.is_small:
+            return finish
+        job = finish()
+        state.captured.reach()
+        return lambda: job
+
+    def _instant(self, state_dict: Mapping[str, Any], planner: SavePlanner | None = None) -> Instant:
+        if planner is not None:
+            return take_planned(state_dict, planner, is_coordinator=self._flows.skips.decides)
         with gc_paused():
-            return capture(state_dict, self._flows.rank, may_be_empty=may_be_empty, names=self._names)
+            return take(state_dict, self._flows.rank, may_be_empty=self._flows.channel is not None, names=self._names)
 
-    def _warn_unsafe(self, captured: Capture) -> None:
+    def _look_at(self, instant: Instant) -> Capture:
+        """Look at what was taken. From any thread."""
+        with _capture_errors(), gc_paused():
+            captured = instant.look()
+        for device in captured.devices - instant.devices:
+            if device.type not in HOST:
+                self._streams.begin({device}, captured.name_on)
+                raise CaptureError(captured.name_on(device), f"was moved to {device} while the state was captured")
+        return captured
+
+    def _warn_unsafe(self, taken: Instant) -> None:
         """Warn of values that `load` will not build by default, once a name."""
-        for index, frozen in captured.frozen.items():
-            fqn = captured.fqns[index]
-            if frozen.needs and fqn not in self._unsafe:
+        unsafe = {index: frozen for index, frozen in taken.frozen.items() if frozen.needs}
+        fqns = taken.named().fqns if unsafe else []
+        for index, frozen in unsafe.items():
+            fqn = fqns[index]
+            if fqn not in self._unsafe:
                 self._unsafe.add(fqn)
                 warnings.warn(
                     f"{fqn} is not plain data: loading it will require weights_only=False, or "
@@ -328,13 +385,17 @@ class SaveCalls:
         flows.check_open()
         flows.refuse_inside("prepare")
         self.refuse_inside_snapshot()
-        take = captured_here(lambda: self._capture_plain(state_dict), is_alone=flows.channel is None)
+        taken = captured_here(lambda: self._instant(state_dict), is_alone=flows.channel is None)
+
+        async def look() -> Capture:
+            return await in_thread(flows.engine.threads.compute, self._look_at, await taken())
+
         operation = flows.operation(OperationKind.PREPARE, ClosedError("the preparation was cancelled"))
 
         async def prepare_in_turn() -> None:
             async with flows.slot:
                 with flows.under_way(operation):
-                    await self._saver.prepare(operation, path, take)
+                    await self._saver.prepare(operation, path, look)
 
         await flows.run(prepare_in_turn, operation=operation)
 

@@ -155,7 +155,7 @@ class Stateful(Settings):
         (Settings(0.1, more=Custom(1)), ["Custom"]),
         (Stateful(0.1), ["Stateful"]),
     ],
-    ids=str,
+    ids=["object", "objects and a tensor", "object in a dataclass", "dataclass with state_dict"],
 )
 async def test_what_is_more_than_plain_data_is_reported_when_it_is_saved_with_all_that_it_needs(
     value: Any, needed: list[str]

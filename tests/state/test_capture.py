@@ -10,7 +10,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from aiodcp import ArgumentError, CaptureError
 from aiodcp._state.capture import capture
-from aiodcp._state.flatten import KnownNames, flatten
+from aiodcp._state.flatten import KnownNames, Walk, flatten
 
 from ..support.states import assert_equal, make_state
 
@@ -134,7 +134,7 @@ class _Key(str, Enum):  # noqa: UP042 - a StrEnum is written as its value
     ],
 )
 def test_equal_keys_of_another_type_have_names_of_their_own(first: list[Any], second: list[Any]) -> None:
-    names: KnownNames = {}
+    names = KnownNames()
     for keys in (first, second, second, first):
         state = {"m": {key: torch.zeros(1) for key in keys}}
         found, fresh = capture(state, names=names), capture(state)
@@ -143,7 +143,41 @@ def test_equal_keys_of_another_type_have_names_of_their_own(first: list[Any], se
 
 
 def test_names_of_what_is_gone_are_forgotten() -> None:
-    names: KnownNames = {}
+    names = KnownNames()
     for epoch in range(5):
         capture({f"epoch{epoch}": {str(n): torch.zeros(1) for n in range(100)}}, names=names)
-    assert len(names) == 1
+    assert names.top is not None
+    assert [*names.top.below] == [0]
+    capture({"a": torch.zeros(1), "b": 1}, names=names)
+    assert not names.top.below
+
+
+def test_dicts_of_leaves_are_named_as_any_other() -> None:
+    """Those of an optimizer, which are taken together from some number on, as they come and go and change."""
+    names, moments = KnownNames(), {"exp_avg": T, "exp_avg_sq": T}
+    states: list[dict[Any, Any]] = [
+        {n: {"step": 1, **moments} for n in range(100)},
+        {n: {"step": 1, **moments} for n in range(100)},
+        {n: {"step": 1, **(moments if n != 50 else {})} for n in range(100)},
+        {n: {"step": 1, **(moments if n != 50 else {"exp_avg": {"low": T}})} for n in range(100)},
+        {n: {"step": 1, **moments} if n != 50 else {} for n in range(100)},
+        {n: {"step": 1, n: T} for n in range(100)},
+        {f"p{n}": {"step": 1, **moments} for n in range(100)},
+        {f"p{n}": {"param_groups": 1, "state": n} for n in range(100)},
+        {n: OrderedDict(step=1, **moments) for n in range(100)},
+    ]
+    for state in [*states, *states]:
+        whole = {"optim": {"state": state, "param_groups": [{"lr": 1.0, "params": [*state]}]}, "step": 3}
+        flat, mappings = flatten_state_dict(whole)
+        found, fresh = Walk(whole, 0, names).leaves(), flatten(whole)
+        assert found.fqns == fresh.fqns == list(flat)
+        assert found.paths == fresh.paths == list(mappings.values())
+        assert all(a is b for a, b in zip(found.values, flat.values(), strict=True))
+        assert found.containers == fresh.containers
+        assert found.optimizers == fresh.optimizers
+
+
+def test_each_frozen_value_is_named_where_it_lies() -> None:
+    state = {"a": [T, 1], "b": {"c": 2, "d": {"e": [T, {"f": lambda: 0}]}}}
+    with pytest.raises(CaptureError, match=r"^b\.d\.e\.1\.f: "):
+        capture(state)

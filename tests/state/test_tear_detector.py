@@ -413,7 +413,8 @@ def test_a_watch_is_over_when_the_values_are_let_go() -> None:
     """By the engine's thread, at any moment: also between a caller's look at `staged` and its fence."""
     model, optimizer = _net()
     taken = capture({"model": model})
-    watch = TearDetector(taken)
+    watch = TearDetector()
+    watch.watch(taken, {})
     taken.values.clear()
     watch.begins_step(optimizer)
     watch.close()
@@ -424,7 +425,8 @@ def test_a_step_of_parameters_without_storage_changes_nothing() -> None:
     """Those of FSDP1 between two uses: where nothing is stored lies every empty tensor, too."""
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    watch = TearDetector(capture({"empty": torch.zeros(0), "w": torch.ones(2)}))
+    watch = TearDetector()
+    watch.watch(capture({"empty": torch.zeros(0), "w": torch.ones(2)}), {})
     weight.grad = torch.ones(3)
     weight.untyped_storage().resize_(0)
     watch.begins_step(optimizer)
