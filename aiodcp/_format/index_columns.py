@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +19,7 @@ from .arrays import Array
 from .dcp import KeyPath
 from .extension import Containers
 from .naming import data_file, piece_file
-
-_LENGTH = struct.Struct("<Q")
-
-LARGEST_NBYTES = 1 << 34
-"""Of all columns: what a damaged or hostile file could otherwise ask for."""
+from .sections import SectionReader, pack_column, pack_section
 
 _SAVE_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -70,10 +64,10 @@ def encode_columns(
         paths: keys that lead to values, by name; of what is not stored, too.
         opaque, containers: see `build_metadata`.
     """
-    order = {name: number for number, name in enumerate(names)}
-    odd = [[order.get(name, -1), name, path] for name, path in paths.items() if _is_odd(name, path, order)]
+    splits = [_split_of(name, paths.get(name)) for name in names]
+    by_names = {name for name, split in zip(names, splits, strict=True) if split >= 0}
     header = {
-        "paths": odd,
+        "paths": [[name, path] for name, path in paths.items() if name not in by_names],
         "opaque": list(opaque),
         "empty": containers.empty,
         "int_keys": containers.int_keys,
@@ -82,25 +76,37 @@ def encode_columns(
         "frozen": len(places.frozen),
         "files": len(places.file_parts),
     }
-    columns = [places.counts, places.patterns, places.files, places.starts, places.nbytes, places.frozen]
-    columns += [places.file_parts.reshape(-1), *(each.reshape(-1) for cut in places.cuts for each in cut)]
-    return b"".join(
-        [_pack(json.dumps(header, separators=(",", ":")).encode()), *(_pack(_narrow(each)) for each in columns)]
-    )
+    columns = [np.array(splits, dtype=np.int64), places.counts, places.patterns, places.files, places.starts]
+    columns += [places.nbytes, places.frozen, places.file_parts.reshape(-1)]
+    columns += [each.reshape(-1) for cut in places.cuts for each in cut]
+    return pack_section(json.dumps(header, separators=(",", ":")).encode()) + b"".join(map(pack_column, columns))
 
 
-def _is_odd(name: str, path: KeyPath, stored: Mapping[str, int]) -> bool:
-    return name not in stored or path != tuple(name.split("."))
+MOST_STEPS = 64  # of a path that its name tells
 
 
-def _pack(data: bytes) -> bytes:
-    packed = zlib.compress(data, 1)
-    return _LENGTH.pack(len(packed)) + packed
+def _split_of(name: str, path: KeyPath | None) -> int:
+    """Return where to split a name, for its path to come of it; -1 if it does not: see `path_of`."""
+    if path is None or not 0 < len(path) < MOST_STEPS:
+        return -1
+    if len(path) == 1:
+        return 0 if path[0] == name else -1
+    with_dots = [place for place, step in enumerate(path) if type(step) is not str or "." in step]
+    first = with_dots[0] if with_dots else len(path) - 1
+    split = first + MOST_STEPS * (len(path) - 1 - first)
+    return split if path_of(name, split) == path else -1
 
 
-def _narrow(column: Array) -> bytes:
-    """Return numbers as bytes, as differences: of equal steps nothing remains."""
-    return np.diff(column, prepend=0).astype("<i8").tobytes()
+def path_of(name: str, split: int) -> KeyPath:
+    """Return the steps that lead to a value: of its name some from the left, some from the right, and what is between.
+
+    Args:
+        name: of the value, its steps joined by dots.
+        split: how many from the left, and 64 times how many from the right.
+    """
+    right, left = divmod(split, MOST_STEPS)
+    steps = name.split(".", left)
+    return (*steps[:-1], *steps[-1].rsplit(".", right)) if right else tuple(steps)
 
 
 def encode_save(save_id: str, frozen: Iterable[tuple[int, int]]) -> bytes:
@@ -115,13 +121,15 @@ class Columns:
 
     Attributes:
         places: where the chunks lie, of this save.
-        paths: what `names` do not say of the keys that lead to values.
+        splits: by name, how its path comes of it (see `path_of`); -1 where it does not.
+        paths: of these, and of what is not stored.
         opaque, containers: see `build_metadata`.
         file_names: of all files.
     """
 
     places: ChunkPlaces
-    paths: list[tuple[int, str, KeyPath]]
+    splits: Array
+    paths: dict[str, KeyPath]
     opaque: list[str]
     containers: Containers
     file_names: list[str] = field(default_factory=list)
@@ -137,11 +145,11 @@ def decode_columns(text: bytes, names: int) -> Columns:
     Raises:
         ValueError, TypeError, LookupError, RecursionError, zlib.error: they are malformed.
     """
-    reader = _ColumnReader(text)
-    header: dict[str, Any] = json.loads(reader.data(LARGEST_NBYTES))
+    reader = SectionReader(text)
+    header: dict[str, Any] = json.loads(reader.section())
     chunks, frozen, files = header["chunks"], header["frozen"], header["files"]
     shapes = [(int(rows), int(dimensions)) for rows, dimensions in header["cuts"]]
-    counts, patterns = reader.column(names), reader.column(names)
+    splits, counts, patterns = (reader.column(names) for _ in range(3))
     of_chunks = [reader.column(chunks) for _ in range(3)]
     in_tail = reader.column(frozen)
     file_parts = reader.column(3 * files).reshape(files, 3)
@@ -149,6 +157,8 @@ def decode_columns(text: bytes, names: int) -> Columns:
     save_id, ranges = reader.rest(32), np.frombuffer(reader.rest(), dtype="<i8").reshape(-1, 2)
     _check(counts, patterns, of_chunks, in_tail, file_parts, cuts, len(ranges))
     of_chunks[1][in_tail], of_chunks[2][in_tail] = ranges[:, 0], ranges[:, 1]
+    if not _are_below(splits + 1, MOST_STEPS**2 + 1):
+        raise ValueError("a name that is split nowhere")
     if not _SAVE_ID.fullmatch(save_id.decode()) or min(*(each.min(initial=0) for each in of_chunks), 0) < 0:
         raise ValueError("an id or a place that is none")
     return Columns(
@@ -162,7 +172,8 @@ def decode_columns(text: bytes, names: int) -> Columns:
             frozen=in_tail,
             file_parts=file_parts,
         ),
-        paths=[(int(number), str(name), tuple(path)) for number, name, path in header["paths"]],
+        splits=splits,
+        paths={str(name): tuple(path) for name, path in header["paths"]},
         opaque=[str(name) for name in header["opaque"]],
         containers=Containers([tuple(path) for path in header["empty"]], [tuple(path) for path in header["int_keys"]]),
         file_names=[_file_name(save_id.decode(), *parts) for parts in file_parts.tolist()],
@@ -206,35 +217,3 @@ def _are_below(numbers: Array, stop: int) -> bool:
 def _file_name(save_id: str, part: int, rank: int, piece: int) -> str:
     file = data_file(rank, save_id, part)
     return file if piece < 0 else piece_file(file, piece)
-
-
-class _ColumnReader:
-    def __init__(self, text: bytes) -> None:
-        self._text = memoryview(text)
-        self._position = 0
-
-    def data(self, most: int) -> bytes:
-        """Return the next bytes, of which there are at most so many."""
-        (length,) = _LENGTH.unpack_from(self._text, self._position)
-        start = self._position + _LENGTH.size
-        self._position = start + length
-        if self._position > len(self._text):
-            raise ValueError("truncated")
-        inflate = zlib.decompressobj()
-        data = inflate.decompress(self._text[start : self._position], most)
-        if not inflate.eof:
-            raise ValueError("more than there should be")
-        return data
-
-    def column(self, count: int) -> Array:
-        if type(count) is not int or not 0 <= count <= LARGEST_NBYTES // 8:
-            raise ValueError("a length that is none")
-        steps = np.frombuffer(self.data(8 * count + 1), dtype="<i8")
-        if len(steps) != count:
-            raise ValueError("a column of another length")
-        return np.cumsum(steps, dtype=np.int64)
-
-    def rest(self, nbytes: int | None = None) -> bytes:
-        start = self._position
-        self._position = len(self._text) if nbytes is None else start + nbytes
-        return bytes(self._text[start : self._position])

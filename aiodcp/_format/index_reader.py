@@ -8,7 +8,7 @@ import zlib
 from ..errors import CorruptError
 from .index_columns import decode_columns
 from .indexed_metadata import IndexedMetadata
-from .outline import decode_outline
+from .outline import decode_outline, is_known
 from .seal import Seal, SealError, open_seal, open_tail
 
 MAGIC = b"aiodcp-index\n"
@@ -31,7 +31,7 @@ def without_pickle(data: bytes) -> bytes:
     """Return what the columns of a whole `.metadata` need; all of it if it has none, or is damaged."""
     try:
         pickled, seal = open_seal(data)
-        has_columns = bool(seal.outline and decode_outline(seal.outline).columns)
+        has_columns = is_known(seal.outline) and bool(decode_outline(seal.outline).columns)
     except (SealError, *MALFORMED):
         return data
     return MAGIC + data[len(pickled) :] if has_columns else data

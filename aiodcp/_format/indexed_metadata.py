@@ -22,8 +22,10 @@ from .dcp import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from .index_columns import Columns
+from .index_columns import Columns, path_of
 from .outline import Outline
+
+_AT_ONCE = 2000  # names: what takes long in one go holds up all other threads
 
 
 class ChunkPattern:
@@ -91,6 +93,46 @@ class IndexedTensor(TensorStorageMetadata):
         raise AttributeError(name)
 
 
+class _Paths(Mapping[str, KeyPath]):
+    """The keys that lead to values, by name; most come of the names themselves.
+
+    Attributes:
+        numbers: of the names that are stored.
+    """
+
+    def __init__(self, names: Sequence[str], splits: Array, odd: Mapping[str, KeyPath]) -> None:
+        self._names = names
+        self._splits = splits
+        self._odd = odd
+        self._others = [name for name in odd if name not in self.numbers] if odd else []
+
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        numbers: dict[str, int] = {}
+        for start in range(0, len(self._names), _AT_ONCE):
+            names = self._names[start : start + _AT_ONCE]
+            numbers.update(zip(names, range(start, start + len(names)), strict=True))
+        return numbers
+
+    def __getitem__(self, name: str) -> KeyPath:
+        split = int(self._splits[self.numbers[name]]) if name in self.numbers else -1
+        return path_of(name, split) if split >= 0 else self._odd[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._odd or (name in self.numbers and int(self._splits[self.numbers[str(name)]]) >= 0)
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self._names), _AT_ONCE):
+            splits = self._splits[start : start + _AT_ONCE].tolist()
+            for name, split in zip(self._names[start : start + _AT_ONCE], splits, strict=True):
+                if split >= 0 or name in self._odd:
+                    yield name
+        yield from self._others
+
+    def __len__(self) -> int:
+        return int((self._splits >= 0).sum()) + len(self._odd)
+
+
 class IndexedMetadata(Metadata):
     """What a checkpoint of this library holds, by its columns.
 
@@ -102,29 +144,30 @@ class IndexedMetadata(Metadata):
     def __init__(self, outline: Outline, columns: Columns) -> None:
         self.places = columns.places
         self.file_names: list[str] = columns.file_names
-        self._paths = columns.paths
         self._names: list[str] = list(outline.tensors)
+        self._rows: Array = np.cumsum(columns.places.counts) - columns.places.counts
+        self._paths = _Paths(self._names, columns.splits, columns.paths)
         patterns = [ChunkPattern(*cut) for cut in columns.places.cuts]
-        self._patterns: list[ChunkPattern | None] = [
-            patterns[number] if number >= 0 else None for number in columns.places.patterns.tolist()
-        ]
-        self._first: dict[str, int] = dict(
-            zip(self._names, (np.cumsum(columns.places.counts) - columns.places.counts).tolist(), strict=True)
-        )
-        entries: dict[str, STORAGE_TYPES] = {}
-        for name, kind, properties, pattern in zip(
-            self._names, outline.tensors.values(), outline.properties, self._patterns, strict=True
-        ):
-            if (kind is None) is not (pattern is None) or (kind is None) is not (properties is None):
-                raise ValueError("a tensor without chunks, or chunks without a tensor")
-            if kind is None or pattern is None or properties is None:
-                entries[name] = BytesStorageMetadata()
-            else:
-                entries[name] = IndexedTensor(properties, kind[1], pattern)
-        self.state_dict_metadata = entries
-        for name, entry in entries.items():
-            if isinstance(entry, IndexedTensor) and not entry.pattern.makes_up(entry.size):
-                raise ValueError(f"chunks that do not make up {name}")
+        numbers = columns.places.patterns
+        self._patterns: list[ChunkPattern | None] = [*patterns, None]  # the last for -1
+        if not np.array_equal(outline.codes < 0, numbers < 0):
+            raise ValueError("a tensor without chunks, or chunks without a tensor")
+        pairs = outline.codes * len(self._patterns) + numbers  # -1 twice only for what is no tensor
+        _, first, alike = np.unique(pairs, return_index=True, return_inverse=True)
+        shared: list[STORAGE_TYPES] = []  # by values that are stored alike
+        for number in first.tolist():
+            code, pattern = int(outline.codes[number]), self._patterns[int(numbers[number])]
+            if pattern is None:
+                shared.append(BytesStorageMetadata())
+                continue
+            properties, size = outline.kinds[code]
+            if not pattern.makes_up(size):
+                raise ValueError(f"chunks that do not make up {self._names[number]}")
+            shared.append(IndexedTensor(properties, size, pattern))
+        self.state_dict_metadata: dict[str, STORAGE_TYPES] = {}
+        for start in range(0, len(self._names), _AT_ONCE):
+            entries = map(shared.__getitem__, alike[start : start + _AT_ONCE].tolist())
+            self.state_dict_metadata.update(zip(self._names[start : start + _AT_ONCE], entries, strict=True))
         vars(self)["aiodcp"] = {
             "framing": 1,
             "opaque": columns.opaque,
@@ -132,27 +175,33 @@ class IndexedMetadata(Metadata):
             "int_keys": columns.containers.int_keys,
         }
 
-    @cached_property
+    @property
     def planner_data(self) -> Mapping[str, KeyPath]:
         """The keys that lead to the values, by name."""
-        odd = {name: path for _, name, path in self._paths}
-        paths = {name: odd[name] if name in odd else tuple(name.split(".")) for name in self._names}
-        return paths | odd
+        return self._paths
 
     def find(self, fqn: str, offsets: torch.Size | None) -> StorageInfo | None:
         """Return where a value lies, or the chunk of a tensor at `offsets`; None if it is nowhere."""
-        first, entry = self._first.get(fqn), self.state_dict_metadata.get(fqn)
-        if first is None:
+        number, entry = self._paths.numbers.get(fqn), self.state_dict_metadata.get(fqn)
+        if number is None:
             return None
         if isinstance(entry, IndexedTensor):
-            number = entry.pattern.numbers.get(tuple(offsets)) if offsets is not None else None
+            chunk = entry.pattern.numbers.get(tuple(offsets)) if offsets is not None else None
         else:
-            number = 0 if offsets is None else None
-        return None if number is None else self._place(first + number)
+            chunk = 0 if offsets is None else None
+        return None if chunk is None else self._place(int(self._rows[number]) + chunk)
 
     def rows_of(self, fqns: Sequence[str]) -> Array:
         """Return where in `places` values lie, or the first chunks of tensors."""
-        return np.fromiter(map(self._first.__getitem__, fqns), dtype=np.int64, count=len(fqns))
+        found = np.zeros(len(fqns), dtype=np.int64)
+        for start in range(0, len(fqns), _AT_ONCE):
+            these = fqns[start : start + _AT_ONCE]
+            if these == self._names[start : start + _AT_ONCE]:  # as where all is loaded that was saved
+                found[start : start + _AT_ONCE] = self._rows[start : start + _AT_ONCE]
+            else:
+                numbers = [*map(self._paths.numbers.__getitem__, these)]
+                found[start : start + _AT_ONCE] = self._rows[numbers]
+        return found
 
     def _place(self, row: int) -> StorageInfo:
         places = self.places
@@ -166,7 +215,8 @@ class IndexedMetadata(Metadata):
 
     def _all_places(self) -> Iterator[tuple[MetadataIndex, StorageInfo]]:
         row = 0
-        for name, pattern in zip(self._names, self._patterns, strict=True):
+        for name, number in zip(self._names, self.places.patterns.tolist(), strict=True):
+            pattern = self._patterns[number]
             if pattern is None:
                 yield MetadataIndex(name), self._place(row)
                 row += 1

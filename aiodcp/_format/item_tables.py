@@ -11,7 +11,8 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from .indexed_metadata import IndexedMetadata
 from .naming import split_piece
 
 CRC_NBYTES = 4
+
+FEW = 16  # files, whose items are looked for one file after the other
 
 _LAST = 1 << 62  # of pieces: it has the data file's own name, and no number
 
@@ -45,8 +48,11 @@ class ItemTables:
         """
         self._places: dict[str, list[tuple[int, int, str]]] = {}  # number of the piece, offset and name, by table
         self._pieces: dict[str, tuple[str, int]] = {}  # table, and number of the piece, by file
-        self._columns: dict[str, Array] = {}  # offsets of items, by file, where there are columns
-        self._files_of: dict[str, list[str]] = {}  # and files, by table
+        self._files_of: dict[str, list[str]] = {}  # by table, where there are columns: of each file's items
+        self._files = self._starts = np.zeros(0, dtype=np.int64)
+        self._numbers: dict[str, int] = {}
+        self._looked: set[str] = set()  # files of which the items were looked for
+        self._order: Array | None = None  # of all items, by file and offset
         if not crcs:
             self._crcs: dict[str, int] = {}
             return
@@ -63,26 +69,36 @@ class ItemTables:
         self._crcs = dict(zip(sorted(self._places), crcs, strict=True))
 
     def _take_columns(self, metadata: IndexedMetadata, crcs: Sequence[int]) -> None:
-        files, starts = metadata.places.files, metadata.places.starts
-        order = np.lexsort((starts, files))
-        bounds = np.searchsorted(files[order], np.arange(len(metadata.file_names) + 1)).tolist()
+        self._files, self._starts = metadata.places.files, metadata.places.starts
+        self._counts: list[int] = np.bincount(self._files, minlength=len(metadata.file_names)).tolist()
+        self._numbers = {file: number for number, file in enumerate(metadata.file_names)}
         for number, file in enumerate(metadata.file_names):
             table, piece = split_piece(file)
             self._pieces[file] = table, _LAST if piece is None else piece
-            if bounds[number] < bounds[number + 1]:
-                self._columns[file] = starts[order[bounds[number] : bounds[number + 1]]]
+            if self._counts[number]:
                 self._files_of.setdefault(table, []).append(file)
         self._crcs = dict(zip(sorted(self._files_of), crcs, strict=True))
 
-    def _all_places(self, file: str) -> list[tuple[str, list[int]]]:
+    def _offsets_in(self, file: str) -> Array:
+        """Return where in a file its items begin."""
+        number = self._numbers[file]
+        if self._order is None and len(self._looked) < FEW:
+            self._looked.add(file)
+            return np.sort(self._starts[self._files == number])
+        if self._order is None:
+            self._order = np.lexsort((self._starts, self._files))
+            self._bounds = np.searchsorted(self._files[self._order], np.arange(len(self._counts) + 1))
+        return self._starts[self._order[self._bounds[number] : self._bounds[number + 1]]]
+
+    def _all_places(self, file: str) -> list[tuple[str, Array]]:
         """Return where the items of a table lie, in its order: by file, their offsets."""
         if self._files_of:
             in_order = sorted(self._files_of[file], key=lambda each: self._pieces[each][1])
-            return [(each, self._columns[each].tolist()) for each in in_order]
+            return [(each, self._offsets_in(each)) for each in in_order]
         found: dict[str, list[int]] = {}
         for _, offset, name in sorted(self._places[file]):
             found.setdefault(name, []).append(offset)
-        return list(found.items())
+        return [(name, np.array(offsets, dtype=np.int64)) for name, offsets in found.items()]
 
     def file_of(self, file: str) -> str:
         """Return the file at whose end the table is that has the items of `file`: of a data file's pieces the last."""
@@ -93,11 +109,11 @@ class ItemTables:
         if file not in self._crcs:
             return 0
         if self._files_of:
-            return CRC_NBYTES * sum(len(self._columns[each]) for each in self._files_of[file])
+            return CRC_NBYTES * sum(self._counts[self._numbers[each]] for each in self._files_of[file])
         return CRC_NBYTES * len(self._places[file])
 
-    def read(self, file: str, table: bytes) -> dict[str, dict[int, int]]:
-        """Return the CRC32 of each item of a table, by the file in which it lies, and its offset there.
+    def read(self, file: str, table: bytes) -> dict[str, ItemCrcs]:
+        """Return the CRC32s of the items of a table, by the file in which they lie.
 
         Raises:
             ValueError: the table is not the one that was saved.
@@ -105,15 +121,43 @@ class ItemTables:
         if zlib.crc32(table) != self._crcs[file]:
             raise ValueError("CRC32 mismatch in the checksum table at the end of the file")
         places = self._all_places(file)
-        all_crcs = [crc for (crc,) in struct.iter_unpack("<I", table)]
+        all_crcs = np.frombuffer(table, dtype="<u4").astype(np.int64)
         if len(all_crcs) != sum(len(offsets) for _, offsets in places):
             raise ValueError("the checksum table at the end of the file is of another length")
-        found: dict[str, dict[int, int]] = {}
+        found: dict[str, ItemCrcs] = {}
         position = 0
         for name, offsets in places:
-            found[name] = dict(zip(offsets, all_crcs[position : position + len(offsets)], strict=True))
+            found[name] = ItemCrcs(offsets, all_crcs[position : position + len(offsets)])
             position += len(offsets)
         return found
+
+
+class ItemCrcs(Mapping[int, int]):
+    """The CRC32s of the items of one file, by their offsets, which are sorted."""
+
+    def __init__(self, offsets: Array, crcs: Array) -> None:
+        self._offsets = offsets
+        self._crcs = crcs
+
+    @cached_property
+    def _by_offset(self) -> dict[int, int]:
+        return dict(zip(self._offsets.tolist(), self._crcs.tolist(), strict=True))
+
+    def __getitem__(self, offset: int) -> int:
+        return self._by_offset[offset]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._by_offset)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def of(self, offsets: Array) -> Array:
+        """Return those of many items; -1 where there is none."""
+        if not len(self._offsets):
+            return np.full(len(offsets), -1, dtype=np.int64)
+        places = np.minimum(np.searchsorted(self._offsets, offsets), len(self._offsets) - 1)
+        return np.where(self._offsets[places] == offsets, self._crcs[places], -1)
 
 
 def matches_table(crc: int, whole: Callable[[], int], records: Sequence[zipfile.ZipInfo]) -> bool:

@@ -1,20 +1,28 @@
 """Names, shapes and dtypes of a checkpoint, to be read without the metadata around them.
 
-The pickle of a large checkpoint's metadata takes tenths of a second to read. This stands behind it, in the seal: JSON.
+The pickle of a large checkpoint's metadata takes tenths of a second to read. This stands behind it, in the seal: the
+kinds of tensors that there are, which kind each value is of, and the names, some at a time: what takes long in one go
+holds up all other threads.
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 
+from .arrays import Array
 from .dcp import STORAGE_TYPES, Metadata, TensorProperties, TensorStorageMetadata
+from .sections import LENGTH, SectionReader, pack_column, pack_section
+
+_FORM = b"2"
+
+_AT_ONCE = 2000  # names
 
 Kind = tuple[TensorProperties, Sequence[int]]
 """Properties and shape of a tensor."""
@@ -26,12 +34,14 @@ class Outline:
 
     Attributes:
         tensors: dtype and shape, by fqn, in the order of the state dict; None for other values.
-        properties: what DCP keeps of them besides, in the same order.
+        kinds: of the tensors, each once; empty if it was made of metadata, as `codes` then are.
+        codes: of each value its kind, in the same order; -1 of what is no tensor.
         columns: what stands behind it; see `index_columns`.
     """
 
     tensors: Mapping[str, tuple[torch.dtype, torch.Size] | None] = field(default_factory=dict)
-    properties: Sequence[TensorProperties | None] = field(default=(), compare=False)
+    kinds: Sequence[tuple[TensorProperties, torch.Size]] = field(default=(), compare=False)
+    codes: Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
     columns: bytes = field(default=b"", repr=False, compare=False)
 
     def nbytes(self, fqn: str) -> int:
@@ -79,30 +89,42 @@ def encode_kinds(names: Sequence[str], kinds: Sequence[Kind | None]) -> bytes:
         if id(properties) not in facts:
             facts[id(properties)] = tuple(facts_of(properties))
         codes.append(distinct.setdefault((*facts[id(properties)], *size), len(distinct)))
-    text = json.dumps([names, list(distinct), codes], separators=(",", ":")).encode()
-    return _LENGTH.pack(len(text)) + text
+    blocks = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
+    header, *named = (json.dumps(each, separators=(",", ":")).encode() for each in ([len(names), *distinct], *blocks))
+    text = [pack_section(header), pack_column(np.array(codes, dtype=np.int64)), *map(pack_section, named)]
+    whole = _FORM + b"".join(text)
+    return LENGTH.pack(len(whole)) + whole
+
+
+def is_known(text: bytes) -> bool:
+    """Whether `decode_outline` can read it: not what was written before aiodcp's first release."""
+    return text[LENGTH.size :].startswith(_FORM)
 
 
 def decode_outline(text: bytes) -> Outline:
     """Return what `encode_outline` has made a text of.
 
     Raises:
-        ValueError, TypeError, LookupError, AttributeError, RecursionError: it is malformed.
+        ValueError, TypeError, LookupError, AttributeError, RecursionError, struct.error, zlib.error: it is malformed.
     """
-    (length,) = _LENGTH.unpack_from(text)
-    stop = _LENGTH.size + length
-    names, known, codes = json.loads(text[_LENGTH.size : stop])
-    kinds: list[tuple[torch.dtype, torch.Size] | None] = []
-    distinct: list[TensorProperties] = []
+    (length,) = LENGTH.unpack_from(text)
+    first, stop = LENGTH.size + len(_FORM), LENGTH.size + length
+    reader = SectionReader(memoryview(text)[first:stop])
+    count, *known = json.loads(reader.section())
+    kinds: list[tuple[TensorProperties, torch.Size]] = []
     for dtype, layout, requires_grad, memory_format, pin_memory, *shape in known:
-        distinct.append(properties_of([dtype, layout, requires_grad, memory_format, pin_memory]))
-        kinds.append((distinct[-1].dtype, torch.Size(shape)))
-    kinds.append(None)  # -1
-    properties = [distinct[code] if code >= 0 else None for code in codes]
-    tensors = {name: kinds[code] for name, code in zip(_texts(names), codes, strict=True)}
-    if len(tensors) < len(names):
+        kinds.append((properties_of([dtype, layout, requires_grad, memory_format, pin_memory]), torch.Size(shape)))
+    codes = reader.column(count)
+    if codes.min(initial=0) < -1 or codes.max(initial=-1) >= len(kinds):
+        raise ValueError("a kind that there is not")
+    facts = [*((properties.dtype, size) for properties, size in kinds), None]  # the last for -1
+    tensors: dict[str, tuple[torch.dtype, torch.Size] | None] = {}
+    for start in range(0, count, _AT_ONCE):
+        of_these = codes[start : start + _AT_ONCE].tolist()
+        tensors.update(zip(_texts(json.loads(reader.section())), map(facts.__getitem__, of_these), strict=True))
+    if len(tensors) < count:
         raise ValueError("a name that is there twice")
-    return Outline(tensors=tensors, properties=properties, columns=text[stop:])
+    return Outline(tensors=tensors, kinds=kinds, codes=codes, columns=text[stop:])
 
 
 def facts_of(properties: TensorProperties) -> list[Any]:
@@ -127,9 +149,6 @@ def properties_of(facts: Sequence[Any]) -> TensorProperties:
     if not all(map(isinstance, found, (torch.dtype, torch.layout, torch.memory_format))):
         raise ValueError("a dtype or a layout that this torch does not have")
     return TensorProperties(found[0], found[1], bool(requires_grad), found[2], bool(pin_memory))
-
-
-_LENGTH = struct.Struct("<Q")
 
 
 def _texts(values: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from .._engine.threads import Threads, in_thread
 from .._foreign.index import stamp_of
 from .._format.archive_reader import StoredTensor, find_tensor
 from .._format.extension import INLINE, ForeignLayout, Stamp
-from .._format.item_tables import ItemTables
+from .._format.item_tables import ItemCrcs, ItemTables
 from .._telemetry.progress_bar import Bar
 from ..errors import CorruptError, LoadError, ReadError
 from ..storage.base import Reader, Storage, object_limits
@@ -84,7 +84,7 @@ class FileReads:
         self._at_once = limits.reads_at_once if limits else READS_AT_ONCE
         self._gap_nbytes = limits.gap_nbytes if limits else GAP_NBYTES
         self._readers: dict[str, Reader] = {}
-        self._crcs: dict[str, dict[int, int]] = {}  # by file and offset, of the tables that have been read
+        self._crcs: dict[str, ItemCrcs] = {}  # by file, of the tables that have been read
 
     async def open(self, stack: AsyncExitStack, plan: ReadPlan) -> None:
         """Open every file of a plan, until `stack` is closed, and check that every item lies within its file.
@@ -110,7 +110,7 @@ class FileReads:
                 problem = f"is stored as {read.nbytes} bytes, not the size of {read.dtype} {tuple(read.sizes)}"
                 raise CorruptError(self._storage.describe(self._checkpoint_id, file), read.fqn, problem)
             if isinstance(read, ValueRead) or not read.bare:
-                read.crc = self._crcs.get(file, {}).get(read.offset)
+                read.crc = self._crcs[file].get(read.offset) if file in self._crcs else None
 
     def _check_small(self, small: SmallReads) -> None:
         problem = small.find_misplaced({file: self._readers[file].nbytes for file in small.used_files()})

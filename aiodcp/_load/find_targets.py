@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -49,14 +49,14 @@ def take_targets(
             walk = Walk(states, rank)
     except CaptureError as error:
         raise LoadError(str(error)) from error.__cause__
-    owners = {str(key): value.value if type(value) is PerRank else value for key, value in state_dict.items()}
-    new_tensors = NewTensorDevice()
-    begin = partial(_begin_copies, walk, _parameters_of(owners), streams, new_tensors)
+    tops, new_tensors = dict(state_dict), NewTensorDevice()
+    begin = partial(_begin_copies, walk, tops, streams, new_tensors)
     copies = begin() if torch.accelerator.current_accelerator() is not None else None  # marks the caller's streams
 
     def find() -> LoadTargets:
         with gc_paused():
             leaves = walk.leaves()
+        owners = {str(key): _held(value) for key, value in tops.items()}
         return _find_targets(states, owners, leaves, begin() if copies is None else copies, new_tensors, planner)
 
     return find
@@ -92,14 +92,20 @@ def _find_targets(
     )
 
 
-def _parameters_of(owners: Mapping[str, Any]) -> list[torch.Tensor]:
-    return [each for owner in owners.values() if isinstance(owner, torch.optim.Optimizer) for each in _params(owner)]
+def _held(value: Any) -> Any:
+    return value.value if type(value) is PerRank else value
 
 
 def _begin_copies(
-    walk: Walk, parameters: Sequence[torch.Tensor], streams: CopyStreams, new_tensors: NewTensorDevice
+    walk: Walk, tops: Mapping[Any, Any], streams: CopyStreams, new_tensors: NewTensorDevice
 ) -> DeviceCopies:
     """Begin the copies to all that is filled, as this rank holds it."""
+    parameters = [
+        each
+        for owner in map(_held, tops.values())
+        if isinstance(owner, torch.optim.Optimizer)
+        for each in _params(owner)
+    ]
     tensors = [value for value in (*walk.values, *parameters) if isinstance(value, torch.Tensor)]
     if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these have no `device`
         tensors = [value for value in tensors if not isinstance(value, ShardedTensor)]

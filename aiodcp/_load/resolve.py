@@ -104,10 +104,7 @@ class Resolver:
     def run(self) -> Resolution:
         """Compare wanted and stored names, and decide for each what becomes of it."""
         targets, entries = self._targets, self._stored.entries
-        if self._at.keys() - entries.keys():
-            self._missing = {
-                fqn: path for fqn, path in zip(targets.fqns, targets.paths, strict=True) if fqn not in entries
-            }
+        self._missing = {fqn: path for fqn, path in zip(targets.fqns, targets.paths, strict=True) if fqn not in entries}
         self._find_extra()
         if self._missing and self._extra:
             self._match_wrapped()
@@ -125,7 +122,7 @@ class Resolver:
         return self._found
 
     def _find_extra(self) -> None:
-        unwanted = self._stored.entries.keys() - self._at.keys()
+        unwanted = {fqn for fqn in self._stored.entries if fqn not in self._at}
         is_below, path = self._stored.is_below, self._stored.path
         if unwanted:
             self._extra = {fqn: path(fqn) for fqn in self._stored.in_order() if fqn in unwanted and is_below(fqn)}

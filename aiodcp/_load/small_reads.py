@@ -21,6 +21,7 @@ from .._format.arrays import Array
 from .._format.dcp import Metadata
 from .._format.extension import opaque_names
 from .._format.indexed_metadata import IndexedMetadata, IndexedTensor
+from .._format.item_tables import ItemCrcs
 from .._state.plain_tensors import PLAIN_TENSORS, QUANTIZED
 from ..errors import LoadError
 from .coalesce import DIRECT_NBYTES, GAP_NBYTES, SPAN_NBYTES, gap_within
@@ -155,13 +156,13 @@ class SmallReads:
             return number, f"is stored as {stored} bytes, not the size of {into.dtype} {tuple(into.shape)}"
         return None
 
-    def take_crcs(self, tables: Mapping[str, Mapping[int, int]]) -> None:
-        """Take the CRC32s from the files' tables, which are by file and offset."""
+    def take_crcs(self, tables: Mapping[str, ItemCrcs]) -> None:
+        """Take the CRC32s from the files' tables."""
         for file in np.unique(self.files).tolist():
             table = tables.get(self.file_names[file])
-            if table:
+            if table is not None:
                 chosen = self.files == file
-                self.crcs[chosen] = [table.get(start, -1) for start in self.starts[chosen].tolist()]
+                self.crcs[chosen] = table.of(self.starts[chosen])
 
     def spans(self, gap_nbytes: int) -> Iterator[SmallSpan]:
         """Group what lies close together, as `coalesce_reads` does."""

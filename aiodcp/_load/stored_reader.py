@@ -20,7 +20,7 @@ from .._format.extension import ForeignLayout, Stamp, foreign_layout, is_ours
 from .._format.index_reader import MALFORMED, open_any_seal
 from .._format.item_tables import ItemTables
 from .._format.naming import METADATA_NAME
-from .._format.outline import Outline, decode_outline, outline_of
+from .._format.outline import Outline, decode_outline, is_known, outline_of
 from .._format.seal import Seal, SealError
 from .._state.plain_tensors import QUANTIZED
 from .._telemetry.progress_bar import Bar
@@ -116,7 +116,7 @@ class StoredReader:
         """Return what a checkpoint of this library holds, without unpickling its metadata."""
         try:
             seal = open_any_seal(self._data)
-            if not seal.outline:
+            if not is_known(seal.outline):
                 return None
             outline = decode_outline(seal.outline)
         except SealError as error:

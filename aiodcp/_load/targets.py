@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from itertools import compress, repeat
+from operator import is_not
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,8 @@ from .._state.stateful import is_stateful, short_names
 from .._state.structure import find, like, rebuild
 from ..errors import StatefulError
 from .report import LoadReport
+
+_ABSENT = object()
 
 ObjectKind = Literal["module", "optimizer", "stateful", "plain"]
 
@@ -156,7 +160,8 @@ class LoadTargets:
                 there.extend(made) if isinstance(made, list) else there.update(made)
             else:
                 _assign(container if container is not None else self.states, key, made)
-        for key in sorted(self.states, key=str):
+        before = map(state_dict.get, self.states, repeat(_ABSENT))
+        for key in sorted(compress(self.states, map(is_not, self.states.values(), before)), key=str):
             state = self.states[key]
             if key not in state_dict:  # put there by a planner
                 state_dict[key] = state

@@ -29,7 +29,7 @@ from .._format.dcp import Metadata, MetadataIndex, StorageInfo, TensorStorageMet
 from .._format.extension import INLINE, foreign_layout
 from .._format.index_reader import MAGIC as INDEX_MAGIC
 from .._format.index_reader import read_index, without_pickle
-from .._format.item_tables import ItemTables, matches_table
+from .._format.item_tables import ItemCrcs, ItemTables, matches_table
 from .._format.naming import METADATA_NAME
 from .._format.outline import outline_of
 from .._format.seal import SealError
@@ -254,9 +254,9 @@ def _payload_nbytes(metadata: Metadata, index: MetadataIndex) -> int | None:
 
 async def _read_tables(
     storage: Storage, checkpoint_id: str, files: Sequence[str], tables: ItemTables
-) -> tuple[dict[str, dict[int, int]], list[Problem]]:
-    """Return the CRC32s of items by file and offset, as the tables have them, and what is wrong with tables."""
-    crcs: dict[str, dict[int, int]] = {}
+) -> tuple[dict[str, ItemCrcs], list[Problem]]:
+    """Return the CRC32s of items by file, as the tables have them, and what is wrong with tables."""
+    crcs: dict[str, ItemCrcs] = {}
     problems: list[Problem] = []
     for file in sorted({tables.file_of(each) for each in files}):
         nbytes = tables.nbytes(file)

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 import aiodcp
 from aiodcp import Checkpointer, CorruptError, MemoryStorage
 from aiodcp._format.index_reader import MAGIC, read_index, without_pickle
+from aiodcp._format.metadata_reader import read_metadata
 from aiodcp._format.outline import decode_outline
 from aiodcp._format.seal import in_pieces, open_seal, seal
 
@@ -68,6 +69,32 @@ async def test_it_is_small() -> None:
     assert len(pickled) < 200 * len(state)
 
 
+async def test_it_says_which_keys_lead_to_each_value(tmp_path: Path) -> None:
+    tensor = torch.ones(2)
+    state: dict[str, Any] = {
+        "flat.a.b": tensor,
+        "model": {"layers.0.weight": tensor, "bias": tensor, "": tensor, ".": tensor, "a..b": tensor},
+        "optim": {"state": {"layers.0.weight": {"exp_avg": tensor, "a.b": 1}, 3: {"step": 1.0}}},
+        "list": [tensor, {"x.y": tensor, "z": [tensor]}],
+        "x.": {".y": tensor},
+        "": {"": {"": tensor}},
+        "deep": {f"{n}": tensor for n in range(3)},
+    }
+    deep: dict[str, Any] = {"w": tensor}
+    for step in range(80):
+        deep = {f"s{step}": deep}
+    data = await saved(MemoryStorage(), state | {"deepest": deep})
+    indexed, _ = read_index(without_pickle(data), "")
+    paths = read_metadata(data, "").planner_data
+    assert indexed.planner_data == paths
+    assert list(indexed.planner_data) == list(paths)
+    assert len(indexed.planner_data) == len(paths)
+    assert all(name in indexed.planner_data for name in paths)
+    assert "nothing" not in indexed.planner_data
+    with pytest.raises(KeyError):
+        indexed.planner_data["nothing"]
+
+
 async def test_damage_to_the_pickle_is_found_all_the_same() -> None:
     storage = MemoryStorage()
     data = bytearray(await saved(storage, {"w": torch.ones(3)}))
@@ -88,7 +115,7 @@ def columns_of(data: bytes) -> tuple[bytes, list[bytes], bytes]:
     outline = found.outline[: len(found.outline) - len(behind)]
     header = json.loads(zlib.decompress(behind[8 : 8 + struct.unpack_from("<Q", behind)[0]]))
     parts, position = [], 0
-    for _ in range(1 + 7 + 2 * len(header["cuts"])):
+    for _ in range(1 + 8 + 2 * len(header["cuts"])):
         (length,) = struct.unpack_from("<Q", behind, position)
         parts.append(zlib.decompress(behind[position + 8 : position + 8 + length]))
         position += 8 + length

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,6 +17,7 @@ from aiodcp import Checkpointer
 from aiodcp._format.metadata_reader import read_metadata
 from aiodcp._format.outline import decode_outline, outline_of
 from aiodcp._format.seal import CLAIM, SealError, in_pieces, open_seal, read_seal, seal, seal_nbytes
+from aiodcp._format.sections import pack_column, pack_section
 
 from ..support.states import make_state
 
@@ -44,15 +47,17 @@ def test_what_has_none_is_read_as_ever(tmp_path: Path) -> None:
                 assert len(list(ckpt)) == len(ckpt) > 0
 
 
-def packed(content: object) -> bytes:
-    text = json.dumps(content).encode()
+def packed(names: Any, kinds: list[Any], codes: list[int], count: int | None = None) -> bytes:
+    header = json.dumps([len(names) if count is None else count, *kinds]).encode()
+    sections = [pack_section(header), pack_column(np.array(codes)), pack_section(json.dumps(names).encode())]
+    text = b"2" + b"".join(sections)
     return len(text).to_bytes(8, "little") + text
 
 
 def test_one_that_is_malformed_is_found() -> None:
     facts = ["float32", "strided", False, "contiguous_format", False]
     good: list[Any] = [["a", "b"], [[*facts, 2, 3]], [0, -1]]
-    assert decode_outline(packed(good)).tensors == {"a": (torch.float32, torch.Size([2, 3])), "b": None}
+    assert decode_outline(packed(*good)).tensors == {"a": (torch.float32, torch.Size([2, 3])), "b": None}
     others: list[tuple[int, Any]] = [
         (0, ["a"]), (0, ["a", 3]), (0, ["a", "a"]), (1, [["nothing", *facts[1:]]]), (1, [["nn", *facts[1:]]]),
         (1, [[*facts, "x"]]), (1, [["float32"]]), (1, [["float32", "float32", *facts[2:]]]), (2, [5, -1])
@@ -61,7 +66,28 @@ def test_one_that_is_malformed_is_found() -> None:
         broken = list(good)
         broken[number] = bad
         with pytest.raises((ValueError, TypeError, LookupError, AttributeError)):
-            decode_outline(packed(broken))
+            decode_outline(packed(*broken))
+    names, kinds, codes = good
+    for text in (*(packed(names, kinds, codes, count) for count in (1, 3, -1)), packed(names, kinds, codes)[:-1]):
+        with pytest.raises((ValueError, TypeError, struct.error)):
+            decode_outline(text)
+
+
+async def test_one_of_another_form_counts_as_none(tmp_path: Path) -> None:
+    """As the first builds of this library wrote: what it says is in the pickle, too."""
+    state = {"w": torch.ones(2, 3), "n": 3}
+    async with Checkpointer() as checkpointer:
+        await (await checkpointer.save(state, tmp_path)).uploaded
+    pickled, found = open_seal((tmp_path / ".metadata").read_bytes())
+    text = json.dumps([["w", "n"], [], [0, -1]]).encode()
+    outline = in_pieces(len(text).to_bytes(8, "little") + text + b"columns")
+    (tmp_path / ".metadata").write_bytes(seal(bytes(pickled), found.custom_metadata, found.tables, outline))
+    async with aiodcp.open(tmp_path) as ckpt:
+        assert (await ckpt.read("w")).tolist() == [[1.0] * 3] * 2
+    loaded = {"w": torch.zeros(2, 3), "n": 0}
+    async with Checkpointer() as checkpointer:
+        await checkpointer.load(loaded, tmp_path)
+    assert loaded["n"] == 3
 
 
 @pytest.mark.parametrize("nbytes", [1, 2047, 2048, 2049, 50_000])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aiodcp import Checkpointer, CorruptError, LoadError
-from aiodcp._format.item_tables import ItemTables
+from aiodcp._format.item_tables import ItemCrcs, ItemTables
 from aiodcp._load import coalesce, small_reads
 from aiodcp._load.small_reads import SmallReads, SmallSpan
 
@@ -121,11 +121,10 @@ async def test_damage_and_exchanged_items_are_named(monkeypatch: pytest.MonkeyPa
     storage.files["ckpt"][name] = whole
     real = ItemTables.read
 
-    def exchanged(tables: ItemTables, file: str, table: bytes) -> dict[str, dict[int, int]]:
+    def exchanged(tables: ItemTables, file: str, table: bytes) -> dict[str, ItemCrcs]:
         found = real(tables, file, table)
-        [offsets] = found.values()
-        first, second, *_ = sorted(offsets)
-        offsets[first], offsets[second] = offsets[second], offsets[first]
+        [crcs] = found.values()
+        crcs._crcs[[0, 1]] = crcs._crcs[[1, 0]]
         return found
 
     monkeypatch.setattr(ItemTables, "read", exchanged)
