@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .._state.flatten import Leaves, Walk
 from .._state.freeze import refuse_nested
 from .._state.optimizers import find_optimizer, is_optimizer_state, keys_of, parameters_of
 from .._state.per_rank import PerRank
+from .._state.plain_tensors import PLAIN_TENSORS
 from .._state.sharding import ShardedTensor, held_parts
 from .._state.stateful import call_stateful, is_stateful
 from .._state.structure import find
@@ -57,9 +59,17 @@ def take_targets(
         with gc_paused():
             leaves = walk.leaves()
         owners = {str(key): _held(value) for key, value in tops.items()}
+        if not all(issubclass(kind, _PLAIN_LEAVES) for kind in walk.kinds):
+            _refuse_objects(leaves)
         return _find_targets(states, owners, leaves, begin() if copies is None else copies, new_tensors, planner)
 
     return find
+
+
+def _refuse_objects(leaves: Leaves) -> None:
+    for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
+        if not isinstance(value, _PLAIN_LEAVES) and (found := _object_in(value)) is not None:
+            raise ArgumentError("state_dict", str(refuse_nested(fqn, value, found)))
 
 
 def _find_targets(
@@ -70,9 +80,6 @@ def _find_targets(
     new_tensors: NewTensorDevice,
     planner: LoadPlanner | None,
 ) -> LoadTargets:
-    for fqn, value in zip(leaves.fqns, leaves.values, strict=True):
-        if not isinstance(value, _PLAIN_LEAVES) and (found := _object_in(value)) is not None:
-            raise ArgumentError("state_dict", str(refuse_nested(fqn, value, found)))
     optimizers = [
         OptimizerScope(path=path, state=state, optimizer=_optimizer_of(owners[str(path[0])], str(path[-1]), state))
         for path in leaves.optimizers
@@ -106,7 +113,8 @@ def _begin_copies(
         if isinstance(owner, torch.optim.Optimizer)
         for each in _params(owner)
     ]
-    tensors = [value for value in (*walk.values, *parameters) if isinstance(value, torch.Tensor)]
+    filled = (value for value in chain(walk.values, parameters) if not (type(value) in PLAIN_TENSORS and value.is_cpu))
+    tensors = [value for value in filled if isinstance(value, torch.Tensor)]
     if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these have no `device`
         tensors = [value for value in tensors if not isinstance(value, ShardedTensor)]
         tensors += [part for value in sharded for part in held_parts(value)]

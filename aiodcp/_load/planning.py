@@ -58,14 +58,14 @@ class _Planner:
         self._assigned: list[int] = []
 
     def plan(self) -> tuple[ReadPlan, list[str]]:
-        targets, entries, small = self._targets, self._entries, SmallChooser(self._metadata)
+        targets, entries = self._targets, self._entries
         converted = targets.report.converted
-        for index, (fqn, value, source) in enumerate(zip(targets.fqns, targets.values, targets.sources, strict=True)):
-            if source is None:
-                continue
+        chooser = SmallChooser(self._metadata)
+        self._plan.small, others = chooser.choose(targets.fqns, targets.sources, targets.values)
+        for index in others:
+            fqn, value, source = targets.fqns[index], targets.values[index], targets.sources[index]
+            assert source is not None
             entry = entries[source]
-            if small.takes(fqn, source, value, entry):
-                continue
             # The usual case besides, spelt out as it is that of 10,000 tensors: contiguous, stored in one piece.
             if (
                 type(value) in PLAIN_TENSORS
@@ -114,7 +114,6 @@ class _Planner:
                 self._plan_opaque(index, fqn, source, entry)
             else:
                 self._plan.tensors.extend(_read_tensor(self._pieces, fqn, source, value, entry))
-        self._plan.small = small.reads()
         targets.assignments = self._find_assignments()
         return self._plan, self._problems
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -37,10 +37,20 @@ _copy.restype = None
 class Chosen:
     """Small tensors: the names under which they are wanted and stored, where they go, and which kind each is of."""
 
-    fqns: list[str] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    into: list[torch.Tensor] = field(default_factory=list)
-    kinds: list[int] = field(default_factory=list)
+    fqns: list[str]
+    sources: list[str]
+    into: list[torch.Tensor]
+    kinds: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Tensors that are stored alike: `kind` is the number of the frame around them."""
+
+    dtype: torch.dtype
+    size: torch.Size
+    kind: int
+    is_complex: bool
 
 
 class SmallChooser:
@@ -49,47 +59,59 @@ class SmallChooser:
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
         self._opaque = opaque_names(metadata)
-        self._chosen = Chosen()
         self._frames: list[Frame] = []
-        self._kinds: dict[tuple[torch.dtype, torch.Size], int | None] = {}
+        self._alike: dict[int, _Alike | None] = {}  # by what is stored, which values that are alike have in common
 
-    def takes(self, fqn: str, source: str, value: Any, entry: object) -> bool:
-        """Take a tensor, if it is a small one, that is wanted as it is stored."""
-        if type(value) not in PLAIN_TENSORS or type(entry) is not IndexedTensor:
-            return False
-        properties, dtype, shape = entry.properties, value.dtype, value.shape
-        if dtype is not properties.dtype or shape != entry.size or not entry.is_whole or source in self._opaque:
-            return False
-        try:
-            kind = self._kinds[dtype, shape]
-        except KeyError:
-            kind = self._kinds[dtype, shape] = self._find_kind(dtype, shape)
-        if kind is None or not (value.layout is torch.strided is properties.layout):
-            return False
-        if not (value.is_cpu and value.is_contiguous()) or value.is_inference() or value.is_conj() or value.is_neg():
-            return False
-        if not value.data_ptr():
-            return False
-        chosen = self._chosen
-        chosen.fqns.append(fqn)
-        chosen.sources.append(source)
-        chosen.into.append(value)
-        chosen.kinds.append(kind)
-        return True
+    def choose(
+        self, fqns: Sequence[str], sources: Sequence[str | None], values: Sequence[Any]
+    ) -> tuple[SmallReads | None, list[int]]:
+        """Choose the small tensors that are wanted as they are stored.
 
-    def _find_kind(self, dtype: torch.dtype, shape: torch.Size) -> int | None:
-        frame = frame_tensor(dtype, tuple(shape)) if dtype not in QUANTIZED else None
-        if frame is None or not 0 < frame.nbytes < DIRECT_NBYTES:
-            return None
-        self._frames.append(frame)
-        return len(self._frames) - 1
-
-    def reads(self) -> SmallReads | None:
-        """Return what is read of them; None if there are none."""
-        if not self._chosen.fqns:
-            return None
+        Returns:
+            What is read of them, if there are any; and the numbers of all others, but for what has no source.
+        """
+        entries, alike, opaque = self._metadata.state_dict_metadata, self._alike, self._opaque
+        chosen: list[int] = []
+        kinds: list[int] = []
+        others: list[int] = []
+        plain, strided, unknown = PLAIN_TENSORS, torch.strided, self._find_alike
+        for number, (source, value) in enumerate(zip(sources, values, strict=True)):
+            if source is None:
+                continue
+            if type(value) in plain:
+                entry = entries[source]
+                known = alike[id(entry)] if id(entry) in alike else unknown(entry)
+                if (
+                    known is not None
+                    and value.dtype is known.dtype
+                    and value.layout is strided
+                    and value.is_cpu
+                    and value.shape == known.size
+                    and value.is_contiguous()
+                    and value.data_ptr()
+                    and not (value.is_inference() or value.is_neg() or (known.is_complex and value.is_conj()))
+                    and source not in opaque
+                ):
+                    chosen.append(number)
+                    kinds.append(known.kind)
+                    continue
+            others.append(number)
+        if not chosen:
+            return None, others
         assert isinstance(self._metadata, IndexedMetadata)
-        return SmallReads(self._metadata, self._chosen, self._frames)
+        wanted, stored, into = ([*map(each.__getitem__, chosen)] for each in (fqns, sources, values))
+        return SmallReads(self._metadata, Chosen(wanted, stored, into, kinds), self._frames), others
+
+    def _find_alike(self, entry: object) -> _Alike | None:
+        known: _Alike | None = None
+        if type(entry) is IndexedTensor and entry.is_whole and entry.properties.layout is torch.strided:
+            dtype = entry.properties.dtype
+            frame = frame_tensor(dtype, tuple(entry.size)) if dtype not in QUANTIZED else None
+            if frame is not None and 0 < frame.nbytes < DIRECT_NBYTES:
+                known = _Alike(dtype, entry.size, len(self._frames), dtype.is_complex)
+                self._frames.append(frame)
+        self._alike[id(entry)] = known
+        return known
 
 
 class SmallReads:
