@@ -158,6 +158,7 @@ PRIVATE = {
 PRIVATE_IMPORTS = {
     "_cli.bench.store": {"torch.distributed.checkpoint._fsspec_filesystem"},
     "_distributed.channel": {"torch._C._distributed_c10d"},
+    "_engine.loop": {"anyio._backends._asyncio"},  # which has no other name, and is only imported
     "_format.dcp": {
         "torch.distributed.checkpoint.filesystem._StorageInfo",
         "torch.distributed.checkpoint.filesystem._StoragePrefix",
@@ -171,7 +172,9 @@ def _private_imports(tree: ast.Module) -> set[str]:
     """Return the private names that a file imports, and the private modules of others."""
     found: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.Import):
+            found.update(each.name for each in node.names if re.search(r"(^|\.)_[^_]", each.name))
+        elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             found.update(f"{module}.{each.name}" for each in node.names if re.match(r"_[^_]", each.name))
             if not node.level and re.search(r"(^|\.)_[^_]", module):

@@ -20,6 +20,7 @@ from contextvars import Context
 from typing import TypeVar, TypeVarTuple
 
 import anyio
+import anyio._backends._asyncio  # which anyio loads when it is first used: in the caller's loop, 15 ms
 from anyio.from_thread import BlockingPortal
 
 from ..errors import ClosedError

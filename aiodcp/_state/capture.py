@@ -142,13 +142,14 @@ class Instant:
         return _name_on(device, self.named().fqns, self.values)
 
     def look(self) -> Capture:
-        """Look at the tensors. From any thread.
+        """Look at the tensors, and keep none of them here. Once, from any thread.
 
         Raises:
             CaptureError: one of them cannot be saved.
         """
         leaves = self.named()
         fqns, values, frozen = leaves.fqns, [*self.values], dict(self.frozen)
+        self.values.clear()  # the caller may free them when all is staged
         parts: dict[int, int] = {}
         for index, value in self.sharded.items():
             held = local_parts(fqns[index], value)

@@ -388,7 +388,7 @@ def test_no_memory_for_a_value_is_an_error_of_ours_and_not_for_good(monkeypatch:
 
     with Checkpointer(storage=MemoryStorage(), no_dist=True) as checkpointer:
         with monkeypatch.context() as patch:
-            patch.setattr("aiodcp.checkpointer.save_calls.capture", no_memory)
+            patch.setattr("aiodcp.checkpointer.save_calls.take", no_memory)
             with pytest.raises(StageError, match="out of host memory"):
                 checkpointer.save_sync(STATE, "a")
         with monkeypatch.context() as patch:
