@@ -27,7 +27,7 @@ import torch
 from .._log import SafeLogger
 from ..errors import ArgumentError, CaptureError, ClosedError, SaveError
 from .activity import Activity
-from .device_gather import Gather, GatherBuffer, Tensors, gather_and_copy
+from .device_gather import Gather, GatherBuffer, TakenPart, Tensors, gather_and_copy
 from .gil_fairness import AT_ONCE
 
 log = SafeLogger(__name__)
@@ -134,6 +134,31 @@ class DeviceCopies:
         self._copy_on_host(gather.host_targets, gather.pick_host(sources))
         with self.queueing():
             gather_and_copy(gather, sources)
+        return self._copied
+
+    def take_apart(self, whole: torch.Tensor, parts: Sequence[TakenPart], buffer: GatherBuffer) -> list[torch.Event]:
+        """Queue what brings bytes to the device as a whole, and their parts from there to their places.
+
+        Args:
+            whole: the bytes, in host memory.
+            parts: of them; each dtype with one kernel for hundreds of tensors.
+            buffer: on the device; without memory the parts cross one by one.
+
+        Returns:
+            What to wait for.
+        """
+        with self.queueing():
+            here = whole
+            if buffer.memory is not None:
+                here = buffer.memory[: whole.nbytes]
+                here.copy_(whole, non_blocking=True)
+            for part in parts:
+                typed = here[: here.nbytes // part.dtype.itemsize * part.dtype.itemsize].view(part.dtype)
+                sources = [
+                    typed.as_strided(target.shape, target.stride(), start // part.dtype.itemsize)
+                    for target, start in zip(part.targets, part.starts, strict=True)
+                ]
+                torch._foreach_copy_(part.targets, sources, non_blocking=True)
         return self._copied
 
     @contextmanager

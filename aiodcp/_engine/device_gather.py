@@ -50,6 +50,37 @@ class GatherBuffer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakenPart:
+    """Tensors of one dtype that are taken out of a stretch of bytes, where each begins at a multiple of its itemsize.
+
+    Attributes:
+        dtype: as they are seen: one that torch has a kernel for.
+        targets: on the device.
+        starts: bytes, where in the stretch each is.
+    """
+
+    dtype: torch.dtype
+    targets: list[torch.Tensor]
+    starts: list[int]
+
+    @classmethod
+    def of(cls, targets: Sequence[torch.Tensor], starts: Sequence[int]) -> list[TakenPart]:
+        """Return tensors by their dtypes."""
+        parts: dict[torch.dtype, TakenPart] = {}
+        for target, start in zip(targets, starts, strict=True):
+            dtype = target.dtype
+            if dtype not in _WITH_KERNEL:
+                dtype = _INTEGERS[dtype.itemsize]
+                target = target.detach().view(dtype)
+            part = parts.get(dtype)
+            if part is None:
+                part = parts[dtype] = cls(dtype=dtype, targets=[], starts=[])
+            part.targets.append(target)
+            part.starts.append(start)
+        return list(parts.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
     """Tensors of one dtype, strided as their views of the buffer: one call copies all. Or any, one after the other."""
 

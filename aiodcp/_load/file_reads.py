@@ -292,7 +292,7 @@ class FileReads:
         async def read_small(span: SmallSpan) -> None:
             async with limit, scratch.take(span.stop - span.start) as arena:
                 await self._readers[span.file].read_into(span.start, [arena.memory[: span.stop - span.start]])
-                await in_thread(self._threads.compute, span.fill, arena, decoder)
+                await in_thread(self._threads.compute, span.fill, arena, decoder, device_copies)
                 bar.advance(span.stop - span.start)
 
         async def read_window(each: LargeRead, number: int, fetch: Fetch) -> None:

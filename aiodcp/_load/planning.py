@@ -60,7 +60,7 @@ class _Planner:
     def plan(self) -> tuple[ReadPlan, list[str]]:
         targets, entries = self._targets, self._entries
         converted = targets.report.converted
-        chooser = SmallChooser(self._metadata)
+        chooser = SmallChooser(self._metadata, targets.device_copies.device)
         self._plan.small, others = chooser.choose(targets.fqns, targets.sources, targets.values)
         for index in others:
             fqn, value, source = targets.fqns[index], targets.values[index], targets.sources[index]

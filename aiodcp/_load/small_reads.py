@@ -1,12 +1,14 @@
-"""Small tensors as columns: each stored whole, in this library's framing, and wanted in one stretch of host memory.
+"""Small tensors as columns: each stored whole, in this library's framing, and wanted in one stretch of memory.
 
 Of those a model has thousands, and what a load does for each decides how long it takes: here that is one checksum and
-one copy, and all else is done for all of them at once.
+one copy, and all else is done for all of them at once. To a device they cross with what lies between them, and are
+taken apart there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,9 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._engine.device_copies import DeviceCopies
+from .._engine.device_gather import GatherBuffer, TakenPart
 from .._engine.host_memory import Arena
+from .._format.alignment import ALIGNMENT
 from .._format.archive_writer import Frame, frame_tensor
 from .._format.arrays import Array
+from .._format.checksum import Checksum
 from .._format.dcp import Metadata
 from .._format.extension import opaque_names
 from .._format.indexed_metadata import IndexedMetadata, IndexedTensor
@@ -56,8 +62,10 @@ class _Alike:
 class SmallChooser:
     """Chooses, of all that a load wants, the small tensors."""
 
-    def __init__(self, metadata: Metadata) -> None:
+    def __init__(self, metadata: Metadata, device: torch.device | None = None) -> None:
+        """Choose from what a checkpoint has, for tensors in host memory, and on a device if there is exactly one."""
         self._metadata = metadata
+        self._device = device
         self._opaque = opaque_names(metadata)
         self._frames: list[Frame] = []
         self._alike: dict[int, _Alike | None] = {}  # by what is stored, which values that are alike have in common
@@ -74,7 +82,7 @@ class SmallChooser:
         chosen: list[int] = []
         kinds: list[int] = []
         others: list[int] = []
-        plain, strided, unknown = PLAIN_TENSORS, torch.strided, self._find_alike
+        plain, strided, unknown, device = PLAIN_TENSORS, torch.strided, self._find_alike, self._device
         for number, (source, value) in enumerate(zip(sources, values, strict=True)):
             if source is None:
                 continue
@@ -85,7 +93,7 @@ class SmallChooser:
                     known is not None
                     and value.dtype is known.dtype
                     and value.layout is strided
-                    and value.is_cpu
+                    and (value.is_cpu or value.device == device)
                     and value.shape == known.size
                     and value.is_contiguous()
                     and value.data_ptr()
@@ -143,6 +151,9 @@ class SmallReads:
         self.files: Array = places.files[rows]
         self.starts: Array = places.starts[rows]
         self.nbytes: Array = places.nbytes[rows]
+        self._buffer: GatherBuffer | None = None
+        self._buffer_nbytes = 0
+        self._taking = threading.Lock()
         self._frames = frames
         self._kinds: Array = np.array(chosen.kinds, dtype=np.int64)
         kinds = [(len(each.header), each.nbytes, each.header_crc, each.item_nbytes) for each in frames]
@@ -170,6 +181,10 @@ class SmallReads:
                 number = int(beyond[0])
                 stop = int(self.starts[number] + self.nbytes[number])
                 return number, f"truncated: {length} bytes, the value ends at {stop}"
+        odd = np.flatnonzero(self.starts % ALIGNMENT)
+        if len(odd):
+            number = int(odd[0])
+            return number, f"begins at byte {int(self.starts[number])}, where no value of this framing does"
         odd = np.flatnonzero(self.nbytes != self._expected)
         if len(odd):
             number = int(odd[0])
@@ -219,11 +234,18 @@ class SmallReads:
             numbers=numbers,
         )
 
+    def buffer(self, nbytes: int, device_copies: DeviceCopies) -> GatherBuffer:
+        """Return memory on the device for a span. All spans use it: one after the other, on one stream."""
+        with self._taking:
+            if self._buffer is None or nbytes > self._buffer_nbytes:
+                self._buffer, self._buffer_nbytes = device_copies.gather_buffer(nbytes), nbytes
+            return self._buffer
+
     def overlaps(self, tensor: torch.Tensor) -> bool:
         """Whether some of what is filled shares memory with a tensor."""
-        if not tensor.is_cpu or not len(self):
-            return False
         start = tensor.data_ptr()
+        if not start or not len(self):
+            return False
         steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         stop = start + tensor.itemsize * (1 + steps)
         addresses = np.fromiter(map(torch.Tensor.data_ptr, self.into), dtype=np.int64, count=len(self))
@@ -265,39 +287,63 @@ class SmallSpan:
     stop: int
     numbers: Array
 
-    def fill(self, arena: Arena, decoder: ItemDecoder) -> None:
+    def fill(self, arena: Arena, decoder: ItemDecoder, device_copies: DeviceCopies) -> None:
         """Check the items, which have been read into `arena`, and copy them to their places.
 
         Raises:
             CorruptError: they are not what was saved.
         """
-        reads, numbers, memory = self.reads, self.numbers, arena.memory
+        reads, numbers = self.reads, self.numbers
         begins = reads.starts[numbers] - self.start
         headers, lengths, crc_places = reads.payloads[numbers].T
         payloads = begins + headers
-        crc32 = decoder.crc32
-        if crc32 is not None:
-            found = np.array(
-                [
-                    crc32(memory[start:stop], 0)
-                    for start, stop in zip(payloads.tolist(), (payloads + lengths).tolist(), strict=True)
-                ]
-            )
-            there = np.frombuffer(memory, dtype=np.uint8)
-            bytes_of_crcs = there[(begins + crc_places)[:, None] + np.arange(4)].astype(np.int64)
-            stored, crcs = bytes_of_crcs @ (1 << np.arange(0, 32, 8)), reads.crcs[numbers]
-            wrong = np.flatnonzero((found != stored) | ((crcs >= 0) & (crcs != found)))
-            if len(wrong):
-                place = int(wrong[0])
-                number, crc = int(numbers[place]), int(crcs[place])
-                decoder.compare(
-                    reads.fqns[number], self.file, int(found[place]), int(stored[place]), crc if crc >= 0 else None
-                )
+        if decoder.crc32 is not None:
+            self._check(arena.memory, payloads, lengths, begins + crc_places, decoder, decoder.crc32)
         targets = [reads.into[number] for number in numbers.tolist()]
         torch.autograd.graph.increment_version(targets)
-        sources = (payloads + arena.address).tolist()
-        for number, into, source, nbytes in zip(numbers, targets, sources, lengths.tolist(), strict=True):
+        if device_copies:
+            targets, payloads, lengths = self._send(arena, targets, payloads, lengths, device_copies)
+        for into, source, nbytes in zip(targets, (payloads + arena.address).tolist(), lengths.tolist(), strict=True):
             address = into.data_ptr()  # as it is now: the caller may have moved it
             if not address:
-                raise LoadError(f"{reads.fqns[int(number)]}: its memory was freed while it was loaded")
+                name = next(fqn for fqn, each in zip(reads.fqns, reads.into, strict=True) if each is into)
+                raise LoadError(f"{name}: its memory was freed while it was loaded")
             _copy(address, source, nbytes)
+
+    def _check(
+        self,
+        memory: memoryview,
+        payloads: Array,
+        lengths: Array,
+        crc_places: Array,
+        decoder: ItemDecoder,
+        crc32: Checksum,
+    ) -> None:
+        reads, numbers = self.reads, self.numbers
+        stops = (payloads + lengths).tolist()
+        found = np.array([crc32(memory[start:stop], 0) for start, stop in zip(payloads.tolist(), stops, strict=True)])
+        bytes_of_crcs = np.frombuffer(memory, dtype=np.uint8)[crc_places[:, None] + np.arange(4)].astype(np.int64)
+        stored, crcs = bytes_of_crcs @ (1 << np.arange(0, 32, 8)), reads.crcs[numbers]
+        wrong = np.flatnonzero((found != stored) | ((crcs >= 0) & (crcs != found)))
+        if len(wrong):
+            place = int(wrong[0])
+            number, crc = int(numbers[place]), int(crcs[place])
+            known = crc if crc >= 0 else None
+            decoder.compare(reads.fqns[number], self.file, int(found[place]), int(stored[place]), known)
+
+    def _send(
+        self, arena: Arena, targets: list[torch.Tensor], payloads: Array, lengths: Array, device_copies: DeviceCopies
+    ) -> tuple[list[torch.Tensor], Array, Array]:
+        """Bring what goes to the device there; return the rest."""
+        where = np.fromiter(map(torch.Tensor.get_device, targets), dtype=np.int64, count=len(targets))
+        sent, here = np.flatnonzero(where >= 0), np.flatnonzero(where < 0)
+        if len(sent):
+            parts = TakenPart.of([targets[place] for place in sent.tolist()], payloads[sent].tolist())
+            whole = arena.tensor[: self.stop - self.start]
+            try:
+                buffer = self.reads.buffer(whole.nbytes, device_copies)
+                device_copies.wait_for(device_copies.take_apart(whole, parts, buffer))
+            except BaseException:
+                device_copies.drain(arena, targets)
+                raise
+        return [targets[place] for place in here.tolist()], payloads[here], lengths[here]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 from aiodcp import Checkpointer, CorruptError, LoadError
+from aiodcp._engine.device_copies import DeviceCopies
+from aiodcp._engine.device_gather import GatherBuffer
 from aiodcp._format.item_tables import ItemCrcs, ItemTables
 from aiodcp._load import coalesce, small_reads
 from aiodcp._load.small_reads import SmallReads, SmallSpan
 
 from ..support.counting_storage import CountingStorage
+from ..support.devices import Driver
 from ..support.in_memory import load, saved
 from ..support.states import assert_equal, blank
 
@@ -94,6 +98,68 @@ async def test_what_lies_apart_is_read_apart_and_no_span_is_too_long(
     for span in seen.spans:
         starts, nbytes = span.reads.starts[span.numbers], span.reads.nbytes[span.numbers]
         assert bool((np.diff(starts) - nbytes[:-1] <= 10_000).all())
+
+
+def of_every_kind() -> dict[str, torch.Tensor]:
+    dtypes = [
+        *(torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex32, torch.bool, torch.uint8),
+        *(torch.int16, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64),
+    ]
+    raw = torch.randint(0, 2, (24 * 16,), dtype=torch.uint8)
+    shapes = [(), (1,), (3, 7), (2, 3, 4)]
+    return {
+        f"{str(dtype)[6:]}.{len(shape)}": raw[: dtype.itemsize * math.prod(shape)].view(dtype).reshape(shape).clone()
+        for dtype in dtypes
+        for shape in shapes
+    }
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+
+
+@pytest.mark.parametrize("has_memory", [True, False])
+async def test_to_a_device_they_cross_as_they_lie_and_are_taken_apart_there(
+    devices: Driver, seen: Seen, monkeypatch: pytest.MonkeyPatch, has_memory: bool
+) -> None:
+    state = of_every_kind() | {f"w{n}": torch.randn(50) for n in range(300)}
+    storage = await saved(state)
+    target = {
+        fqn: torch.zeros_like(tensor) if number % 3 == 0 else devices.put(torch.zeros_like(tensor))
+        for number, (fqn, tensor) in enumerate(state.items())
+    }
+    target["w1"] = torch.nn.Parameter(target["w1"])
+    versions = {fqn: tensor._version for fqn, tensor in target.items()}
+    if not has_memory:
+
+        def take(copies: DeviceCopies, nbytes: int) -> GatherBuffer:
+            made = GatherBuffer.__new__(GatherBuffer)
+            made.memory = None
+            return made
+
+        monkeypatch.setattr(DeviceCopies, "gather_buffer", take)
+    before = devices.launches
+    await load(storage, target)
+    assert seen.fqns == state.keys()
+    assert {fqn: bits(tensor.detach()) for fqn, tensor in target.items()} == {
+        fqn: bits(tensor) for fqn, tensor in state.items()
+    }
+    assert all(tensor._version > versions[fqn] for fqn, tensor in target.items())
+    if has_memory:
+        assert devices.launches - before <= 10  # one for each dtype that there is a kernel for
+
+
+async def test_damage_is_found_before_anything_crosses(devices: Driver) -> None:
+    state = {f"w{n}": torch.full((100,), float(n)) for n in range(50)}
+    storage = await saved(state)
+    [name] = [name for name in storage.files["ckpt"] if name.endswith(".distcp")]
+    whole = bytes(storage.files["ckpt"][name])
+    place = whole.index(state["w31"].numpy().tobytes()) + 5
+    storage.files["ckpt"][name] = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    target = {fqn: devices.put(torch.zeros(100)) for fqn in state}
+    with pytest.raises(CorruptError, match=r"w31.*CRC32"):
+        await load(storage, target)
+    assert not any(bits(tensor).strip(b"\0") for tensor in target.values())
 
 
 async def test_only_their_bytes_leave_storage(tmp_path: Path) -> None:
