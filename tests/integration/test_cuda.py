@@ -14,6 +14,7 @@ import torch
 
 from aiodcp import CaptureError, Checkpointer, SaveError, TornSnapshotError
 from aiodcp._engine import device_copies, host_memory
+from aiodcp._engine.device_copies import DeviceCopies
 from aiodcp._save.bounded_staging import MIN_NBYTES
 from aiodcp._save.staging import Staging
 from aiodcp.checkpointer import drain, flows
@@ -132,6 +133,41 @@ async def test_many_small_tensors_cross_together(tmp_path: Path) -> None:
             await checkpointer.load(target, tmp_path / str(number))
             for n, tensor in enumerate(target.values()):
                 assert bool((tensor == n + (number if n % 10 else 0)).all())
+
+
+async def test_small_tensors_of_all_dtypes_are_taken_apart_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes = [
+        torch.float32,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.uint16,
+        torch.complex64,
+        torch.bool,
+        torch.int64,
+    ]
+    state = {
+        f"{dtype} {n}": torch.randint(0, 2, (n % 50 + 1, 3), device="cuda").to(dtype)
+        for n in range(300)
+        for dtype in dtypes
+    }
+    taken: list[int] = []
+    real = DeviceCopies.take_apart
+
+    def take_apart(copies: DeviceCopies, whole: torch.Tensor, parts: Any, buffer: Any) -> list[torch.Event]:
+        taken.append(sum(len(part.targets) for part in parts))
+        return real(copies, whole, parts, buffer)
+
+    monkeypatch.setattr(DeviceCopies, "take_apart", take_apart)
+    target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    target |= {name: target[name].cpu() for name in list(target)[::5]}
+    async with Checkpointer() as checkpointer:
+        await (await checkpointer.save(state, tmp_path)).uploaded
+        await checkpointer.load(target, tmp_path)
+    assert sum(taken) == len(state) - len(list(state)[::5])
+    for name, tensor in state.items():
+        assert torch.equal(tensor.cpu().view(torch.uint8), target[name].cpu().view(torch.uint8)), name
 
 
 async def test_memory_freed_right_after_the_fence_is_not_used_again_too_soon(tmp_path: Path) -> None:
