@@ -27,6 +27,8 @@ from .seal import CLAIM
 MANY = 8
 """Chunks of a tensor from which on their records are made as an array."""
 
+_AT_ONCE = 10_000  # pieces
+
 _METADATA = "torch.distributed.checkpoint.metadata"
 
 _NEW = b")\x81}("  # an instance without arguments, and the dict of its state
@@ -149,15 +151,24 @@ class _Writer:
         self._rows: dict[Any, tuple[Array, bytes]] = {}  # by pattern: numbers of the chunks' offsets, and their list
 
     def finish(self) -> MetadataTemplate:
-        return MetadataTemplate(self._parts, self._fields, b"".join(self._pieces))
+        return MetadataTemplate(self._parts, self._fields, self._joined())
+
+    def _joined(self) -> bytes:
+        """Take all pieces, some at a time: in one go, 1,000,000 of them would hold the GIL for tens of milliseconds."""
+        pieces, self._pieces = self._pieces, []
+        blocks = []
+        for start in range(0, len(pieces), _AT_ONCE):
+            block = pieces[start : start + _AT_ONCE]
+            pieces[start : start + _AT_ONCE] = [b""] * len(block)
+            blocks.append(b"".join(block))
+        return b"".join(blocks)
 
     def add(self, opcodes: bytes) -> None:
         self._pieces.append(opcodes)
 
     def field(self, number: int, *, text: bool = True) -> None:
         """Leave a place for what differs from save to save."""
-        self._parts.append(b"".join(self._pieces))
-        self._pieces = []
+        self._parts.append(self._joined())
         self._fields.append((number, text))
 
     def remember(self, key: Any) -> None:

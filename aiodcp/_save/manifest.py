@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from .._engine.gil_fairness import AT_ONCE, let_go
 from .._format.arrays import Array
 from .._format.dcp import (
     STORAGE_TYPES,
@@ -138,6 +139,7 @@ def _of_tables(plans: Sequence[TablePlan]) -> ManifestTemplate:
     kinds = [(each.properties, each.size) if isinstance(each, TensorLines) else None for each in lines]
     places = _places_of(lines, [(part, rank, more) for (part, rank), more in zip(writers, pieces, strict=True)])
     index = encode_kinds(names, kinds) + encode_columns(places, names, paths, opaque, containers)
+    let_go(lines)
     return ManifestTemplate(template, index, writers, pieces)
 
 
@@ -162,13 +164,16 @@ def _places_of(lines: Sequence[TensorLines | ValueLines], writers: Sequence[tupl
             fields += [(first, row + chunk) for chunk, (first, _) in each.fields.items()]
         row += counts[-1]
     one = np.zeros(1, dtype=np.int64)
-    rows = [
-        (np.array([each.file]), one, one) if isinstance(each, ValueLines) else (each.files, each.starts, each.nbytes)
-        for each in lines
-    ]
-    files, starts, nbytes = (
-        np.concatenate([each[column] for each in rows]) if rows else np.zeros(0, dtype=np.int64) for column in range(3)
-    )
+    blocks = [np.zeros((3, 0), dtype=np.int64)]
+    for first in range(0, len(lines), AT_ONCE):
+        rows = [
+            (np.array([each.file]), one, one)
+            if isinstance(each, ValueLines)
+            else (each.files, each.starts, each.nbytes)
+            for each in lines[first : first + AT_ONCE]
+        ]
+        blocks.append(np.stack([np.concatenate(column) for column in zip(*rows, strict=True)]))
+    files, starts, nbytes = np.concatenate(blocks, axis=1)
     named = [(part, rank, piece if piece < more else -1) for part, rank, more in writers for piece in range(more + 1)]
     return ChunkPlaces(
         counts=np.array(counts, dtype=np.int64),

@@ -284,7 +284,7 @@ class WritePipeline:
             group.start_soon(stop_when_cancelled)
             await in_thread(self._threads.staging, copy)
             group.cancel_scope.cancel()
-        job.captured.values.clear()  # from here on the caller may free them
+        job.forget_tensors()
         for event in (*ready, staged):
             event.set()
 

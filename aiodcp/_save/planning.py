@@ -229,7 +229,7 @@ def finish_plan(
         share = _make_share(local, kept, [local.items[number] for number in kept])
     return WritePlan(
         fqns=captured.fqns,
-        kinds=captured.kinds,
+        kinds=[*captured.kinds],
         paths=captured.paths,
         share=share,
         staged=[local.sources[number] for number in kept if number not in local.frozen],

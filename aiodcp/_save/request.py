@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from .._engine.device_copies import DeviceCopies
+from .._engine.gil_fairness import let_go
 from .._engine.milestone import MilestoneSource
 from .._state.capture import Capture
 from .._state.tear_detector import TearDetector
@@ -45,9 +46,14 @@ class SaveJob:
     timeline: Timeline
     overwrite: bool = True
 
+    def forget_tensors(self) -> None:
+        """Keep nothing of the tensors: from here on the caller may free them."""
+        self.captured.values.clear()
+        let_go(self.captured.kinds)
+
     def release_tensors(self) -> None:
         """Let the caller change and free the tensors."""
-        self.captured.values.clear()
+        self.forget_tensors()
         self.queued.reach()
         self.staged.reach()
 

@@ -211,7 +211,7 @@ class Checkpointer(SyncContext):
             BusyError: see `on_busy`.
             SaveError: an earlier save failed and was not awaited.
 
-        Cancellation: while it waits for an earlier save, withdraws this one.
+        Cancellation: withdraws this save, also while it waits for an earlier one.
         """
         encode = metadata_encoder(custom_metadata)
         state = await self._session.saves.save(
@@ -230,7 +230,7 @@ class Checkpointer(SyncContext):
             CaptureError: a value cannot be saved; names it.
             SaveError: an earlier save failed and was not awaited.
 
-        Cancellation: while it waits for an earlier save, withdraws this one.
+        Cancellation: withdraws this save, also while it waits for an earlier one.
         """
         exchange = PartExchange()
         encode = metadata_encoder(None)
