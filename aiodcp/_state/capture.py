@@ -141,8 +141,12 @@ class Instant:
         """Return the name of a tensor on `device`."""
         return _name_on(device, self.named().fqns, self.values)
 
-    def look(self) -> Capture:
+    def look(self, wait_for_devices: Callable[[], None] = lambda: None) -> Capture:
         """Look at the tensors, and keep none of them here. Once, from any thread.
+
+        Args:
+            wait_for_devices: called before tensors are pickled: in another thread than the caller's until those have
+                been computed.
 
         Raises:
             CaptureError: one of them cannot be saved.
@@ -161,7 +165,9 @@ class Instant:
                 values += held
         seen = _look_at(values)
         known = {*frozen, *parts, *range(len(fqns), len(values))}
-        frozen |= {index: freeze(fqns[index], values[index]) for index in seen.odd if index not in known}
+        if odd := [index for index in seen.odd if index not in known]:
+            wait_for_devices()
+        frozen |= {index: freeze(fqns[index], values[index]) for index in odd}
         for index, value in self.sharded.items():
             seen.kinds[index] = sharded_kind(value)
         return Capture(

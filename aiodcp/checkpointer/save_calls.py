@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from .._distributed.operation import Operation
 from .._distributed.votes import OperationKind
-from .._engine.device_copies import HOST, CopyStreams
+from .._engine.device_copies import HOST, CopyStreams, DeviceCopies
 from .._engine.gc_pause import gc_paused
 from .._engine.gil_fairness import yield_to_engine
 from .._engine.threads import in_thread
@@ -320,7 +320,7 @@ class SaveCalls:
         self.trace.add(state.checkpoint_id, state.timeline)
 
         def finish() -> SaveJob:
-            captured = self._look_at(instant)
+            captured = self._look_at(instant, state.device_copies)
             if state.tears is not None:
                 state.tears.watch(captured, instant.versions)
             return SaveJob(
@@ -351,10 +351,17 @@ class SaveCalls:
         with gc_paused():
             return take(state_dict, self._flows.rank, may_be_empty=self._flows.channel is not None, names=self._names)
 
-    def _look_at(self, instant: Instant) -> Capture:
-        """Look at what was taken. From any thread."""
+    def _look_at(self, instant: Instant, copies: DeviceCopies) -> Capture:
+        """Look at what was taken. From any thread, or from the caller's if it is small."""
+        is_here = instant.is_small
+
+        def wait_for_devices() -> None:
+            if not is_here:
+                copies.enter_thread()
+                copies.wait_for_marks()
+
         with _capture_errors(), gc_paused():
-            captured = instant.look()
+            captured = instant.look(wait_for_devices)
         for device in captured.devices - instant.devices:
             if device.type not in HOST:
                 self._streams.begin({device}, captured.name_on)
@@ -387,8 +394,8 @@ class SaveCalls:
         self.refuse_inside_snapshot()
         taken = captured_here(lambda: self._instant(state_dict), is_alone=flows.channel is None)
 
-        async def look() -> Capture:
-            return await in_thread(flows.engine.threads.compute, self._look_at, await taken())
+        async def look() -> Capture:  # what it pickles is not kept: it need not be computed yet
+            return await in_thread(flows.engine.threads.compute, self._look_at, await taken(), DeviceCopies())
 
         operation = flows.operation(OperationKind.PREPARE, ClosedError("the preparation was cancelled"))
 
