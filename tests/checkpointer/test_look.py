@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 from aiodcp import CaptureError, Checkpointer, MemoryStorage, RankError, TornSnapshotError
+from aiodcp._engine.device_copies import DeviceCopies
 from aiodcp._state.capture import SMALL, Capture, Instant
 
 from ..support.ranks import rank_test
@@ -33,11 +34,11 @@ class Look:
         self.threads: list[str] = []
         real = Instant.look
 
-        def look(instant: Instant) -> Capture:
+        def look(instant: Instant, *arguments: Any) -> Capture:
             self.threads.append(threading.current_thread().name)
             self.begun.set()
             assert self.go_on.wait(WAITS_AT_MOST_S)
-            return real(instant)
+            return real(instant, *arguments)
 
         patch.setattr(Instant, "look", look)
 
@@ -193,3 +194,21 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) <= {"torch.utils._device"}, done.stdout
+
+
+async def test_tensors_that_are_pickled_elsewhere_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse ones, on a device: what the caller's stream has still to compute is in them."""
+    called: list[str] = []
+    monkeypatch.setattr(DeviceCopies, "enter_thread", lambda copies: called.append("enter"))
+    monkeypatch.setattr(DeviceCopies, "wait_for_marks", lambda copies: called.append("wait"))
+    state = large()
+    async with Checkpointer(storage=MemoryStorage()) as checkpointer:
+        await (await checkpointer.save(state, "a")).uploaded
+        state["model"]["sparse"] = torch.eye(3).to_sparse()
+        before, called[:] = [*called], []
+        await (await checkpointer.save(state, "b")).uploaded
+        assert called[:2] == ["enter", "wait"]
+        assert "wait" not in before
+        called.clear()
+        await (await checkpointer.save({"sparse": torch.eye(3).to_sparse()}, "c")).uploaded
+    assert "wait" not in called
