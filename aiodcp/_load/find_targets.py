@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import partial
-from itertools import chain
+from itertools import compress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from .._state.flatten import Leaves, Walk
 from .._state.freeze import refuse_nested
 from .._state.optimizers import find_optimizer, is_optimizer_state, keys_of, parameters_of
 from .._state.per_rank import PerRank
-from .._state.plain_tensors import PLAIN_TENSORS
+from .._state.plain_tensors import PLAIN_TENSORS, devices_of
 from .._state.sharding import ShardedTensor, held_parts
 from .._state.stateful import call_stateful, is_stateful
 from .._state.structure import find
 from ..errors import ArgumentError, CaptureError, LoadError
 from .optimizer_plan import allocate
 from .targets import LoadTargets, NewTensorDevice, ObjectKind, OptimizerScope
+
+_IS_META = attrgetter("is_meta")
 
 _PLAIN_LEAVES = (torch.Tensor, int, float, str, bytes, type(None))
 
@@ -113,12 +116,15 @@ def _begin_copies(
         if isinstance(owner, torch.optim.Optimizer)
         for each in _params(owner)
     ]
-    filled = (value for value in chain(walk.values, parameters) if not (type(value) in PLAIN_TENSORS and value.is_cpu))
-    tensors = [value for value in filled if isinstance(value, torch.Tensor)]
+    filled = [*walk.values, *parameters]
+    plain = [*compress(filled, map(PLAIN_TENSORS.__contains__, map(type, filled)))]
+    tensors = [*compress(plain, map(_IS_META, plain))]
+    if len(plain) < len(filled):
+        tensors += [value for value in filled if type(value) not in PLAIN_TENSORS and isinstance(value, torch.Tensor)]
     if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these have no `device`
         tensors = [value for value in tensors if not isinstance(value, ShardedTensor)]
         tensors += [part for value in sharded for part in held_parts(value)]
-    devices = {new_tensors.device_of(tensor) for tensor in tensors if not tensor.is_cpu}
+    devices = devices_of(plain) | {new_tensors.device_of(tensor) for tensor in tensors if not tensor.is_cpu}
 
     def name_on(device: torch.device) -> str:
         for fqn, value in zip(walk.leaves().fqns, walk.values, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from .._format.extension import Containers
 from ..errors import CaptureError
 from .flatten import KnownNames, Leaves, Walk
 from .freeze import Frozen, freeze
-from .plain_tensors import PLAIN_TENSORS, QUANTIZED, is_plain
+from .plain_tensors import PLAIN_TENSORS, QUANTIZED, devices_of, is_plain
 from .sharding import (
     LeafKind,
     ShardedTensor,
@@ -127,7 +127,7 @@ class Instant:
             named=named,
             frozen=frozen,
             sharded=sharded,
-            devices=_devices_of(values, frozen),
+            devices=_devices_of(values, sharded.values()),
             versions={index: version_of(values[index]) for index in sampled if type(values[index]) in PLAIN_TENSORS},
             planned=planned,
         )
@@ -229,15 +229,16 @@ def version_of(value: object) -> int:
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
-def _devices_of(values: Sequence[Any], frozen: Container[int]) -> set[torch.device]:
-    """Return the accelerator's devices on which tensors are, but for frozen ones."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
+def _devices_of(values: Sequence[Any], sharded: Iterable[DTensor | ShardedTensor]) -> set[torch.device]:
+    """Return the accelerator's devices on which tensors are that are staged."""
+    if torch.accelerator.current_accelerator() is None:
         return set()
-    staged = [value for index, value in enumerate(values) if index not in frozen]
-    local = [local_tensor(value) if type(value) is DTensor else value for value in staged]
-    whole = [part for value in local for part in (held_parts(value) if isinstance(value, ShardedTensor) else [value])]
-    return {torch.device(accelerator.type, index) for index in set(map(torch.Tensor.get_device, whole)) if index >= 0}
+    plain = compress(values, map(PLAIN_TENSORS.__contains__, map(type, values)))
+    return devices_of([*plain, *(part for value in sharded for part in _parts_of(value))])
+
+
+def _parts_of(value: DTensor | ShardedTensor) -> list[torch.Tensor]:
+    return [local_tensor(value)] if type(value) is DTensor else held_parts(value)
 
 
 class _Seen(NamedTuple):

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 QUANTIZED = {torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4}
+
+
+def devices_of(tensors: Sequence[torch.Tensor]) -> set[torch.device]:
+    """Return the devices on which tensors are, but for host memory: to ask each for its device takes six times as long.
+
+    Of two devices with one number, which are of two kinds, one is returned.
+    """
+    by_number = dict(zip(map(torch.Tensor.get_device, tensors), tensors, strict=True))
+    return {tensor.device for number, tensor in by_number.items() if number >= 0}
 
 
 def is_plain(value: torch.Tensor) -> bool:

@@ -1,0 +1,23 @@
+"""The collector held off, and what it looks at afterwards."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from aiodcp._engine.gc_pause import FROZEN, MANY, gc_paused
+
+
+@pytest.mark.parametrize("frozen", [0, 375, FROZEN])
+def test_many_new_objects_count_as_old_afterwards_unless_the_caller_has_frozen_his_own(
+    frozen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: frozen)
+    froze: list[int] = []
+    monkeypatch.setattr(gc, "freeze", lambda real=gc.freeze: (froze.append(gc.get_count()[0]), real()))
+    with gc_paused():
+        made = [[number] for number in range(2 * MANY)]
+        assert gc.get_count()[0] > MANY
+    assert len(froze) == (frozen < FROZEN)
+    assert len(made) == 2 * MANY
