@@ -84,6 +84,20 @@ class DeviceCopies:
         """The device, if there is exactly one: then `gather_buffer` and `gather` can be used."""
         return self._lanes[0].device if len(self._lanes) == 1 else None
 
+    def add(self, devices: Collection[torch.device], name_on: Callable[[torch.device], str]) -> None:
+        """Take in devices that were not known when the copies were begun. From any thread; blocks it.
+
+        How far the caller's streams had come there is not known: all of their work is waited for.
+
+        Raises:
+            ArgumentError: as `CopyStreams.begin`.
+        """
+        for device in sorted((device for device in devices if device.type not in HOST), key=str):
+            lane = self._streams.lane(device, name_on)
+            torch.accelerator.synchronize(device)
+            self._lanes = [*self._lanes, lane]
+            self._marks_reached = False
+
     def start(self) -> None:
         """Make the copies wait, on their devices, for the marks."""
         self.enter_thread()
@@ -288,9 +302,10 @@ class CopyStreams:
             CaptureError: a tensor is on a device whose current stream captures a graph; names it.
         """
         others = sorted((device for device in devices if device.type not in HOST), key=str)
-        return DeviceCopies([self._lane(device, name_on) for device in others], self)
+        return DeviceCopies([self.lane(device, name_on) for device in others], self)
 
-    def _lane(self, device: torch.device, name_on: Callable[[torch.device], str]) -> CopyLane:
+    def lane(self, device: torch.device, name_on: Callable[[torch.device], str]) -> CopyLane:
+        """Mark how far the current stream of this thread has come on a device; raises what `begin` raises."""
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is None or accelerator.type != device.type:
             problem = f"{name_on(device)} is on {device}, which is not torch's current accelerator"

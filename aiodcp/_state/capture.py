@@ -16,7 +16,7 @@ from .._format.extension import Containers
 from ..errors import CaptureError
 from .flatten import KnownNames, Leaves, Walk
 from .freeze import Frozen, freeze
-from .plain_tensors import PLAIN_TENSORS, QUANTIZED, devices_of, is_plain
+from .plain_tensors import PLAIN_TENSORS, QUANTIZED, is_plain
 from .sharding import (
     LeafKind,
     ShardedTensor,
@@ -98,7 +98,7 @@ class Instant:
         named: returns them with their names.
         frozen: as of `Capture`, of what is no tensor or a tensor of a class of its own.
         sharded: as of `Capture`.
-        devices: where the tensors are; empty if torch has no accelerator.
+        devices: where some of the tensors are, or all, if it is small.
         versions: of some of the tensors, by index, how often they were changed.
         planned: as of `Capture`.
     """
@@ -121,14 +121,14 @@ class Instant:
         planned: SavePlan | None = None,
     ) -> Instant:
         """Return what this instant is, given what is frozen of it and what is sharded."""
-        sampled = range(0, len(values), len(values) // SAMPLED + 1)
+        some = {index: values[index] for index in range(0, len(values), len(values) // SAMPLED + 1)}
         return cls(
             values=values,
             named=named,
             frozen=frozen,
             sharded=sharded,
-            devices=_devices_of(values, sharded.values()),
-            versions={index: version_of(values[index]) for index in sampled if type(values[index]) in PLAIN_TENSORS},
+            devices=_devices_of(values if len(values) <= SMALL else some.values()),
+            versions={index: version_of(value) for index, value in some.items() if type(value) in PLAIN_TENSORS},
             planned=planned,
         )
 
@@ -229,16 +229,15 @@ def version_of(value: object) -> int:
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
-def _devices_of(values: Sequence[Any], sharded: Iterable[DTensor | ShardedTensor]) -> set[torch.device]:
-    """Return the accelerator's devices on which tensors are that are staged."""
-    if torch.accelerator.current_accelerator() is None:
-        return set()
-    plain = compress(values, map(PLAIN_TENSORS.__contains__, map(type, values)))
-    return devices_of([*plain, *(part for value in sharded for part in _parts_of(value))])
-
-
-def _parts_of(value: DTensor | ShardedTensor) -> list[torch.Tensor]:
-    return [local_tensor(value)] if type(value) is DTensor else held_parts(value)
+def _devices_of(values: Iterable[Any]) -> set[torch.device]:
+    """Return the devices on which tensors are that are staged, but for host memory."""
+    tensors: list[torch.Tensor] = []
+    for value in values:
+        if type(value) in PLAIN_TENSORS:
+            tensors.append(value)
+        elif is_sharded(value):
+            tensors += [local_tensor(value)] if type(value) is DTensor else held_parts(value)
+    return {tensor.device for tensor in tensors if not tensor.is_cpu}
 
 
 class _Seen(NamedTuple):
@@ -289,7 +288,7 @@ def _look_again(values: Sequence[Any]) -> _Seen:
 
 def _name_on(device: torch.device, names: Sequence[str], values: Sequence[Any]) -> str:
     on_it = (isinstance(value, torch.Tensor) and value.device == device for value in values)
-    return next(compress(names, on_it))
+    return next(compress(names, on_it), "a tensor")
 
 
 def nothing_to_save() -> CaptureError:

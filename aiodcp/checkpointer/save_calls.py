@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from .._distributed.operation import Operation
 from .._distributed.votes import OperationKind
-from .._engine.device_copies import HOST, CopyStreams, DeviceCopies
+from .._engine.device_copies import CopyStreams, DeviceCopies
 from .._engine.gc_pause import gc_paused
 from .._engine.gil_fairness import yield_to_engine
 from .._engine.threads import in_thread
@@ -31,7 +31,6 @@ from .._telemetry.trace import Trace
 from ..errors import (
     ArgumentError,
     BusyError,
-    CaptureError,
     CheckpointError,
     ClosedError,
     DeadlockError,
@@ -321,6 +320,7 @@ class SaveCalls:
 
         def finish() -> SaveJob:
             captured = self._look_at(instant, state.device_copies)
+            state.device_copies.add(captured.devices - instant.devices, captured.name_on)
             if state.tears is not None:
                 state.tears.watch(captured, instant.versions)
             return SaveJob(
@@ -362,10 +362,6 @@ class SaveCalls:
 
         with _capture_errors(), gc_paused():
             captured = instant.look(wait_for_devices)
-        for device in captured.devices - instant.devices:
-            if device.type not in HOST:
-                self._streams.begin({device}, captured.name_on)
-                raise CaptureError(captured.name_on(device), f"was moved to {device} while the state was captured")
         return captured
 
     def _warn_unsafe(self, taken: Instant) -> None:

@@ -205,6 +205,31 @@ async def test_memory_that_is_freed_and_used_again_at_once_is_saved_as_it_was(
     assert float(target["w"].min()) == 3.0
 
 
+async def test_a_device_that_is_only_seen_when_all_tensors_are_looked_at_is_waited_for(
+    devices: Driver, faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large state some tensors are asked at once for their device, and the others by the engine."""
+    monkeypatch.setattr("aiodcp._state.capture.SMALL", 1)
+    monkeypatch.setattr("aiodcp._state.capture.SAMPLED", 1)
+    synchronized: list[torch.device] = []
+
+    def synchronize(device: torch.device) -> None:
+        synchronized.append(device)
+        devices.compute[device.index].synchronize()
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    for first in (torch.zeros(8), devices.put(torch.zeros(8))):
+        state = {"a": first, "b": devices.put(torch.zeros(8)), "c": devices.put(torch.zeros(8), 1)}
+        for name in ("b", "c"):
+            devices.queue(state[name], lambda tensor: tensor.add_(5.0))
+        async with Checkpointer(storage=faulty) as checkpointer:
+            await (await checkpointer.save(state, "a")).uploaded
+            target = {name: torch.zeros(8) for name in state}
+            await checkpointer.load(target, "a")
+        assert [float(tensor[0]) for tensor in target.values()] == [0.0, 5.0, 5.0]
+    assert [device.index for device in synchronized] == [0, 1, 1]
+
+
 async def test_windows_wait_for_the_device_too(devices: Driver, faulty: FaultyStorage) -> None:
     state = {f"w{n}": devices.put(torch.full((1 << 19,), float(n))) for n in range(4)}
     async with Checkpointer(storage=faulty, max_host_bytes=MIN_NBYTES) as checkpointer:
