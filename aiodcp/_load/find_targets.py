@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from functools import partial
 from itertools import compress
 from operator import attrgetter
 from typing import Any
@@ -15,6 +14,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from .._engine.device_copies import CopyStreams, DeviceCopies
 from .._engine.gc_pause import gc_paused
 from .._format.dcp import Metadata, TensorStorageMetadata
+from .._state.capture import SAMPLED
 from .._state.flatten import Leaves, Walk
 from .._state.freeze import refuse_nested
 from .._state.optimizers import find_optimizer, is_optimizer_state, keys_of, parameters_of
@@ -55,8 +55,10 @@ def take_targets(
     except CaptureError as error:
         raise LoadError(str(error)) from error.__cause__
     tops, new_tensors = dict(state_dict), NewTensorDevice()
-    begin = partial(_begin_copies, walk, tops, streams, new_tensors)
-    copies = begin() if torch.accelerator.current_accelerator() is not None else None  # marks the caller's streams
+    filled = _Filled(walk, tops, new_tensors)
+    copies = None
+    if torch.accelerator.current_accelerator() is not None:  # whose streams are marked now
+        copies = filled.begin_copies(streams)
 
     def find() -> LoadTargets:
         with gc_paused():
@@ -64,7 +66,9 @@ def take_targets(
         owners = {str(key): _held(value) for key, value in tops.items()}
         if not all(issubclass(kind, _PLAIN_LEAVES) for kind in walk.kinds):
             _refuse_objects(leaves)
-        return _find_targets(states, owners, leaves, begin() if copies is None else copies, new_tensors, planner)
+        begun = filled.begin_copies(streams) if copies is None else copies
+        filled.add_devices(begun)
+        return _find_targets(states, owners, leaves, begun, new_tensors, planner)
 
     return find
 
@@ -106,37 +110,54 @@ def _held(value: Any) -> Any:
     return value.value if type(value) is PerRank else value
 
 
-def _begin_copies(
-    walk: Walk, tops: Mapping[Any, Any], streams: CopyStreams, new_tensors: NewTensorDevice
-) -> DeviceCopies:
-    """Begin the copies to all that is filled, as this rank holds it."""
-    parameters = [
-        each
-        for owner in map(_held, tops.values())
-        if isinstance(owner, torch.optim.Optimizer)
-        for each in _params(owner)
-    ]
-    filled = [*walk.values, *parameters]
-    plain = [*compress(filled, map(PLAIN_TENSORS.__contains__, map(type, filled)))]
-    tensors = [*compress(plain, map(_IS_META, plain))]
-    if len(plain) < len(filled):
-        tensors += [value for value in filled if type(value) not in PLAIN_TENSORS and isinstance(value, torch.Tensor)]
-    if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these have no `device`
-        tensors = [value for value in tensors if not isinstance(value, ShardedTensor)]
-        tensors += [part for value in sharded for part in held_parts(value)]
-    devices = devices_of(plain) | {new_tensors.device_of(tensor) for tensor in tensors if not tensor.is_cpu}
+class _Filled:
+    """The tensors that a load may fill, as this rank holds them, and where they are."""
 
-    def name_on(device: torch.device) -> str:
-        for fqn, value in zip(walk.leaves().fqns, walk.values, strict=True):
+    def __init__(self, walk: Walk, tops: Mapping[Any, Any], new_tensors: NewTensorDevice) -> None:
+        self._walk = walk
+        self._tops = tops
+        self._new_tensors = new_tensors
+        self._plain: list[torch.Tensor] = []
+        self._known: set[torch.device] = set()
+
+    def begin_copies(self, streams: CopyStreams) -> DeviceCopies:
+        """Begin the copies to all that is filled; of many plain tensors only some are asked where they are.
+
+        Raises:
+            LoadError: the current stream of a device captures a graph.
+            ArgumentError: as `CopyStreams.begin`.
+        """
+        parameters = [
+            each
+            for owner in map(_held, self._tops.values())
+            if isinstance(owner, torch.optim.Optimizer)
+            for each in _params(owner)
+        ]
+        filled = [*self._walk.values, *parameters]
+        self._plain = plain = [*compress(filled, map(PLAIN_TENSORS.__contains__, map(type, filled)))]
+        tensors = [*compress(plain, map(_IS_META, plain))]
+        if len(plain) < len(filled):
+            tensors += [each for each in filled if type(each) not in PLAIN_TENSORS and isinstance(each, torch.Tensor)]
+        if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these have no `device`
+            tensors = [value for value in tensors if not isinstance(value, ShardedTensor)]
+            tensors += [part for value in sharded for part in held_parts(value)]
+        others = {self._new_tensors.device_of(tensor) for tensor in tensors if not tensor.is_cpu}
+        self._known = devices_of(plain[:: len(plain) // SAMPLED + 1]) | others
+        try:
+            return streams.begin(self._known, self._name_on)
+        except CaptureError as error:
+            raise LoadError(str(error)) from error
+
+    def add_devices(self, copies: DeviceCopies) -> None:
+        """Ask all tensors where they are. From any thread."""
+        copies.add(devices_of(self._plain) - self._known, self._name_on)
+
+    def _name_on(self, device: torch.device) -> str:
+        for fqn, value in zip(self._walk.leaves().fqns, self._walk.values, strict=True):
             parts = held_parts(value) if isinstance(value, ShardedTensor) else [value]
-            if any(isinstance(part, torch.Tensor) and new_tensors.device_of(part) == device for part in parts):
+            if any(isinstance(part, torch.Tensor) and self._new_tensors.device_of(part) == device for part in parts):
                 return fqn
         return "a parameter of an optimizer"
-
-    try:
-        return streams.begin(devices, name_on)
-    except CaptureError as error:
-        raise LoadError(str(error)) from error
 
 
 def _object_in(value: object) -> object | None:

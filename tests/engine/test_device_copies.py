@@ -226,8 +226,15 @@ async def test_a_device_that_is_only_seen_when_all_tensors_are_looked_at_is_wait
             await (await checkpointer.save(state, "a")).uploaded
             target = {name: torch.zeros(8) for name in state}
             await checkpointer.load(target, "a")
-        assert [float(tensor[0]) for tensor in target.values()] == [0.0, 5.0, 5.0]
-    assert [device.index for device in synchronized] == [0, 1, 1]
+            assert [float(tensor[0]) for tensor in target.values()] == [0.0, 5.0, 5.0]
+            assert [device.index for device in synchronized] in ([0, 1], [1])
+            on_devices = {name: devices.put(torch.zeros(8), index) for name, index in (("a", 0), ("b", 0), ("c", 1))}
+            monkeypatch.setattr("aiodcp._load.find_targets.SAMPLED", 1)
+            synchronized.clear()
+            await checkpointer.load(on_devices, "a")
+            assert [device.index for device in synchronized] == [1]
+            synchronized.clear()
+        assert [float(tensor.sum()) for tensor in on_devices.values()] == [0.0, 40.0, 40.0]
 
 
 async def test_windows_wait_for_the_device_too(devices: Driver, faulty: FaultyStorage) -> None:
