@@ -30,7 +30,11 @@ from .sharding import (
 )
 from .stateful import call_stateful
 
-SMALL = 1000  # values, at which a state's tensors are looked at in the caller's thread: it takes a millisecond
+# Values, up to which a state's tensors are looked at in the caller's thread: it takes one or two milliseconds, and to
+# ask another thread takes one. A sharded tensor counts as several.
+SMALL = 4000
+
+SHARDED = 6
 
 SAMPLED = 500  # tensors of a large state, of which it is known that they were not changed before they were looked at
 
@@ -135,7 +139,7 @@ class Instant:
     @property
     def is_small(self) -> bool:
         """Whether its tensors are looked at here and now, rather than in another thread."""
-        return len(self.values) <= SMALL
+        return len(self.values) + (SHARDED - 1) * len(self.sharded) <= SMALL
 
     def name_on(self, device: torch.device) -> str:
         """Return the name of a tensor on `device`."""
