@@ -1,5 +1,6 @@
 import io
 import threading
+import weakref
 from collections import OrderedDict
 from enum import Enum
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from aiodcp import ArgumentError, CaptureError
-from aiodcp._state.capture import capture
+from aiodcp._state.capture import capture, take
 from aiodcp._state.flatten import KnownNames, Walk, flatten
 
 from ..support.states import assert_equal, make_state
@@ -175,6 +176,18 @@ def test_dicts_of_leaves_are_named_as_any_other() -> None:
         assert all(a is b for a, b in zip(found.values, flat.values(), strict=True))
         assert found.containers == fresh.containers
         assert found.optimizers == fresh.optimizers
+
+
+def test_what_was_taken_keeps_no_tensor_that_was_looked_at() -> None:
+    state = {"w": torch.zeros(3), "log": [1]}
+    here = weakref.ref(state["w"])
+    instant = take(state)
+    captured = instant.look()
+    assert captured.values[0] is here()
+    captured.values.clear()
+    state.clear()
+    assert here() is None
+    assert instant.frozen.keys() == {1}
 
 
 def test_each_frozen_value_is_named_where_it_lies() -> None:
