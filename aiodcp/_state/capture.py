@@ -173,7 +173,7 @@ class Instant:
             wait_for_devices()
         frozen |= {index: freeze(fqns[index], values[index]) for index in odd}
         for index, value in self.sharded.items():
-            seen.kinds[index] = sharded_kind(value)
+            seen.kinds[index] = sharded_kind(value, values[index])
         return Capture(
             fqns=fqns,
             paths=leaves.paths,
@@ -217,8 +217,7 @@ def take(
         raise nothing_to_save()
     frozen: dict[int, Frozen] = {}
     sharded: dict[int, DTensor | ShardedTensor] = {}
-    others = walk.kinds - PLAIN_TENSORS - {dict}
-    if others:
+    if others := walk.kinds - PLAIN_TENSORS:
         for index in compress(range(len(values)), map(others.__contains__, map(type, values))):
             value = values[index]
             if is_sharded(value):

@@ -152,7 +152,7 @@ class Walk:
 
     Attributes:
         values: the leaves.
-        kinds: the types of all that was met.
+        kinds: the types of all that was met, but for dicts.
     """
 
     def __init__(self, state_dict: Mapping[str, Any], rank: int = 0, known: KnownNames | None = None) -> None:
@@ -238,7 +238,7 @@ class Walk:
         self._last = names
         below: dict[int, Names] = {}
         kinds = set(map(type, values))
-        self.kinds |= kinds
+        self.kinds |= kinds - _ONLY_DICT
         if kinds <= _LEAVES:
             self._take(names, 0, values)
         elif len(values) < MANY or kinds != _ONLY_DICT or not self._through_rows(values, names):

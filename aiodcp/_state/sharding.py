@@ -20,13 +20,12 @@ def tensor_kind(value: object) -> LeafKind:
     return (type(value), value.dtype, value.shape) if isinstance(value, torch.Tensor) else None
 
 
-def sharded_kind(value: DTensor | ShardedTensor) -> LeafKind:
-    """What makes two captures of a sharded tensor alike: all that its plan depends on."""
+def sharded_kind(value: DTensor | ShardedTensor, local: Any) -> LeafKind:
+    """What makes two captures of a sharded tensor alike, given its only local part: all that its plan depends on."""
     if isinstance(value, DTensor) and holds_shards(value):
         chunks = [(chunk.offsets, chunk.sizes) for chunk in value.__create_chunk_list__()]  # type: ignore[no-untyped-call]
         return type(value), value.dtype, value.shape, tuple(chunks)
     if isinstance(value, DTensor):
-        local = local_tensor(value)
         return type(local), local.dtype, local.shape, value.shape, value.placements, value.device_mesh
     shards = [(tuple(each.shard_offsets), tuple(each.shard_sizes)) for each in value.metadata().shards_metadata]
     held = [tuple(shard.metadata.shard_offsets) for shard in value.local_shards()]

@@ -292,10 +292,7 @@ class SaveCalls:
 
     def capture(self, state: SaveState, state_dict: Mapping[str, Any]) -> SaveJob:
         """Take the state as it is now, and look at it. In the caller's thread."""
-        finish = self.take(state, state_dict)
-        job = finish()
-        state.captured.reach()
-        return job
+        return self.take(state, state_dict, is_here=True)()
 
     def take(
         self,
@@ -305,8 +302,12 @@ class SaveCalls:
         planner: SavePlanner | None = None,
         *,
         overwrite: bool = True,
+        is_here: bool = False,
     ) -> FinishCapture:
-        """Take the state as it is now, in the caller's thread; if it is small, look at it and reach `captured`."""
+        """Take the state as it is now, in the caller's thread.
+
+        If it is small, or is to be looked at here, that is done and `captured` reached.
+        """
         state.log.restart()
         with state.timeline.record("capture"), _capture_errors():
             instant = self._instant(state_dict, planner)
@@ -317,9 +318,10 @@ class SaveCalls:
                 self._guards.arm()
         self._staging = [*(each for each in self._staging if not each.staged.done()), state]
         self.trace.add(state.checkpoint_id, state.timeline)
+        is_here = is_here or instant.is_small
 
         def finish() -> SaveJob:
-            captured = self._look_at(instant, state.device_copies)
+            captured = self._look_at(instant, None if is_here else state.device_copies)
             state.device_copies.add(captured.devices - instant.devices, captured.name_on)
             if state.tears is not None:
                 state.tears.watch(captured, instant.versions)
@@ -339,7 +341,7 @@ class SaveCalls:
                 overwrite=overwrite,
             )
 
-        if not instant.is_small:
+        if not is_here:
             return finish
         job = finish()
         state.captured.reach()
@@ -351,18 +353,16 @@ class SaveCalls:
         with gc_paused():
             return take(state_dict, self._flows.rank, may_be_empty=self._flows.channel is not None, names=self._names)
 
-    def _look_at(self, instant: Instant, copies: DeviceCopies) -> Capture:
-        """Look at what was taken. From any thread, or from the caller's if it is small."""
-        is_here = instant.is_small
+    def _look_at(self, instant: Instant, copies: DeviceCopies | None = None) -> Capture:
+        """Look at what was taken; in a thread of the engine with the `copies`, whose marks tensors are computed by."""
 
         def wait_for_devices() -> None:
-            if not is_here:
+            if copies is not None:
                 copies.enter_thread()
                 copies.wait_for_marks()
 
         with _capture_errors(), gc_paused():
-            captured = instant.look(wait_for_devices)
-        return captured
+            return instant.look(wait_for_devices)
 
     def _warn_unsafe(self, taken: Instant) -> None:
         """Warn of values that `load` will not build by default, once a name."""
@@ -391,7 +391,7 @@ class SaveCalls:
         taken = captured_here(lambda: self._instant(state_dict), is_alone=flows.channel is None)
 
         async def look() -> Capture:  # what it pickles is not kept: it need not be computed yet
-            return await in_thread(flows.engine.threads.compute, self._look_at, await taken(), DeviceCopies())
+            return await in_thread(flows.engine.threads.compute, self._look_at, await taken())
 
         operation = flows.operation(OperationKind.PREPARE, ClosedError("the preparation was cancelled"))
 

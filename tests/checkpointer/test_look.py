@@ -15,7 +15,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
-from aiodcp import CaptureError, Checkpointer, MemoryStorage, RankError, TornSnapshotError
+from aiodcp import CaptureError, Checkpointer, MemoryStorage, RankError, TornSnapshotError, joint_checkpoint
 from aiodcp._engine.device_copies import DeviceCopies
 from aiodcp._state.capture import SMALL, Capture, Instant
 
@@ -212,3 +212,21 @@ async def test_tensors_that_are_pickled_elsewhere_are_waited_for(monkeypatch: py
         called.clear()
         await (await checkpointer.save({"sparse": torch.eye(3).to_sparse()}, "c")).uploaded
     assert "wait" not in called
+
+
+async def test_participants_are_looked_at_in_the_callers_thread_whose_device_stays(
+    look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look.go_on.set()
+    entered: list[str] = []
+    monkeypatch.setattr(DeviceCopies, "enter_thread", lambda copies: entered.append(threading.current_thread().name))
+    state, storage = large(), MemoryStorage()
+    state["model"]["sparse"] = torch.eye(3).to_sparse()
+    async with (
+        Checkpointer(storage=storage) as checkpointer,
+        joint_checkpoint(checkpointer, "a") as checkpoint,
+    ):
+        checkpoint.add("all", state)
+        assert look.threads == ["MainThread"]
+    assert "MainThread" not in entered
+    assert ".metadata" in storage.files["a"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from aiodcp import Checkpointer, CorruptError, LoadError
+from aiodcp import Checkpointer, CorruptError, LoadError, MemoryStorage
 from aiodcp._engine.device_copies import DeviceCopies
 from aiodcp._engine.device_gather import GatherBuffer
 from aiodcp._format.item_tables import ItemCrcs, ItemTables
@@ -149,13 +149,19 @@ async def test_to_a_device_they_cross_as_they_lie_and_are_taken_apart_there(
         assert 0 < devices.launches - before <= 10  # one for each dtype that there is a kernel for
 
 
+def damage(storage: MemoryStorage, tensor: torch.Tensor) -> tuple[str, bytes]:
+    """Change a bit of a stored tensor; return the name of its file, and what it held."""
+    [name] = [name for name in storage.files["ckpt"] if name.endswith(".distcp")]
+    whole = bytes(storage.files["ckpt"][name])
+    place = whole.index(tensor.numpy().tobytes()) + 5
+    storage.files["ckpt"][name] = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    return name, whole
+
+
 async def test_damage_is_found_before_anything_crosses(devices: Driver) -> None:
     state = {f"w{n}": torch.full((100,), float(n)) for n in range(50)}
     storage = await saved(state)
-    [name] = [name for name in storage.files["ckpt"] if name.endswith(".distcp")]
-    whole = bytes(storage.files["ckpt"][name])
-    place = whole.index(state["w31"].numpy().tobytes()) + 5
-    storage.files["ckpt"][name] = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    damage(storage, state["w31"])
     target = {fqn: devices.put(torch.zeros(100)) for fqn in state}
     with pytest.raises(CorruptError, match=r"w31.*CRC32"):
         await load(storage, target)
@@ -178,10 +184,7 @@ async def test_only_their_bytes_leave_storage(tmp_path: Path) -> None:
 async def test_damage_and_exchanged_items_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     state = {f"w{n}": torch.full((100,), float(n)) for n in range(50)}
     storage = await saved(state)
-    [name] = [name for name in storage.files["ckpt"] if name.endswith(".distcp")]
-    whole = bytes(storage.files["ckpt"][name])
-    place = whole.index(state["w31"].numpy().tobytes()) + 5
-    storage.files["ckpt"][name] = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    name, whole = damage(storage, state["w31"])
     with pytest.raises(CorruptError, match=r"w31.*CRC32"):
         await load(storage, blank(state))
     storage.files["ckpt"][name] = whole
