@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from anyio import CancelScope
+
 from ..checkpointer import Checkpoint, Checkpointer, PartSave, PartTicket
 from ..errors import ArgumentError, ClosedError
 
@@ -91,16 +93,18 @@ async def save_actors(
     asked = [actor.aiodcp_save.remote(checkpoint_id, name) for name, actor in actors.items()]
     is_committed = False
     try:
-        answers = await asyncio.gather(*(asyncio.wrap_future(each.future()) for each in asked))
+        answers = await _answers(asked)
         tickets = [*answers, await own.ticket() if own is not None else None]
         given = [ticket for ticket in tickets if ticket is not None]
         await checkpointer.commit(checkpoint_id, given, custom_metadata=custom_metadata)
         is_committed = True
     finally:
-        told = [actor.aiodcp_finish.remote(is_committed) for actor in actors.values()]
-        if own is not None:
-            await own.finish(committed=is_committed)
-        await asyncio.gather(*(asyncio.wrap_future(each.future()) for each in told), return_exceptions=not is_committed)
+        with CancelScope(shield=True):
+            await _answers(asked, return_exceptions=True)  # an actor that still writes has nothing to remove yet
+            told = [actor.aiodcp_finish.remote(is_committed) for actor in actors.values()]
+            if own is not None:
+                await own.finish(committed=is_committed)
+            await _answers(told, return_exceptions=not is_committed)
 
 
 async def load_actors(actors: Mapping[str, Any], checkpoint_id: str) -> None:
@@ -109,8 +113,12 @@ async def load_actors(actors: Mapping[str, Any], checkpoint_id: str) -> None:
     Raises:
         LoadError: as the actor's cause.
     """
-    asked = [actor.aiodcp_load.remote(checkpoint_id, name) for name, actor in actors.items()]
-    await asyncio.gather(*(asyncio.wrap_future(each.future()) for each in asked))
+    await _answers([actor.aiodcp_load.remote(checkpoint_id, name) for name, actor in actors.items()])
+
+
+async def _answers(asked: list[Any], *, return_exceptions: bool = False) -> list[Any]:
+    futures = (asyncio.wrap_future(each.future()) for each in asked)
+    return await asyncio.gather(*futures, return_exceptions=return_exceptions)
 
 
 class TrainReporter:

@@ -17,6 +17,7 @@ import torch
 
 import aiodcp
 from aiodcp import ArgumentError, Checkpointer, NotACheckpointError
+from aiodcp.checkpointer import PartTicket
 from aiodcp.integrations.ray import CheckpointedActor, TrainReporter, load_actors, save_actors
 
 from ..support.states import assert_equal
@@ -60,6 +61,25 @@ class Worker(CheckpointedActor):
         self.fails = True
 
 
+class LateWorker(Worker):
+    """One that begins to save when it is let go."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(value)
+        self.is_asked, self.is_let_go = asyncio.Event(), asyncio.Event()
+
+    async def aiodcp_save(self, checkpoint_id: str, name: str) -> PartTicket | None:
+        self.is_asked.set()
+        await self.is_let_go.wait()
+        return await super().aiodcp_save(checkpoint_id, name)
+
+    async def wait_asked(self) -> None:
+        await self.is_asked.wait()
+
+    async def let_go(self) -> None:
+        self.is_let_go.set()
+
+
 def test_actors_and_a_controller_are_one_checkpoint(cluster: None, tmp_path: Path) -> None:
     place = str(tmp_path / "ckpt")
 
@@ -87,6 +107,27 @@ def test_actors_and_a_controller_are_one_checkpoint(cluster: None, tmp_path: Pat
             assert not list(tmp_path.glob("other/*.distcp"))
             await save_actors(checkpointer, {"trainer": actors["trainer"]}, place)  # and goes on
             await actors["trainer"].aiodcp_close.remote()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("reason", ["another fails", "cancelled"])
+def test_what_a_late_actor_writes_is_removed(cluster: None, tmp_path: Path, reason: str) -> None:
+    async def main() -> None:
+        actors = {"trainer": ray.remote(LateWorker).remote(1.0), "rollout": ray.remote(Worker).remote(2.0)}
+        if reason == "another fails":
+            await actors["rollout"].fail.remote()
+        async with Checkpointer(no_dist=True) as checkpointer:
+            saving = asyncio.create_task(save_actors(checkpointer, actors, str(tmp_path)))
+            await actors["trainer"].wait_asked.remote()
+            if reason == "cancelled":
+                saving.cancel()
+            done, _ = await asyncio.wait([saving], timeout=0.5)
+            assert not done  # what is removed before it is written stays
+            await actors["trainer"].let_go.remote()
+            with pytest.raises(asyncio.CancelledError if reason == "cancelled" else RuntimeError):
+                await saving
+            assert not list(tmp_path.iterdir())
 
     asyncio.run(main())
 
