@@ -9,15 +9,16 @@ from .._engine.threads import Threads, in_thread
 from .._format.dcp import Metadata
 from .._format.extension import foreign_layout, is_ours
 from .._format.index_reader import MAGIC as INDEX_MAGIC
-from .._format.index_reader import read_index, without_pickle
+from .._format.index_reader import index_of_end, read_index, without_pickle
 from .._format.metadata_reader import read_sealed
 from .._format.naming import METADATA_NAME, is_leftover
-from .._format.seal import Seal
+from .._format.seal import Seal, seal_and_outline_nbytes
 from ..errors import CorruptError, FormatError, NotACheckpointError, ReadError
 from ..storage.base import Storage
 from ..storage.error_mapping import read_errors
 from .dcp_safetensors import find_safetensors_items
 from .index import MAGIC, ForeignIndex
+from .metadata_file import read_end, read_whole
 from .rank_metadata import join_rank_metadata, prefer_own, rank_metadata_names
 from .safetensors_files import (
     INDEX_SUFFIX,
@@ -28,6 +29,9 @@ from .safetensors_files import (
     read_weight_map,
 )
 from .torch_file import looks_like_old_torch_file, looks_like_torch_file, read_torch_file
+
+LARGE_NBYTES = 4 << 20
+"""Of a `.metadata` from which loads read the end alone. Of a smaller one they compare the pickle's checksum, too."""
 
 _START_NBYTES = 16  # of a file: enough to know its format
 
@@ -54,7 +58,12 @@ async def find_metadata(
     path = storage.describe(checkpoint_id, METADATA_NAME)
     try:
         with read_errors(path):
-            data = await storage.get(checkpoint_id, METADATA_NAME)
+            async with storage.open(checkpoint_id, METADATA_NAME) as reader:
+                if not whole and reader.nbytes > LARGE_NBYTES:
+                    end = await read_end(reader, seal_and_outline_nbytes)
+                    if (index := await in_thread(threads.compute, index_of_end, end)) is not None:
+                        return index
+                data = await read_whole(reader)
     except ReadError as error:
         if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
             raise

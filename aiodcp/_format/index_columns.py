@@ -19,6 +19,7 @@ from .arrays import Array
 from .dcp import KeyPath
 from .extension import Containers
 from .naming import data_file, piece_file
+from .runs import Runs, pack_runs, read_runs
 from .sections import SectionReader, pack_column, pack_section
 
 _SAVE_ID = re.compile(r"[0-9a-f]{32}")
@@ -42,9 +43,9 @@ class ChunkPlaces:
     counts: Array
     patterns: Array
     cuts: Sequence[tuple[Array, Array]]
-    files: Array
-    starts: Array
-    nbytes: Array
+    files: Runs
+    starts: Runs
+    nbytes: Runs
     frozen: Array
     file_parts: Array
 
@@ -76,11 +77,15 @@ def encode_columns(
         "frozen": len(places.frozen),
         "files": len(places.file_parts),
     }
-    columns = [np.array(splits, dtype=np.int64), places.counts, places.patterns, places.files, places.starts]
-    columns += [places.nbytes, places.frozen, places.file_parts.reshape(-1)]
-    columns += [each.reshape(-1) for cut in places.cuts for each in cut]
-    return pack_section(json.dumps(header, separators=(",", ":")).encode()) + b"".join(map(pack_column, columns))
+    columns = [places.frozen, places.file_parts.T.reshape(-1)]
+    columns += [each.T.reshape(-1) for cut in places.cuts for each in cut]
+    sections = [pack_section(json.dumps(header, separators=(",", ":")).encode())]
+    sections += map(pack_column, (np.array(splits, dtype=np.int64), places.counts, places.patterns))
+    sections += map(pack_runs, (places.files, places.starts, places.nbytes))
+    return b"".join([*sections, *map(pack_column, columns)])
 
+
+LARGEST = 1 << 62  # of a file, bytes
 
 MOST_STEPS = 64  # of a path that its name tells
 
@@ -147,28 +152,29 @@ def decode_columns(text: bytes, names: int) -> Columns:
     """
     reader = SectionReader(text)
     header: dict[str, Any] = json.loads(reader.section())
-    chunks, frozen, files = header["chunks"], header["frozen"], header["files"]
+    chunks, frozen, named = header["chunks"], header["frozen"], header["files"]
     shapes = [(int(rows), int(dimensions)) for rows, dimensions in header["cuts"]]
     splits, counts, patterns = (reader.column(names) for _ in range(3))
-    of_chunks = [reader.column(chunks) for _ in range(3)]
+    files, starts, nbytes = (read_runs(reader, chunks) for _ in range(3))
     in_tail = reader.column(frozen)
-    file_parts = reader.column(3 * files).reshape(files, 3)
-    cuts = [(reader.column(n * d).reshape(n, d), reader.column(n * d).reshape(n, d)) for n, d in shapes]
+    file_parts = reader.column(3 * named).reshape(3, named).T
+    cuts = [(reader.column(n * d).reshape(d, n).T, reader.column(n * d).reshape(d, n).T) for n, d in shapes]
     save_id, ranges = reader.rest(32), np.frombuffer(reader.rest(), dtype="<i8").reshape(-1, 2)
-    _check(counts, patterns, of_chunks, in_tail, file_parts, cuts, len(ranges))
-    of_chunks[1][in_tail], of_chunks[2][in_tail] = ranges[:, 0], ranges[:, 1]
+    _check(counts, patterns, files, in_tail, file_parts, cuts, len(ranges))
+    if len(in_tail):
+        starts, nbytes = starts.with_numbers(in_tail, ranges[:, 0]), nbytes.with_numbers(in_tail, ranges[:, 1])
     if not _are_below(splits + 1, MOST_STEPS**2 + 1):
         raise ValueError("a name that is split nowhere")
-    if not _SAVE_ID.fullmatch(save_id.decode()) or min(*(each.min(initial=0) for each in of_chunks), 0) < 0:
+    if not _SAVE_ID.fullmatch(save_id.decode()) or not (starts.are_below(LARGEST) and nbytes.are_below(LARGEST)):
         raise ValueError("an id or a place that is none")
     return Columns(
         places=ChunkPlaces(
             counts=counts,
             patterns=patterns,
             cuts=cuts,
-            files=of_chunks[0],
-            starts=of_chunks[1],
-            nbytes=of_chunks[2],
+            files=files,
+            starts=starts,
+            nbytes=nbytes,
             frozen=in_tail,
             file_parts=file_parts,
         ),
@@ -183,7 +189,7 @@ def decode_columns(text: bytes, names: int) -> Columns:
 def _check(
     counts: Array,
     patterns: Array,
-    of_chunks: Sequence[Array],
+    files: Runs,
     in_tail: Array,
     file_parts: Array,
     cuts: Sequence[tuple[Array, Array]],
@@ -197,11 +203,11 @@ def _check(
     rows = np.array([*(len(offsets) for offsets, _ in cuts), 1], dtype=np.int64)  # the last for -1
     is_sound = (
         counts.min(initial=0) >= 0
-        and int(counts.sum()) == len(of_chunks[0])
+        and int(counts.sum()) == len(files)
         and _are_below(patterns + 1, len(cuts) + 1)
         and np.array_equal(rows[patterns], counts)
-        and _are_below(of_chunks[0], len(file_parts))
-        and _are_below(in_tail, len(of_chunks[0]))
+        and files.are_below(len(file_parts))
+        and _are_below(in_tail, len(files))
         and len(in_tail) == ranges
         and file_parts.min(initial=0) >= -1
         and all(each.min(initial=0) >= 0 for cut in cuts for each in cut)

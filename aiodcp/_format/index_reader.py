@@ -8,8 +8,8 @@ import zlib
 from ..errors import CorruptError
 from .index_columns import decode_columns
 from .indexed_metadata import IndexedMetadata
-from .outline import decode_outline, is_known
-from .seal import Seal, SealError, open_seal, open_tail
+from .outline import decode_outline, has_columns
+from .seal import Seal, SealError, open_seal, open_tail, seal_and_outline_nbytes
 
 MAGIC = b"aiodcp-index\n"
 """No pickle begins so."""
@@ -30,11 +30,20 @@ MALFORMED = (
 def without_pickle(data: bytes) -> bytes:
     """Return what the columns of a whole `.metadata` need; all of it if it has none, or is damaged."""
     try:
-        pickled, seal = open_seal(data)
-        has_columns = is_known(seal.outline) and bool(decode_outline(seal.outline).columns)
-    except (SealError, *MALFORMED):
+        pickled, _ = open_seal(data)
+    except SealError:
         return data
-    return MAGIC + data[len(pickled) :] if has_columns else data
+    return index_of_end(data[len(pickled) :]) or data
+
+
+def index_of_end(end: bytes) -> bytes | None:
+    """Return what the columns need, given a `.metadata` from somewhere in its pickle on; None as above."""
+    nbytes = seal_and_outline_nbytes(end)
+    try:
+        outline = open_tail(end).outline
+    except SealError:
+        return None
+    return MAGIC + end[len(end) - nbytes :] if nbytes and has_columns(outline) else None
 
 
 def read_index(data: bytes, path: str) -> tuple[IndexedMetadata, Seal]:

@@ -35,6 +35,7 @@ class ChunkPattern:
         self._offsets = offsets
         self._sizes = sizes
         self._wholes: dict[tuple[int, ...], bool] = {}
+        self._found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}  # by the part over which they are
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -62,15 +63,19 @@ class ChunkPattern:
         """Return the chunks that share elements with a part of the tensor."""
         if len(self) == 1:
             return self.chunks
-        starts, lengths = np.array(part.offsets, dtype=np.int64), np.array(part.sizes, dtype=np.int64)
-        shares = ((self._offsets < starts + lengths) & (self._offsets + self._sizes > starts)).all(axis=1)
-        return [self.chunk(number) for number in np.flatnonzero(shares).tolist()]
+        key = (*part.offsets, *part.sizes)
+        if key not in self._found:
+            starts, lengths = np.array(part.offsets, dtype=np.int64), np.array(part.sizes, dtype=np.int64)
+            shares = ((self._offsets < starts + lengths) & (self._offsets + self._sizes > starts)).all(axis=1)
+            self._found[key] = [self.chunk(number) for number in np.flatnonzero(shares).tolist()]
+        return self._found[key]
 
     def makes_up(self, size: torch.Size) -> bool:
         """Whether the chunks make up a tensor of this size."""
         if size not in self._wholes:
-            entry = TensorStorageMetadata(properties=TensorProperties(), size=size, chunks=self.chunks)
-            self._wholes[size] = grid_makes_up(self._offsets, self._sizes, size) or is_whole(entry)
+            self._wholes[size] = grid_makes_up(self._offsets, self._sizes, size) or is_whole(
+                TensorStorageMetadata(properties=TensorProperties(), size=size, chunks=self.chunks)
+            )
         return self._wholes[size]
 
 
@@ -205,8 +210,7 @@ class IndexedMetadata(Metadata):
 
     def _place(self, row: int) -> StorageInfo:
         places = self.places
-        file = self.file_names[places.files.item(row)]
-        return StorageInfo(file, places.starts.item(row), places.nbytes.item(row))
+        return StorageInfo(self.file_names[places.files.item(row)], places.starts.item(row), places.nbytes.item(row))
 
     @cached_property
     def storage_data(self) -> Mapping[MetadataIndex, StorageInfo]:

@@ -18,12 +18,13 @@ import numpy as np
 
 from .arrays import Array
 from .dcp import Metadata
+from .index_columns import ChunkPlaces
 from .indexed_metadata import IndexedMetadata
 from .naming import split_piece
 
 CRC_NBYTES = 4
 
-FEW = 16  # files, whose items are looked for one file after the other
+FEW = 16  # times the cost of going over all items, for which files are looked at one by one
 
 _LAST = 1 << 62  # of pieces: it has the data file's own name, and no number
 
@@ -49,9 +50,9 @@ class ItemTables:
         self._places: dict[str, list[tuple[int, int, str]]] = {}  # number of the piece, offset and name, by table
         self._pieces: dict[str, tuple[str, int]] = {}  # table, and number of the piece, by file
         self._files_of: dict[str, list[str]] = {}  # by table, where there are columns: of each file's items
-        self._files = self._starts = np.zeros(0, dtype=np.int64)
         self._numbers: dict[str, int] = {}
-        self._looked: set[str] = set()  # files of which the items were looked for
+        self._chunks: ChunkPlaces
+        self._offsets: dict[str, Array] = {}  # of files whose items were looked for
         self._order: Array | None = None  # of all items, by file and offset
         if not crcs:
             self._crcs: dict[str, int] = {}
@@ -69,26 +70,26 @@ class ItemTables:
         self._crcs = dict(zip(sorted(self._places), crcs, strict=True))
 
     def _take_columns(self, metadata: IndexedMetadata, crcs: Sequence[int]) -> None:
-        self._files, self._starts = metadata.places.files, metadata.places.starts
-        self._counts: list[int] = np.bincount(self._files, minlength=len(metadata.file_names)).tolist()
+        self._chunks = metadata.places
         self._numbers = {file: number for number, file in enumerate(metadata.file_names)}
-        for number, file in enumerate(metadata.file_names):
-            table, piece = split_piece(file)
-            self._pieces[file] = table, _LAST if piece is None else piece
-            if self._counts[number]:
-                self._files_of.setdefault(table, []).append(file)
+        for file, piece in zip(metadata.file_names, metadata.places.file_parts[:, 2].tolist(), strict=True):
+            table = split_piece(file)[0] if piece >= 0 else file
+            self._pieces[file] = table, piece if piece >= 0 else _LAST
+            self._files_of.setdefault(table, []).append(file)
         self._crcs = dict(zip(sorted(self._files_of), crcs, strict=True))
 
     def _offsets_in(self, file: str) -> Array:
         """Return where in a file its items begin."""
-        number = self._numbers[file]
-        if self._order is None and len(self._looked) < FEW:
-            self._looked.add(file)
-            return np.sort(self._starts[self._files == number])
+        number, files, starts = self._numbers[file], self._chunks.files, self._chunks.starts
+        if file in self._offsets:
+            return self._offsets[file]
+        if self._order is None and len(self._offsets) * len(files.steps) < FEW * len(files):
+            offsets = self._offsets[file] = np.sort(starts.at(files.rows_of(number)))
+            return offsets
         if self._order is None:
-            self._order = np.lexsort((self._starts, self._files))
-            self._bounds = np.searchsorted(self._files[self._order], np.arange(len(self._counts) + 1))
-        return self._starts[self._order[self._bounds[number] : self._bounds[number + 1]]]
+            self._order = np.lexsort((starts.numbers, files.numbers))
+            self._bounds = np.searchsorted(files.numbers[self._order], np.arange(len(self._numbers) + 1))
+        return starts.numbers[self._order[self._bounds[number] : self._bounds[number + 1]]]
 
     def _all_places(self, file: str) -> list[tuple[str, Array]]:
         """Return where the items of a table lie, in its order: by file, their offsets."""
@@ -109,7 +110,7 @@ class ItemTables:
         if file not in self._crcs:
             return 0
         if self._files_of:
-            return CRC_NBYTES * sum(self._counts[self._numbers[each]] for each in self._files_of[file])
+            return CRC_NBYTES * sum(len(self._offsets_in(each)) for each in self._files_of[file])
         return CRC_NBYTES * len(self._places[file])
 
     def read(self, file: str, table: bytes) -> dict[str, ItemCrcs]:

@@ -20,7 +20,7 @@ from .arrays import Array
 from .dcp import STORAGE_TYPES, Metadata, TensorProperties, TensorStorageMetadata
 from .sections import LENGTH, SectionReader, pack_column, pack_section
 
-_FORM = b"2"
+_FORM = b"3"
 
 _AT_ONCE = 2000  # names
 
@@ -99,6 +99,11 @@ def encode_kinds(names: Sequence[str], kinds: Sequence[Kind | None]) -> bytes:
 def is_known(text: bytes) -> bool:
     """Whether `decode_outline` can read it: not what was written before aiodcp's first release."""
     return text[LENGTH.size :].startswith(_FORM)
+
+
+def has_columns(text: bytes) -> bool:
+    """Whether it is such a one, and columns stand behind it."""
+    return is_known(text) and len(text) > LENGTH.size + int(LENGTH.unpack_from(text)[0])
 
 
 def decode_outline(text: bytes) -> Outline:

@@ -120,6 +120,14 @@ def seal_nbytes(tail: bytes) -> int:
     return 0
 
 
+def seal_and_outline_nbytes(tail: bytes) -> int:
+    """Return the same with the outline; 0 if there is none."""
+    if not tail.endswith(MARK) or len(tail) < FOOT_NBYTES:
+        return 0
+    *_, outline_nbytes, _, _ = _NUMBERS.unpack_from(tail, len(tail) - FOOT_NBYTES)
+    return seal_nbytes(tail) + int(outline_nbytes) if outline_nbytes else 0
+
+
 def read_seal(tail: bytes) -> Seal:
     """Return the seal in a file's last bytes, as many as `seal_nbytes` says or more.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._foreign.metadata_file import read_end
 from .._format.custom_metadata import decode_custom_metadata
 from .._format.naming import METADATA_NAME
-from .._format.seal import FOOT_NBYTES, TAIL_NBYTES, SealError, read_seal, seal_nbytes
+from .._format.seal import SealError, read_seal, seal_nbytes
 from ..errors import CorruptError, NotACheckpointError, ReadError
 from ..storage.base import Storage
 
@@ -35,17 +36,12 @@ async def read_dated_custom_metadata(storage: Storage, checkpoint_id: str) -> tu
     try:
         async with storage.open(checkpoint_id, METADATA_NAME) as reader:
             modified_at: float | None = reader.modified_at
-            tail = memoryview(bytearray(min(TAIL_NBYTES, reader.nbytes)))
-            await reader.read_into(reader.nbytes - len(tail), [tail])
-            wanted = min(seal_nbytes(bytes(tail[-FOOT_NBYTES:])), reader.nbytes)
-            if wanted > len(tail):
-                tail = memoryview(bytearray(wanted))
-                await reader.read_into(reader.nbytes - wanted, [tail])
+            end = await read_end(reader, seal_nbytes)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotACheckpointError(checkpoint_id) from error
     except (OSError, EOFError) as error:
         raise ReadError(path, str(error)) from error
     try:
-        return decode_custom_metadata(read_seal(bytes(tail)).custom_metadata), modified_at
+        return decode_custom_metadata(read_seal(end).custom_metadata), modified_at
     except SealError as error:
         raise CorruptError(path, "", str(error)) from error

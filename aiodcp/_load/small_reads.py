@@ -148,9 +148,9 @@ class SmallReads:
         self.fqns: list[str] = chosen.fqns
         self.into: list[torch.Tensor] = chosen.into
         self.file_names: list[str] = metadata.file_names
-        self.files: Array = places.files[rows]
-        self.starts: Array = places.starts[rows]
-        self.nbytes: Array = places.nbytes[rows]
+        self.files: Array = places.files.at(rows)
+        self.starts: Array = places.starts.at(rows)
+        self.nbytes: Array = places.nbytes.at(rows)
         self._buffer: GatherBuffer | None = None
         self._buffer_nbytes = 0
         self._taking = threading.Lock()

@@ -27,6 +27,7 @@ from .._format.metadata_writer import build_metadata
 from .._format.naming import data_file, piece_file
 from .._format.outline import encode_kinds, encode_outline
 from .._format.pickle_template import MetadataTemplate, PickleTemplate, Placeholder
+from .._format.runs import Runs
 from .._format.seal import in_pieces
 from ..errors import CaptureError, SaveError
 from .plan import GlobalPlan, Share
@@ -179,9 +180,9 @@ def _places_of(lines: Sequence[TensorLines | ValueLines], writers: Sequence[tupl
         counts=np.array(counts, dtype=np.int64),
         patterns=np.array(patterns, dtype=np.int64),
         cuts=distinct,
-        files=files,
-        starts=starts,
-        nbytes=nbytes,
+        files=Runs.of(files),
+        starts=Runs.of(starts),
+        nbytes=Runs.of(nbytes),
         frozen=np.array([place for _, place in sorted(fields)], dtype=np.int64),
         file_parts=np.array(named, dtype=np.int64).reshape(-1, 3),
     )

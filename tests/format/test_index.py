@@ -108,6 +108,26 @@ async def test_damage_to_the_pickle_is_found_all_the_same() -> None:
             pass
 
 
+async def test_of_a_large_one_the_end_alone_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, state = MemoryStorage(), make_state(1) | {f"w{number}": torch.ones(1) for number in range(200)}
+    await saved(storage, state)
+    monkeypatch.setattr("aiodcp._foreign.find.LARGE_NBYTES", 100)
+    data = bytearray(storage.files["ckpt"][".metadata"])
+    data[100] ^= 1  # the pickle is damaged, which nobody reads
+    storage.files["ckpt"][".metadata"] = bytes(data)
+    async with Checkpointer(storage=storage) as checkpointer:
+        loaded = blank(state)
+        await checkpointer.load(loaded, "ckpt")
+        assert_equal(state, loaded)
+        _, found = open_seal(await saved(MemoryStorage(), state))
+        data[-found.nbytes - 30] ^= 1  # nor what stands behind it any more
+        storage.files["ckpt"][".metadata"] = bytes(data)
+        with pytest.raises(CorruptError, match="CRC32"):
+            await checkpointer.load(loaded, "ckpt")
+    [problem, *_] = await aiodcp.verify("ckpt", storage=storage)
+    assert "CRC32" in problem.problem
+
+
 def columns_of(data: bytes) -> tuple[bytes, list[bytes], bytes]:
     """Return the outline, what stands behind it in its parts, and what is of the save."""
     _, found = open_seal(data)
@@ -115,7 +135,7 @@ def columns_of(data: bytes) -> tuple[bytes, list[bytes], bytes]:
     outline = found.outline[: len(found.outline) - len(behind)]
     header = json.loads(zlib.decompress(behind[8 : 8 + struct.unpack_from("<Q", behind)[0]]))
     parts, position = [], 0
-    for _ in range(1 + 8 + 2 * len(header["cuts"])):
+    for _ in range(1 + 3 + 3 * 3 + 2 + 2 * len(header["cuts"])):
         (length,) = struct.unpack_from("<Q", behind, position)
         parts.append(zlib.decompress(behind[position + 8 : position + 8 + length]))
         position += 8 + length

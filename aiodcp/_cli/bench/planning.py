@@ -17,7 +17,7 @@ import pickle
 import resource
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,8 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
     no_ranges: list[list[Any]] = [[] for _ in range(ranks)]
     render_s, metadata = _timed(lambda: _render(manifest, no_ranges))
     sent = without_pickle(metadata)
-    load_s, found = _timed(lambda: _find_pieces(sent, ranks))
+    wanted = local_items(ranks // 2, ranks)
+    load_s, found = _timed(lambda: _find_pieces(sent, wanted))
     assert found == SHARDED + REPLICATED
     rows = {
         "aiodcp, first save": _row(first_s, sum(map(len, ours)) / ranks, max(map(len, parts)), peak),
@@ -151,18 +152,21 @@ def _render(manifest: ManifestTemplate, ranges: list[list[Any]]) -> bytes:
     return seal(pickled, b"", [0] * len(ranges), index)
 
 
-def _find_pieces(sent: bytes, ranks: int) -> int:
-    """Find, on one rank, what it reads of its 500 tensors, given what the coordinator has sent it."""
+def _find_pieces(sent: bytes, wanted: Sequence[WriteItem]) -> int:
+    """Find, on one rank, what it reads of the tensors that it wants, given what the coordinator has sent it."""
     metadata, found = read_index(sent, "")
-    ItemTables(metadata, found.tables)
+    tables, files = ItemTables(metadata, found.tables), set()
     count = 0
-    for item in local_items(ranks // 2, ranks):
+    for item in wanted:
         entry = metadata.state_dict_metadata[item.index.fqn]
         assert isinstance(entry, TensorStorageMetadata)
         assert item.tensor_data is not None
         for chunk in chunks_over(entry, item.tensor_data.chunk):
-            assert metadata.find(item.index.fqn, chunk.offsets) is not None
+            place = metadata.find(item.index.fqn, chunk.offsets)
+            assert place is not None
+            files.add(place.relative_path)
             count += 1
+    assert all(map(tables.nbytes, files))
     return count
 
 
