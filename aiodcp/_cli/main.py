@@ -189,6 +189,8 @@ def _add_bench(commands: _Commands) -> None:
     bench.add_argument(
         "--plan", type=_positive_int, metavar="RANKS", help="measure only planning, for RANKS simulated ranks"
     )
+    many = "measure only what so many tensors of 1 KiB cost: processor time, and the lag of the caller's loop"
+    bench.add_argument("--many", type=_positive_int, metavar="TENSORS", help=many)
     device = "where the state is; cuda measures how long a save holds up host and device (default: cpu)"
     bench.add_argument("--device", default="cpu", help=device)
 
@@ -361,6 +363,10 @@ def _measure(options: argparse.Namespace) -> int:
         from .bench import planning
 
         planning.run(options.plan, as_json=options.json)
+    elif options.many:
+        from .bench import many
+
+        many.run(options.many, options.directory, repeat=options.repeat, as_json=options.json)
     elif is_store:
         from .bench import store
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aiodcp._cli.bench import device, measure, single, store
+from aiodcp._cli.bench import device, many, measure, single, store
 from aiodcp._cli.bench.memory import extra_memory
 from aiodcp._cli.bench.systems import System
 from aiodcp._cli.bench.workload import Shape
@@ -106,6 +106,27 @@ def test_the_bench_of_planning_compares_with_dcps_planner_on_the_same_plans(
     assert rows["aiodcp, first save"]["sent"] < 8192
     assert rows["aiodcp, a load"]["received"] < rows["dcp, a load"]["received"] / 4
     assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_the_bench_of_many_tensors_shows_what_every_call_costs(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path_factory.mktemp("bench")
+    main(["bench", str(place), "--many", "60", "--repeat", "1", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    ours = [f"aiodcp, {call}" for call in ("entering", "first save", "later saves", "loads", "leaving")]
+    assert result["rows"].keys() - {"safetensors, and copies"} == {
+        "an idle loop",
+        "a bare copy",
+        *ours,
+        "dcp.async_save",
+        "dcp.load",
+    }
+    for name, row in result["rows"].items():
+        assert row["total_s"] > 0
+        assert (row["staged_s"] > 0) == ("save" in name)
+    assert "staged / a bare copy" in many.format_rows(60, result["rows"])
+    assert list(place.iterdir()) == []
 
 
 def test_under_torchrun_the_bench_shows_what_each_rank_stages(tmp_path: Path) -> None:
