@@ -17,10 +17,13 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, ref
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 SWITCH_INTERVAL_S = 0.0005
 
@@ -60,6 +63,14 @@ def let_go(items: list[Any]) -> None:
     """Empty a list, some of it at a time: to free 100,000 objects at once holds the GIL for tens of milliseconds."""
     while items:
         del items[-AT_ONCE:]
+
+
+def to_dict(keys: Sequence[K], values: Sequence[V]) -> dict[K, V]:
+    """Return a dict of as many keys as values, made some of it at a time: likewise."""
+    made: dict[K, V] = {}
+    for start in range(0, len(keys), AT_ONCE):
+        made.update(zip(keys[start : start + AT_ONCE], values[start : start + AT_ONCE], strict=True))
+    return made
 
 
 class Awaited(Protocol):

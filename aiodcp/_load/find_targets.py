@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from itertools import compress
 from operator import attrgetter
 from typing import Any
@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from .._engine.device_copies import CopyStreams, DeviceCopies
 from .._engine.gc_pause import gc_paused
+from .._engine.gil_fairness import AT_ONCE
 from .._format.dcp import Metadata, TensorStorageMetadata
 from .._state.capture import SAMPLED
 from .._state.flatten import Leaves, Walk
@@ -38,7 +39,7 @@ def take_targets(
     """Take what is to be filled of `state_dict`. In the caller's thread.
 
     Returns:
-        What looks at it, from any thread; it raises the same.
+        What looks at it, once, from any thread; it raises the same.
 
     Raises:
         ArgumentError: it takes no values, or has an object inside that is only looked for at the top level.
@@ -59,8 +60,11 @@ def take_targets(
     copies = None
     if torch.accelerator.current_accelerator() is not None:  # whose streams are marked now
         copies = filled.begin_copies(streams)
+    taken = [filled]  # until it is looked at: else the caller's thread would free it all
 
     def find() -> LoadTargets:
+        filled = taken.pop()
+        walk = filled.walk
         with gc_paused():
             leaves = walk.leaves()
         owners = {str(key): _held(value) for key, value in tops.items()}
@@ -114,7 +118,7 @@ class _Filled:
     """The tensors that a load may fill, as this rank holds them, and where they are."""
 
     def __init__(self, walk: Walk, tops: Mapping[Any, Any], new_tensors: NewTensorDevice) -> None:
-        self._walk = walk
+        self.walk: Walk = walk
         self._tops = tops
         self._new_tensors = new_tensors
         self._plain: list[torch.Tensor] = []
@@ -133,9 +137,9 @@ class _Filled:
             if isinstance(owner, torch.optim.Optimizer)
             for each in _params(owner)
         ]
-        filled = [*self._walk.values, *parameters]
-        self._plain = plain = [*compress(filled, map(PLAIN_TENSORS.__contains__, map(type, filled)))]
-        tensors = [*compress(plain, map(_IS_META, plain))]
+        filled = [*self.walk.values, *parameters]
+        self._plain = plain = _chosen(filled, lambda some: map(PLAIN_TENSORS.__contains__, map(type, some)))
+        tensors = _chosen(plain, lambda some: map(_IS_META, some))
         if len(plain) < len(filled):
             tensors += [each for each in filled if type(each) not in PLAIN_TENSORS and isinstance(each, torch.Tensor)]
         if sharded := [value for value in tensors if isinstance(value, ShardedTensor)]:  # these have no `device`
@@ -153,11 +157,20 @@ class _Filled:
         copies.add(devices_of(self._plain) - self._known, self._name_on)
 
     def _name_on(self, device: torch.device) -> str:
-        for fqn, value in zip(self._walk.leaves().fqns, self._walk.values, strict=True):
+        for fqn, value in zip(self.walk.leaves().fqns, self.walk.values, strict=True):
             parts = held_parts(value) if isinstance(value, ShardedTensor) else [value]
             if any(isinstance(part, torch.Tensor) and self._new_tensors.device_of(part) == device for part in parts):
                 return fqn
         return "a parameter of an optimizer"
+
+
+def _chosen(values: Sequence[Any], are_chosen: Callable[[Sequence[Any]], Iterable[bool]]) -> list[Any]:
+    """Return those that are chosen, of some at a time: no other thread has the GIL meanwhile."""
+    chosen: list[Any] = []
+    for start in range(0, len(values), AT_ONCE):
+        some = values[start : start + AT_ONCE]
+        chosen += compress(some, are_chosen(some))
+    return chosen
 
 
 def _object_in(value: object) -> object | None:

@@ -137,6 +137,8 @@ class Loader:
             async with AsyncExitStack() as stack:
                 loaded = await flow.run(stack, targets.fresh(), metadata)
             if loaded is not None:
+                await in_thread(self._threads.compute, targets.keep_only_new)
+                await in_thread(self._threads.compute, loaded.targets.keep_only_new)
                 return loaded
             data, (is_absent, *_) = await operation.run_phase(  # a save has replaced the checkpoint
                 "read metadata",
@@ -320,7 +322,8 @@ class _LoadFlow:
     async def _plan_here(
         self, stack: AsyncExitStack, targets: LoadTargets, data: bytes, planned: list[_Planned]
     ) -> None:
-        with gc_paused():  # the metadata is gone again when the block ends: the collector never sees it
+        # The metadata is gone again when the block ends: the collector never sees it.
+        with gc_paused(len(targets.fqns)):
             metadata = await self._read_metadata(data)
             stored, kept, needed = await in_thread(self._threads.compute, self._compare, targets, metadata)
             values: dict[str, Any] = {}

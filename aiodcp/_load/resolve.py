@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .._engine.gil_fairness import to_dict
 from .._format.dcp import KeyPath, TensorStorageMetadata
 from .._format.extension import Containers
 from .._state.per_rank import per_rank_key
@@ -95,7 +96,7 @@ class Resolver:
         self._cast = cast
         self._kept = kept
         self._found = Resolution()
-        self._at = dict(zip(targets.fqns, range(len(targets.fqns)), strict=True))
+        self._at = to_dict(targets.fqns, range(len(targets.fqns)))
         self._dropped: set[int] = set()
         self._added: list[tuple[KeyPath, str | None, Any, bool]] = []  # path, stored name, value, whether as stored
         self._extra: dict[str, KeyPath] = {}

@@ -19,6 +19,7 @@ import torch
 
 from .._engine.device_copies import DeviceCopies
 from .._engine.device_gather import GatherBuffer, TakenPart
+from .._engine.gil_fairness import AT_ONCE
 from .._engine.host_memory import Arena
 from .._format.alignment import ALIGNMENT
 from .._format.archive_writer import Frame, frame_tensor
@@ -107,7 +108,11 @@ class SmallChooser:
         if not chosen:
             return None, others
         assert isinstance(self._metadata, IndexedMetadata)
-        wanted, stored, into = ([*map(each.__getitem__, chosen)] for each in (fqns, sources, values))
+        columns = fqns, sources, values
+        if len(chosen) < len(fqns):
+            wanted, stored, into = ([*map(each.__getitem__, chosen)] for each in columns)
+        else:
+            wanted, stored, into = map(list, columns)
         return SmallReads(self._metadata, Chosen(wanted, stored, into, kinds), self._frames), others
 
     def _find_alike(self, entry: object) -> _Alike | None:
@@ -300,7 +305,8 @@ class SmallSpan:
         if decoder.crc32 is not None:
             self._check(arena.memory, payloads, lengths, begins + crc_places, decoder, decoder.crc32)
         targets = [reads.into[number] for number in numbers.tolist()]
-        torch.autograd.graph.increment_version(targets)
+        for first in range(0, len(targets), AT_ONCE):
+            torch.autograd.graph.increment_version(targets[first : first + AT_ONCE])
         if device_copies:
             targets, payloads, lengths = self._send(arena, targets, payloads, lengths, device_copies)
         for into, source, nbytes in zip(targets, (payloads + arena.address).tolist(), lengths.tolist(), strict=True):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import compress, repeat
-from operator import is_not
+from operator import is_, is_not
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from .._engine.device_copies import DeviceCopies
+from .._engine.gil_fairness import let_go
 from .._format.dcp import KeyPath
 from .._state.per_rank import PerRank, per_rank_key
 from .._state.stateful import is_stateful, short_names
@@ -127,6 +128,13 @@ class LoadTargets:
         """Return the value for a leaf: what was loaded, or the tensor that was filled."""
         return self.loaded[index] if index in self.loaded else self.values[index]
 
+    def keep_only_new(self) -> None:
+        """Keep only what `hand_over` needs: the caller's thread is not to free the rest."""
+        for index in self.assignments:
+            self.loaded[index] = self.value(index)
+        for each in (self.fqns, self.paths, self.values, self.sources):
+            let_go(each)
+
     def rebuild(self) -> None:
         """Make the containers anew that are to be as they were saved. All values are there."""
         for path, per_rank, ranks in self.joined:
@@ -160,6 +168,8 @@ class LoadTargets:
                 there.extend(made) if isinstance(made, list) else there.update(made)
             else:
                 _assign(container if container is not None else self.states, key, made)
+        if _are_same(state_dict, self.states) and _are_same(state_dict.values(), self.states.values()):
+            return  # all was filled in place: of many names it takes long to look for each
         before = map(state_dict.get, self.states, repeat(_ABSENT))
         for key in sorted(compress(self.states, map(is_not, self.states.values(), before)), key=str):
             state = self.states[key]
@@ -177,6 +187,10 @@ class LoadTargets:
                     _give_state(str(key), target, loaded)
             elif target is not state:
                 state_dict[key] = state
+
+
+def _are_same(those: Collection[Any], others: Collection[Any]) -> bool:
+    return len(those) == len(others) and all(map(is_, those, others))
 
 
 def _assign(container: Any, key: Any, value: Any) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 
 from .._engine.gc_pause import gc_paused
+from .._engine.gil_fairness import let_go, to_dict
 from .._format.dcp import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from .._format.dtypes import NOT_COPIED
 from .._format.extension import Containers
@@ -82,7 +83,7 @@ def plan_local(captured: Capture, piece_nbytes: int | None = None) -> LocalPlan:
         items=kept,
         sources=sources,
         frozen=frozen,
-        paths=dict(zip(captured.fqns, captured.paths, strict=True)),
+        paths=to_dict(captured.fqns, captured.paths),
         containers=captured.containers,
         cuts=cuts,
         piece_nbytes=piece_nbytes,
@@ -100,7 +101,8 @@ def _items_of(captured: Capture) -> Iterator[tuple[int, WriteItem]]:
     leaves: dict[str, Any] = {}  # those that the planner is asked for
     known: dict[tuple[Any, ...], TensorWriteData] = {}
     made: list[list[WriteItem]] = []
-    if len(set(captured.fqns)) < len(captured.fqns):
+    index_of = to_dict(captured.fqns, range(len(captured.fqns)))
+    if len(index_of) < len(captured.fqns):
         [(twice, _)] = Counter(captured.fqns).most_common(1)
         raise CaptureError(twice, "two values of the state dict have this name")
     for index, fqn in enumerate(captured.fqns):
@@ -113,7 +115,6 @@ def _items_of(captured: Capture) -> Iterator[tuple[int, WriteItem]]:
     if leaves:
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(leaves, is_coordinator=True)
-        index_of = {fqn: index for index, fqn in enumerate(captured.fqns)}
         try:
             for item in planner.create_local_plan().items:
                 made[index_of[item.index.fqn]].append(item)
@@ -122,6 +123,7 @@ def _items_of(captured: Capture) -> Iterator[tuple[int, WriteItem]]:
     for index, items in enumerate(made):
         for item in items:
             yield index, item
+    let_go(made)
 
 
 def _plain_item(fqn: str, value: torch.Tensor, known: dict[tuple[Any, ...], TensorWriteData]) -> WriteItem:

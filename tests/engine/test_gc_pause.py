@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from aiodcp._engine.gc_pause import MANY, gc_paused
+from aiodcp._engine.gc_pause import LONG, MANY, gc_paused
 
 
 @pytest.mark.parametrize(("frozen", "is_told"), [(0, True), (375, True), (200_000, False)])
@@ -21,3 +21,12 @@ def test_many_new_objects_count_as_old_afterwards_unless_the_caller_has_frozen_h
         assert gc.get_count()[0] > MANY
     assert len(froze) == is_told
     assert len(made) == 2 * MANY
+
+
+@pytest.mark.parametrize("length", [0, LONG, LONG + 1])
+def test_long_lists_count_as_old_afterwards(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    froze: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: froze.append(True))
+    with gc_paused(length):
+        pass
+    assert len(froze) == (length > LONG)
