@@ -49,6 +49,8 @@ from .scratch import Scratch
 from .small_reads import SmallReads, SmallSpan
 
 ENDS_NBYTES = 8 << 10  # of an archive: what torch.save writes before and after one tensor's bytes is 1.5 KiB
+OPENED_AT_ONCE = 8  # files: on a shared file system each waits for its server
+
 READS_AT_ONCE = 3  # one is read, one is checked, one waits
 
 
@@ -121,7 +123,7 @@ class FileReads:
         small.take_crcs(self._crcs)
 
     async def _open_files(self, stack: AsyncExitStack, wanted: dict[str, str]) -> None:
-        """Open files, and those that have their tables; several at once where storage answers late.
+        """Open files, and those that have their tables; several at once.
 
         Args:
             stack: closes them.
@@ -130,11 +132,7 @@ class FileReads:
         for file, fqn in list(wanted.items()):
             wanted.setdefault(self._tables.file_of(file), fqn)
         names = [(file, fqn) for file, fqn in wanted.items() if file not in self._readers]
-        if self._limits is None:
-            for file, fqn in names:
-                await self._open_file(stack, file, fqn)
-            return
-        limit = anyio.Semaphore(self._limits.reads_at_once)
+        limit = anyio.Semaphore(self._limits.reads_at_once if self._limits is not None else OPENED_AT_ONCE)
 
         async def open_one(file: str, fqn: str) -> None:
             async with limit:

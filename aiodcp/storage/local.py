@@ -1,7 +1,7 @@
 """Checkpoints as directories of a file system, written past the page cache where that works.
 
-Files are opened by aiofiles and written at given offsets. O_DIRECT is tried once per directory; where the file
-system refuses it (tmpfs, many network file systems) the page cache is used, and that is remembered.
+Files are written by aiofiles at given offsets, and read in its threads. O_DIRECT is tried once per directory; where the
+file system refuses it (tmpfs, many network file systems) the page cache is used, and that is remembered.
 
 Files are read where they lie: a symbolic link that leads out of the checkpoint is followed only from a snapshot of a
 Hugging Face cache to its blobs (`snapshots/<revision>/...` to `blobs/...`), and only regular files are opened.
@@ -27,7 +27,7 @@ from anyio import CancelScope
 from .._log import SafeLogger
 from ..errors import ArgumentError
 from .base import INTERNAL_DIRECTORY
-from .file_access import check_inside_async, open_direct, open_regular
+from .file_access import check_inside, check_inside_async, open_direct, open_regular
 from .file_io import (
     file_sizes,
     fsync,
@@ -47,6 +47,8 @@ log: SafeLogger = SafeLogger(__name__)
 
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+TAIL_NBYTES = 4 << 10  # of a file, which are read when it is opened
 
 _temporaries: set[str] = set()  # that `put` is writing now, in this process: not leftovers
 
@@ -115,13 +117,11 @@ class LocalStorage:
     @asynccontextmanager
     async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[_LocalReader]:
         with CancelScope(shield=True):
-            await check_inside_async(checkpoint_id, name)
-            file = await aiofiles.open(os.path.join(checkpoint_id, name), "rb", buffering=0, opener=open_regular)
+            reader = await _open_reader(checkpoint_id, name)
         try:
-            yield _LocalReader(file.fileno())
+            yield reader
         finally:
-            with CancelScope(shield=True):
-                await file.close()
+            reader.close()
 
     async def put(self, checkpoint_id: str, name: str, data: bytes) -> None:
         path = os.path.join(checkpoint_id, name)
@@ -272,15 +272,39 @@ class _LocalWriter:
 
 
 class _LocalReader:
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        status = os.fstat(fd)
-        self.nbytes = status.st_size
-        self.modified_at = status.st_mtime
+    """An open file, of which the last bytes are known: what stands there is almost always asked for."""
+
+    def __init__(self, path: str) -> None:
+        """Open it. Blocks."""
+        self._fd = open_regular(path, os.O_RDONLY)
+        try:
+            status = os.fstat(self._fd)
+            self.nbytes: int = status.st_size
+            self.modified_at: float | None = status.st_mtime
+            self._tail_from = max(0, self.nbytes - TAIL_NBYTES)
+            self._tail = memoryview(os.pread(self._fd, self.nbytes - self._tail_from, self._tail_from))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        os.close(self._fd)  # at once: nothing was written that the system would have to wait for
 
     async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        start = offset - self._tail_from
+        if start >= 0 and start + sum(buffer.nbytes for buffer in buffers) <= len(self._tail):
+            for buffer in buffers:
+                buffer.cast("B")[:] = self._tail[start : start + buffer.nbytes]
+                start += buffer.nbytes
+            return
         with CancelScope(shield=True):
             await read_all(self._fd, [buffer.cast("B") for buffer in buffers], offset)
+
+
+@aiofiles.os.wrap
+def _open_reader(checkpoint_id: str, name: str) -> _LocalReader:
+    check_inside(checkpoint_id, name)
+    return _LocalReader(os.path.join(checkpoint_id, name))
 
 
 @contextmanager

@@ -82,6 +82,10 @@ class Retry:
 
         Cancellation: ends a wait at once.
         """
+        try:
+            return await function()  # what almost all calls are: the rest takes longer than to read a small file
+        except Exception as error:
+            failed = [error]
 
         def before_sleep(state: RetryCallState) -> None:
             assert state.outcome is not None
@@ -107,6 +111,8 @@ class Retry:
 
         async def attempt() -> T:  # tenacity awaits what it sees to be a coroutine function, and nothing else
             try:
+                if failed:
+                    raise failed.pop()
                 return await function()
             except Exception as error:
                 first.append(error)
