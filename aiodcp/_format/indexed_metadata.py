@@ -35,7 +35,7 @@ class ChunkPattern:
         self._offsets = offsets
         self._sizes = sizes
         self._wholes: dict[tuple[int, ...], bool] = {}
-        self._found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}  # by the part over which they are
+        self._last: tuple[ChunkStorageMetadata, list[ChunkStorageMetadata]] | None = None  # part, and what is over it
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -63,12 +63,14 @@ class ChunkPattern:
         """Return the chunks that share elements with a part of the tensor."""
         if len(self) == 1:
             return self.chunks
-        key = (*part.offsets, *part.sizes)
-        if key not in self._found:
-            starts, lengths = np.array(part.offsets, dtype=np.int64), np.array(part.sizes, dtype=np.int64)
-            shares = ((self._offsets < starts + lengths) & (self._offsets + self._sizes > starts)).all(axis=1)
-            self._found[key] = [self.chunk(number) for number in np.flatnonzero(shares).tolist()]
-        return self._found[key]
+        last = self._last
+        if last is not None and last[0] == part:  # as where one rank asks for its part of many tensors
+            return last[1]
+        starts, lengths = np.array(part.offsets, dtype=np.int64), np.array(part.sizes, dtype=np.int64)
+        shares = ((self._offsets < starts + lengths) & (self._offsets + self._sizes > starts)).all(axis=1)
+        found = [self.chunk(number) for number in np.flatnonzero(shares).tolist()]
+        self._last = part, found
+        return found
 
     def makes_up(self, size: torch.Size) -> bool:
         """Whether the chunks make up a tensor of this size."""
