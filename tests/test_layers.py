@@ -132,6 +132,7 @@ def test_what_the_command_line_needs_at_once_imports_no_torch() -> None:
 PRIVATE = {
     "_distributed.channel": {"_Options", "_devices", "_timeout"},  # gloo's, which have no other names
     "_cli.bench.hardware": {"_foreach_copy_"},
+    "_cli.bench.many": {"_foreach_copy_"},
     "_engine.device_copies": {"_foreach_copy_"},
     "_engine.device_gather": {"_foreach_copy_"},
     "_engine.loop": {"_register_atexit"},

@@ -97,7 +97,8 @@ async def measure(tensors: int, directory: Path, repeat: int) -> dict[str, Cost]
 
 
 async def _load(system: System, state: State, target: State, path: Path) -> Cost:
-    torch._foreach_zero_(list(target.values()))
+    for tensor in target.values():
+        tensor.zero_()
     cost = await _cost_of(lambda: system.load(target, str(path)))
     if any(not torch.equal(tensor, target[name]) for name, tensor in state.items()):
         raise AssertionError("what was loaded is not what was saved")
