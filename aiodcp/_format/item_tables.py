@@ -24,7 +24,7 @@ from .naming import split_piece
 
 CRC_NBYTES = 4
 
-FEW = 16  # times the cost of going over all items, for which files are looked at one by one
+FEW = 16  # times the cost of a pass over all items: files are looked at one by one until it is spent
 
 _LAST = 1 << 62  # of pieces: it has the data file's own name, and no number
 
@@ -80,9 +80,9 @@ class ItemTables:
 
     def _offsets_in(self, file: str) -> Array:
         """Return where in a file its items begin."""
-        number, files, starts = self._numbers[file], self._chunks.files, self._chunks.starts
         if file in self._offsets:
             return self._offsets[file]
+        number, files, starts = self._numbers[file], self._chunks.files, self._chunks.starts
         if self._order is None and len(self._offsets) * len(files.steps) < FEW * len(files):
             offsets = self._offsets[file] = np.sort(starts.at(files.rows_of(number)))
             return offsets

@@ -137,8 +137,8 @@ class Loader:
             async with AsyncExitStack() as stack:
                 loaded = await flow.run(stack, targets.fresh(), metadata)
             if loaded is not None:
-                await in_thread(self._threads.compute, targets.keep_only_new)
-                await in_thread(self._threads.compute, loaded.targets.keep_only_new)
+                for each in (targets, loaded.targets):
+                    await in_thread(self._threads.compute, each.keep_only_new)
                 return loaded
             data, (is_absent, *_) = await operation.run_phase(  # a save has replaced the checkpoint
                 "read metadata",

@@ -19,6 +19,7 @@ import re
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from io import FileIO
 
 import aiofiles.os
 from aiofiles.threadpool.binary import AsyncFileIO
@@ -276,7 +277,9 @@ class _LocalReader:
 
     def __init__(self, path: str) -> None:
         """Open it. Blocks."""
-        self._fd = open_regular(path, os.O_RDONLY)
+        # Closed by `close`; or when it is freed, if what reads is given up.
+        self._file = FileIO(path, "rb", opener=open_regular)
+        self._fd = self._file.fileno()
         try:
             status = os.fstat(self._fd)
             self.nbytes: int = status.st_size
@@ -288,7 +291,7 @@ class _LocalReader:
             raise
 
     def close(self) -> None:
-        os.close(self._fd)  # at once: nothing was written that the system would have to wait for
+        self._file.close()  # at once: nothing was written that the system would have to wait for
 
     async def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         start = offset - self._tail_from

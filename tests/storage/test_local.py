@@ -89,6 +89,42 @@ async def test_more_buffers_than_one_system_call_takes(tmp_path: Path) -> None:
     assert b"".join(back) == bytes(pages(8192)[1:6001])
 
 
+async def test_the_last_bytes_are_read_when_a_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(256)) * 64
+    (tmp_path / "f").write_bytes(content)
+    calls: list[int] = []
+
+    def counted(fd: int, buffers: list[memoryview], offset: int) -> int:
+        calls.append(offset)
+        return real(fd, buffers, offset)
+
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", counted)
+    async with LocalStorage().open(str(tmp_path), "f") as reader:
+        for start, sizes in ((len(content) - 4096, (4096,)), (len(content) - 10, (3, 7)), (len(content) - 5, (0, 2))):
+            buffers = [memoryview(bytearray(size)) for size in sizes]
+            await reader.read_into(start, buffers)
+            assert b"".join(buffers) == content[start : start + sum(sizes)]
+        assert not calls
+        for start, size in ((len(content) - 4097, 10), (0, 100)):
+            buffer = memoryview(bytearray(size))
+            await reader.read_into(start, [buffer])
+            assert buffer == content[start : start + size]
+        assert len(calls) == 2
+        with pytest.raises(EOFError):
+            await reader.read_into(len(content) - 5, [memoryview(bytearray(6))])
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")
+def test_a_reader_that_nobody_closes_leaves_no_descriptor(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    before = os.listdir("/proc/self/fd")
+    reader = local._LocalReader(str(tmp_path / "f"))
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 1
+    del reader
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
 async def test_a_failed_put_leaves_the_old_content_and_no_temporary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
