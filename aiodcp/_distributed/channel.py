@@ -16,12 +16,14 @@ from __future__ import annotations
 import json
 import os
 import resource
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import anyio
 import torch
@@ -29,6 +31,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from .._engine.broadcast import Signal
+from .._engine.loop import at_exit
 from .._engine.threads import in_own_thread, start_thread
 from .._log import SafeLogger
 from ..errors import ClosedError
@@ -49,6 +52,8 @@ ROLL_CALL_LIMIT_S = 20.0  # in all
 STORE_TIMEOUT_S = 10.0  # after which the store counts as out of reach
 
 _POLL_S = 0.02
+
+DROP_LIMIT_S = 5.0  # for which the end of the interpreter waits for a group to close its connections
 
 DESCRIPTORS_A_PEER = 2  # of gloo's connections: one, and one of a broken group that is not closed yet
 
@@ -119,9 +124,7 @@ class Channel:
         self._store: Any = None  # a PrefixStore, of which torch types the constructor only
         self._generation = 0
         self._place = Place.of(self.rank, self.size, self.root)
-        self._groups: tuple[Any, Any] | None = (
-            None  # each a ProcessGroupGloo, likewise: of the block, and of the firsts
-        )
+        self._groups: list[Any] = []  # when connected: a ProcessGroupGloo of the block, and of the firsts or None
 
     @property
     def store(self) -> Any:
@@ -149,7 +152,7 @@ class Channel:
 
         Cancellation: leaves a thread behind, for `timeout_s` at most.
         """
-        if self._groups is None:
+        if not self._groups:
             try:
                 self._groups = await in_own_thread("ranks", self._make_groups, self.timeout_s + STORE_TIMEOUT_S)
             except ClosedError:
@@ -158,9 +161,10 @@ class Channel:
                 if self._store is None:
                     raise ChannelBrokenError(self._missing_host()) from error
                 raise await self._break() from error
-        return self._groups
+        block, firsts = self._groups
+        return block, firsts
 
-    def _make_groups(self) -> tuple[Any, Any]:
+    def _make_groups(self) -> list[Any]:
         place = self._place
         _ensure_descriptors(DESCRIPTORS_A_PEER * (len(place.block) + len(place.firsts)) + DESCRIPTORS_BESIDES)
         if self._store is None:
@@ -175,8 +179,8 @@ class Channel:
             self._store = PrefixStore(f"{name}/{number}", store)
         block = self._make_group_of(place.block, f"block/{place.block[0]}", self._store, self.timeout_s)
         if not place.is_first or len(place.firsts) == 1:
-            return block, None
-        return block, self._make_group_of(place.firsts, "firsts", self._store, self.timeout_s)
+            return [block, None]
+        return [block, self._make_group_of(place.firsts, "firsts", self._store, self.timeout_s)]
 
     async def group_of(self, members: Sequence[int], name: str) -> Any:
         """Return a group of some of the ranks, which the caller drops; once this channel is connected.
@@ -210,8 +214,9 @@ class Channel:
             await in_own_thread("ranks", lambda: self._store.set("failed", ""), STORE_TIMEOUT_S)
 
     def close(self) -> None:
-        """Drop the group: whoever waits for this rank sees its connection close."""
-        self._groups = None
+        """Drop the connections: whoever waits for this rank sees them close. Returns before they are closed."""
+        groups, self._groups = self._groups, []
+        drop(groups)
 
     async def gather(self, row: torch.Tensor, *, limit_s: float | None = None) -> torch.Tensor | None:
         """Collect each rank's `row` (of one shape and dtype): [size, *shape] at the root, None elsewhere.
@@ -316,7 +321,7 @@ class Channel:
         return alarmed and not finished.is_set()
 
     async def _break(self) -> ChannelBrokenError:
-        self._groups = None  # closes the connections: whoever waits for this rank notices
+        self.close()
         try:
             await in_own_thread("ranks", self._raise_alarm, ROLL_CALL_S)
             missing = await in_own_thread("ranks", self._call_roll, ROLL_CALL_LIMIT_S)
@@ -358,6 +363,31 @@ def _make_devices(store: Any) -> list[Any]:
     if address := own_address_towards(store):
         return [ProcessGroupGloo.create_device(hostname=address, lazy_init=False)]
     return [ProcessGroupGloo.create_default_device(lazy_init=False)]  # by the host's name
+
+
+_dropping: WeakSet[threading.Thread] = WeakSet()
+
+
+def drop(groups: list[Any]) -> None:
+    """Drop the groups in this list, to which nothing else may refer, in a thread, and empty the list.
+
+    A group closes its connections one after the other, and waits for its loop each time, which looks every 10 ms.
+    """
+    if not any(groups):
+        return
+    try:
+        _dropping.add(start_thread("ranks", groups.clear))
+    except RuntimeError:  # no memory for a thread
+        groups.clear()
+
+
+def _finish_dropping() -> None:
+    """Wait for that, as the interpreter ends: gloo's threads must not outlive it."""
+    for thread in list(_dropping):
+        thread.join(DROP_LIMIT_S)
+
+
+at_exit(_finish_dropping)
 
 
 def keep_until_done(work: Any, *used: object) -> None:

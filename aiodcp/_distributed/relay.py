@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 
 from .._engine.broadcast import Signal
-from .._engine.threads import start_thread
 from ..errors import LoadError
-from .channel import Channel, keep_until_done
+from .channel import Channel, drop, keep_until_done
 
 
 class Relay:
@@ -117,10 +116,5 @@ class Relay:
 
     def close(self) -> None:
         """Drop the connections: whoever waits for this rank notices."""
-        group, self._group = self._group, None
-        if group is not None:
-            start_thread("ranks", _drop, [group])  # its destructor waits for threads of gloo's
-
-
-def _drop(groups: list[Any]) -> None:
-    groups.clear()
+        groups, self._group = [self._group], None
+        drop(groups)

@@ -37,6 +37,8 @@ _ERRORS = {  # Source: cudaError_t in the CUDA runtime's reference
     801: "not supported on this system",
 }
 
+SMALL_NBYTES = 1 << 20  # of an arena, for which it is not asked how much memory is free: that takes a millisecond
+
 _pinned_until_exit: list[mmap.mmap] = []
 
 _warned = False  # of memory that cannot be pinned: once
@@ -56,13 +58,13 @@ class Arena:
     """
 
     def __init__(self, nbytes: int) -> None:
-        free = free_nbytes()
-        if nbytes > free:  # Linux would promise the memory all the same, and kill the process when it is touched
+        # Linux would promise the memory all the same, and kill the process when it is touched.
+        if nbytes > SMALL_NBYTES and nbytes > (free := free_nbytes()):
             raise StageError(nbytes, f"only {free} bytes of host memory are free for the staging buffer")
         try:
             mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise StageError(nbytes, f"no host memory, {free} bytes are free: {error}") from error
+            raise StageError(nbytes, f"no host memory, {free_nbytes()} bytes are free: {error}") from error
         self.nbytes = nbytes
         self._mapping = mapping
         self.memory = memoryview(mapping)

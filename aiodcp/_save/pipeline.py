@@ -21,7 +21,7 @@ from anyio import Event
 from .._engine.broadcast import Signal
 from .._engine.gil_fairness import AT_ONCE as TENSORS_AT_ONCE
 from .._engine.task_groups import single_error
-from .._engine.threads import Threads, in_thread
+from .._engine.threads import Threads, in_thread, in_thread_if_long
 from .._format.checksum import Checksum
 from ..errors import CaptureError, CheckpointError, StageError, WriteError
 from ..storage.base import Writer
@@ -39,6 +39,8 @@ from .staging import Staging, staging_nbytes
 from .tail import Tail
 
 TAIL_SLACK = 64 << 10  # bytes kept free for frozen values to grow in, before the arena must be made anew
+
+SHORT_NBYTES = 128 << 10  # that are checksummed in a tenth of a millisecond or two
 
 # The part of the file whose writing may begin while the rest is still staged. Writing takes memory bandwidth and
 # cores from the copy that the caller waits for, and without a head start the disk has nothing to do meanwhile.
@@ -298,7 +300,9 @@ class WritePipeline:
 
     async def _checksum_segment(self, job: SaveJob, staging: Staging, number: int) -> list[int]:
         with job.timeline.record("checksum"):
-            return await in_thread(self._threads.compute, staging.checksum, number, self._checksum)
+            segment = staging.layout.segments[number]
+            is_short = segment.stop - segment.start <= SHORT_NBYTES
+            return await in_thread_if_long(is_short, self._threads.compute, staging.checksum, number, self._checksum)
 
     # --- a part of it at a time
 
@@ -428,7 +432,9 @@ class _Comparing:
     async def run(self, threads: Threads) -> None:
         try:
             if self._seed is not None and self._comparison.sources:
-                self.digest = await in_thread(threads.compute, self._compare, self._seed)
+                captured = self._job.captured
+                is_short = captured.is_short and not captured.devices
+                self.digest = await in_thread_if_long(is_short, threads.compute, self._compare, self._seed)
         finally:
             self._over.set()
 

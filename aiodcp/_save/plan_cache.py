@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from .._distributed.operation import Operation
 from .._distributed.votes import Row
 from .._engine.gc_pause import gc_paused
-from .._engine.threads import Threads, in_thread
+from .._engine.threads import Threads, in_thread, in_thread_if_long
 from .._format.arrays import Array
 from .._format.layout import Layout
 from .._log import SafeLogger
@@ -37,6 +37,8 @@ log = SafeLogger(__name__)
 
 
 WARNED_NAMES = 8  # named in one warning
+
+FEW_RANKS = 8  # up to which a short state is planned for all of them as quickly as a thread is asked to
 
 RANGE_NBYTES = 16  # by which a rank says where a frozen value lies
 
@@ -89,16 +91,22 @@ class PlanCache:
         planner: SavePlanner | None = None,
         *,
         piece_nbytes: int | None = None,
-    ) -> CachedPlan:
-        """Plan anew, all ranks together, and keep the plan; `piece_nbytes` as for `plan_local`."""
+    ) -> Callable[[], Awaitable[CachedPlan]]:
+        """Plan anew, all ranks together; `piece_nbytes` as for `plan_local`.
+
+        Returns:
+            What finishes this rank's part, and keeps the plan: for the next phase to begin with, so that all hear of
+            it if that fails. Who has not kept it will not propose it.
+        """
         is_alone = operation.size == 1
+        is_short = captured.is_short and planner is None and operation.size <= FEW_RANKS
         own, messages = await self._gather(operation, captured, piece_nbytes, as_tables=planner is None)
 
         async def plan_globally() -> tuple[GlobalPlan | TablePlan, ManifestTemplate | None, list[bytes]] | None:
             if not operation.is_coordinator:
                 return None
             plan_all = partial(plan_for_all, messages, own, planner, operation.rank, for_itself=name is None)
-            return await in_thread(self._threads.compute, plan_all)
+            return await in_thread_if_long(is_short, self._threads.compute, plan_all)
 
         self._made += 1
         planned, (number, longest, *_) = await operation.run_phase(
@@ -123,15 +131,16 @@ class PlanCache:
             else:
                 kept, shared, accepted = pickle.loads(mine)
                 _finish_planner(planner, accepted)
-            finished = await in_thread(self._threads.compute, finish_plan, captured, own.local, kept, shared, share)
-            finished.comparison.exclude(self._disagreed)
-            return CachedPlan(
-                number=number, plan=finished, manifest=manifest, planned=joined, sharing=sharing, frozen_ranges={}
+            complete = partial(finish_plan, captured, own.local, kept, shared, share)
+            plan = await in_thread_if_long(captured.is_short, self._threads.compute, complete)
+            plan.comparison.exclude(self._disagreed)
+            cached = CachedPlan(
+                number=number, plan=plan, manifest=manifest, planned=joined, sharing=sharing, frozen_ranges={}
             )
+            self._kept[name] = [cached, *self._kept.get(name, [])[: KEPT_PLANS - 1]]
+            return cached
 
-        cached, _ = await operation.run_phase("plan", finish)
-        self._kept[name] = [cached, *self._kept.get(name, [])[: KEPT_PLANS - 1]]
-        return cached
+        return finish
 
     async def _gather(
         self, operation: Operation, captured: Capture, piece_nbytes: int | None, *, as_tables: bool
@@ -140,7 +149,8 @@ class PlanCache:
         form: Form = "none" if operation.size == 1 else "table" if as_tables else "pickle"
 
         async def plan_here() -> LocalMessage:
-            return await in_thread(self._threads.compute, _plan_here, captured, piece_nbytes, form, operation.rank)
+            plan = partial(_plan_here, captured, piece_nbytes, form, operation.rank)
+            return await in_thread_if_long(captured.is_short, self._threads.compute, plan)
 
         def agree(table: list[Row]) -> Row:
             known = table[operation.rank][0]  # of the coordinator's table, which nobody else need send

@@ -15,8 +15,10 @@ from .._state.tear_detector import TearDetector
 from .._telemetry.progress import ProgressLog
 from .._telemetry.timeline import Timeline
 from ..errors import TornSnapshotError
-from .plan_cache import CachedPlan
+from .manifest import ByteRange
+from .plan_cache import RANGE_NBYTES, CachedPlan
 from .snapshot_source import SnapshotSource
+from .write_agreement import WriteProposal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,3 +84,29 @@ class PartRequest:
 
     name: str | None
     take: Callable[[], Awaitable[SaveJob]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenHere:
+    """What this rank has written of one state.
+
+    Attributes:
+        plan: by which.
+        ranges: where its frozen values lie.
+        digest: of what it shares with others.
+        table_crc: CRC32 of its file's table.
+    """
+
+    plan: CachedPlan
+    ranges: list[ByteRange]
+    digest: int
+    table_crc: int
+
+    def proposal(self, rank: int) -> WriteProposal:
+        """Return what `rank`, which is this one, tells the others of it."""
+        return WriteProposal(
+            is_moved=self.plan.frozen_ranges.get(rank) != self.ranges,
+            digest=self.digest,
+            table_crc=self.table_crc,
+            ranges_nbytes=RANGE_NBYTES * len(self.ranges),
+        )

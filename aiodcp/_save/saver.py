@@ -36,11 +36,11 @@ from .commit import (
     remove_files,
     remove_if_empty,
 )
-from .manifest import ByteRange, ManifestTemplate, names_of
+from .manifest import ManifestTemplate, names_of
 from .parts import PartExchange, PartTicket, join
 from .pipeline import WritePipeline
-from .plan_cache import RANGE_NBYTES, CachedPlan, PlanCache
-from .request import PartRequest, SaveJob, WrittenPart
+from .plan_cache import CachedPlan, PlanCache
+from .request import PartRequest, SaveJob, WrittenHere, WrittenPart
 from .sharing import OnDisagreement
 from .start_agreement import (
     PartProposal,
@@ -52,7 +52,7 @@ from .start_agreement import (
     agree_on_save,
 )
 from .tail import lay_tail
-from .write_agreement import WriteAgreed, WriteProposal, agree_on_write
+from .write_agreement import WriteAgreed, agree_on_write
 
 
 class Saver:
@@ -107,9 +107,12 @@ class Saver:
         (captured, kept), (number, *_) = await operation.run_phase(
             "capture", begin, propose=lambda begun: PlanProposal(plans=[*begun[1]]).to_row(), agree=agree_on_plan
         )
-        cached = kept.get(number) or await self._plans.make(operation, None, captured, piece_nbytes=piece_nbytes)
+        known = kept.get(number)
+        finish = await self._plans.make(operation, None, captured, piece_nbytes=piece_nbytes) if known is None else None
 
         async def take_memory() -> None:
+            cached = await finish() if finish is not None else known
+            assert cached is not None
             tail, _ = lay_tail(cached, captured)
             device = next((each for each in captured.devices if each.type not in HOST), None)
             await self._pipelines[None].take_memory(cached.plan, tail.nbytes, pin_for=device)
@@ -367,9 +370,19 @@ class Saver:
         pipeline = self._pipeline_of(name)
         compares = operation.size > 1 and self._on_disagreement != "ignore"
         seed = int(files.save_id[:8], 16)
+        finish: Callable[[], Awaitable[CachedPlan]] | None = None
+        if kept is None:
+            finish = await self._plans.make(
+                operation, name, job.captured, job.planner, piece_nbytes=self._piece_nbytes(job.checkpoint_id)
+            )
 
-        async def write(cached: CachedPlan) -> tuple[list[ByteRange], int, int]:
+        async def write() -> WrittenHere:
             nonlocal voting
+            cached = await finish() if finish is not None else kept
+            assert cached is not None
+            captured = job.timeline.between("capture")
+            assert captured is not None
+            job.timeline.add("plan", captured[1])
             await files.lock_once()
             if operation.is_coordinator and not job.overwrite:
                 await refuse_existing(self._storage, job.checkpoint_id)
@@ -382,34 +395,24 @@ class Saver:
             )
             files.are_written = True
             voting = time.perf_counter()
-            return ranges, digest, table_crc
+            return WrittenHere(plan=cached, ranges=ranges, digest=digest, table_crc=table_crc)
 
-        cached = kept or await self._plans.make(
-            operation, name, job.captured, job.planner, piece_nbytes=self._piece_nbytes(job.checkpoint_id)
-        )
-        captured = job.timeline.between("capture")
-        assert captured is not None
-        job.timeline.add("plan", captured[1])
         tables: list[int] = []
-
-        def propose(written: tuple[list[ByteRange], int, int]) -> Row:
-            is_moved = cached.frozen_ranges.get(operation.rank) != written[0]
-            nbytes = RANGE_NBYTES * len(written[0])
-            row = WriteProposal(is_moved=is_moved, digest=written[1], table_crc=written[2], ranges_nbytes=nbytes)
-            return row.to_row()
 
         def settle(table: list[Row]) -> Row:
             agreed, tables[:] = agree_on_write(table)
             return agreed.to_row()
 
-        (ranges, _, _), row = await operation.run_phase("write", lambda: write(cached), propose=propose, agree=settle)
+        written, row = await operation.run_phase(
+            "write", write, propose=lambda written: written.proposal(operation.rank).to_row(), agree=settle
+        )
         agreed = WriteAgreed.from_row(row)
         if agreed.is_moved:
-            await self._plans.share_frozen_ranges(operation, cached, ranges, agreed.ranges_nbytes)
+            await self._plans.share_frozen_ranges(operation, written.plan, written.ranges, agreed.ranges_nbytes)
         if compares and agreed.differs:
-            await self._plans.compare(operation, cached, self._on_disagreement)
+            await self._plans.compare(operation, written.plan, self._on_disagreement)
         job.timeline.add("vote", voting)
-        return WrittenPart(job=job, plan=cached, tables=tables)
+        return WrittenPart(job=job, plan=written.plan, tables=tables)
 
     async def _commit(
         self,

@@ -34,6 +34,8 @@ from .stateful import call_stateful
 # ask another thread takes one. A sharded tensor counts as several.
 SMALL = 4000
 
+SHORT = 64  # values, up to which all that a plan takes is done in about a millisecond
+
 SHARDED = 6
 
 SAMPLED = 500  # tensors of a large state, of which it is known that they were not changed before they were looked at
@@ -69,6 +71,11 @@ class Capture:
     devices: set[torch.device]
     containers: Containers = field(default_factory=Containers)
     planned: SavePlan | None = None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether to work on it takes no longer than to ask a thread to."""
+        return len(self.values) <= SHORT
 
     @property
     def names(self) -> list[str]:

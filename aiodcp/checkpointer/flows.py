@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from contextvars import ContextVar
 from itertools import count
 from typing import Any, TypeVar, TypeVarTuple
@@ -21,7 +21,6 @@ from .._distributed.votes import OperationKind
 from .._engine.gil_fairness import short_switch_interval, yield_to_engine
 from .._engine.loop import Engine
 from .._engine.milestone import MilestoneSource
-from .._engine.threads import in_own_thread
 from .._log import SafeLogger
 from ..errors import CheckpointError, ClosedError, DeadlockError, LoadError, RankError, SaveCancelled, SaveError
 from .drain import CANCEL_TIMEOUT_S, CHECK_INTERVAL_S, Drain
@@ -29,7 +28,6 @@ from .handshake import Handshake
 
 log: SafeLogger = SafeLogger(__name__)
 
-DISCONNECT_LIMIT_S = 5.0  # then the thread that does it is left behind
 
 EXIT_IDLE_S = 60.0  # after which what does not move holds up the end of the interpreter no longer
 
@@ -147,9 +145,6 @@ class Flows:
             try:
                 if drained:
                     await self.run(self._until_close.aclose)
-                if self.channel is not None:  # it takes tens of milliseconds, for which the caller's loop is free
-                    with suppress(RuntimeError):
-                        await in_own_thread("ranks", self.channel.close, DISCONNECT_LIMIT_S)
             finally:
                 self._stop(wait=drained)
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-
-from aiofiles.os import wrap
 
 from ..errors import UnsafeError
 
@@ -36,9 +33,6 @@ def check_inside(checkpoint_id: str, name: str) -> None:
         if above.parent.name == "snapshots" and real.is_relative_to(above.parent.parent / "blobs"):
             return
     raise UnsafeError(path, "", f"resolves to {real}, which is outside the checkpoint")
-
-
-check_inside_async: Callable[[str, str], Awaitable[None]] = wrap(check_inside)
 
 
 def open_direct(path: str, flags: int) -> int:

@@ -1,4 +1,8 @@
-"""What `LocalStorage` asks of the file system, each in a thread: pwrite, preadv, fsync, durable directories."""
+"""What `LocalStorage` asks of the file system: pwrite, preadv, fsync, durable directories.
+
+A coroutine is one call of aiofiles' threads. What blocks is for calls that do several such things in one: to ask a
+thread takes as long as to write a small file, or to fsync it on a fast disk.
+"""
 
 from __future__ import annotations
 
@@ -62,15 +66,8 @@ def read_all(fd: int, buffers: list[memoryview], offset: int) -> None:
             count -= min(count, buffer.nbytes)
 
 
-fsync: Callable[[int], Awaitable[None]] = wrap(os.fsync)
-
-
-@wrap
 def fsync_directory(path: str) -> None:
-    _fsync_directory_now(path)
-
-
-def _fsync_directory_now(path: str) -> None:
+    """Make the names in a directory durable. Blocks."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -87,9 +84,11 @@ def _fsync_directory_now(path: str) -> None:
         os.close(fd)
 
 
-@wrap
 def make_durable_directory(path: str) -> bool:
-    """Make the directory and its parents, each name durable in the one above it; return whether it was missing."""
+    """Make the directory and its parents, each name durable in the one above it; return whether it was missing.
+
+    Blocks.
+    """
     missing = []
     directory = Path(path).absolute()
     while not directory.is_dir():
@@ -100,7 +99,7 @@ def make_durable_directory(path: str) -> bool:
             new.mkdir(exist_ok=True)
         except FileExistsError:
             raise NotADirectoryError(errno.ENOTDIR, "is a file, not a directory", str(new)) from None
-        _fsync_directory_now(str(new.parent))
+        fsync_directory(str(new.parent))
     return bool(missing)
 
 
@@ -128,8 +127,8 @@ def remove_tree(path: str) -> None:
 realpath: Callable[[str], Awaitable[str]] = wrap(os.path.realpath)
 
 
-@wrap
 def unlink(path: str) -> None:
+    """Remove a file, if it is there. Blocks."""
     with suppress(NotADirectoryError):  # then it is not there, either
         Path(path).unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """Checkpoints as directories of a file system, written past the page cache where that works.
 
-Files are written by aiofiles at given offsets, and read in its threads. O_DIRECT is tried once per directory; where the
+Files are written and read in aiofiles' threads, at given offsets; what belongs together, such as to write a small file,
+make it durable and give it its name, in one call of a thread. O_DIRECT is tried once per directory; where the
 file system refuses it (tmpfs, many network file systems) the page cache is used, and that is remembered.
 
 Files are read where they lie: a symbolic link that leads out of the checkpoint is followed only from a snapshot of a
@@ -22,16 +23,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from io import FileIO
 
 import aiofiles.os
-from aiofiles.threadpool.binary import AsyncFileIO
 from anyio import CancelScope
 
 from .._log import SafeLogger
 from ..errors import ArgumentError
 from .base import INTERNAL_DIRECTORY
-from .file_access import check_inside, check_inside_async, open_direct, open_regular
+from .file_access import check_inside, open_direct, open_regular
 from .file_io import (
     file_sizes,
-    fsync,
     fsync_directory,
     is_block_aligned,
     list_directories,
@@ -92,17 +91,11 @@ class LocalStorage:
     async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[_LocalWriter]:
         path = os.path.join(checkpoint_id, name)
         with CancelScope(shield=True):  # wait for the thread that creates the file: else it would not be removed
-            await self._make(checkpoint_id)
-            file = await aiofiles.open(path, "xb", buffering=0)
-        writer = _LocalWriter(file, self, checkpoint_id)
+            writer = await self._open_writer(checkpoint_id, path)
         try:
-            with CancelScope(shield=True):
-                await writer.open_direct()
             yield writer
             with CancelScope(shield=True):
-                await fsync(file.fileno())
-                await writer.close()
-                await fsync_directory(checkpoint_id)
+                await writer.make_durable()
         except BaseException:
             with CancelScope(shield=True):  # what fails now fails for the same reason, which is raised
                 with _logged(path):
@@ -110,6 +103,11 @@ class LocalStorage:
                 with _logged(path):
                     await self.remove(checkpoint_id, name)
             raise
+
+    @aiofiles.os.wrap
+    def _open_writer(self, checkpoint_id: str, path: str) -> _LocalWriter:
+        self._make(checkpoint_id)
+        return _LocalWriter(path, self, checkpoint_id)
 
     def refuse_direct(self, checkpoint_id: str) -> None:
         """Remember that O_DIRECT does not work in this directory."""
@@ -128,24 +126,26 @@ class LocalStorage:
         path = os.path.join(checkpoint_id, name)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         with CancelScope(shield=True), self._in_use(os.path.basename(temporary)):
-            await self._make(checkpoint_id)
-            try:
-                async with aiofiles.open(temporary, "wb") as file:
-                    await file.write(data)
-                    await file.flush()
-                    await fsync(file.fileno())
-                await aiofiles.os.replace(temporary, path)
-            except BaseException:
-                with _logged(temporary):
-                    await unlink(temporary)
-                raise
-            await fsync_directory(checkpoint_id)
+            await self._put(checkpoint_id, path, temporary, data)
+
+    @aiofiles.os.wrap
+    def _put(self, checkpoint_id: str, path: str, temporary: str, data: bytes) -> None:
+        self._make(checkpoint_id)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with _logged(temporary):
+                unlink(temporary)
+            raise
+        fsync_directory(checkpoint_id)
 
     async def get(self, checkpoint_id: str, name: str) -> bytes:
         with CancelScope(shield=True):
-            await check_inside_async(checkpoint_id, name)
-            async with aiofiles.open(os.path.join(checkpoint_id, name), "rb", opener=open_regular) as file:
-                content = await file.read()
+            content: bytes = await _read_whole(checkpoint_id, name)
         return content
 
     async def list_files(self, checkpoint_id: str) -> list[str]:
@@ -160,12 +160,10 @@ class LocalStorage:
 
     async def remove(self, checkpoint_id: str, name: str, *, durable: bool = False) -> None:
         with CancelScope(shield=True):
-            await unlink(os.path.join(checkpoint_id, name))
-            if durable:
-                await fsync_directory(checkpoint_id)
+            await _remove(checkpoint_id, name, durable)
 
-    async def _make(self, checkpoint_id: str) -> None:
-        if await make_durable_directory(checkpoint_id):
+    def _make(self, checkpoint_id: str) -> None:
+        if make_durable_directory(checkpoint_id):
             self._made.add(checkpoint_id)
 
     @contextmanager
@@ -211,7 +209,7 @@ class LocalStorage:
                 return
             with CancelScope(shield=True):
                 if create:
-                    await make_durable_directory(root)
+                    await aiofiles.os.wrap(make_durable_directory)(root)
                 try:
                     lock = await locks.open(path, create)
                 except (FileNotFoundError, NotADirectoryError):
@@ -235,21 +233,22 @@ class LocalStorage:
 class _LocalWriter:
     """One file behind two descriptors: `direct` for whole blocks, the page cache for what does not fit them."""
 
-    def __init__(self, file: AsyncFileIO, storage: LocalStorage, checkpoint_id: str) -> None:
-        self._file = file
-        self._direct: AsyncFileIO | None = None
+    def __init__(self, path: str, storage: LocalStorage, checkpoint_id: str) -> None:
+        """Create it. Blocks."""
         self._storage = storage
         self._checkpoint_id = checkpoint_id
-
-    async def open_direct(self) -> None:
-        if not self._storage.is_direct(self._checkpoint_id):
+        self._direct: FileIO | None = None
+        self._file = FileIO(path, "xb")
+        if not storage.is_direct(checkpoint_id):
             return
         try:
-            self._direct = await aiofiles.open(str(self._file.name), "r+b", buffering=0, opener=open_direct)
+            self._direct = FileIO(path, "r+b", opener=open_direct)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                self._file.close()
+                unlink(path)
                 raise
-            self._storage.refuse_direct(self._checkpoint_id)
+            storage.refuse_direct(checkpoint_id)
 
     async def write(self, offset: int, data: memoryview) -> None:
         data = data.cast("B")
@@ -264,12 +263,23 @@ class _LocalWriter:
                     self._storage.refuse_direct(self._checkpoint_id)
             await write_all(self._file.fileno(), data, offset)
 
-    async def close(self) -> None:
+    @aiofiles.os.wrap
+    def make_durable(self) -> None:
+        """Close it, with its bytes and its name durable."""
+        os.fsync(self._file.fileno())
+        self._close()
+        fsync_directory(self._checkpoint_id)
+
+    @aiofiles.os.wrap
+    def close(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         try:
             if self._direct is not None:
-                await self._direct.close()
+                self._direct.close()
         finally:
-            await self._file.close()
+            self._file.close()
 
 
 class _LocalReader:
@@ -308,6 +318,20 @@ class _LocalReader:
 def _open_reader(checkpoint_id: str, name: str) -> _LocalReader:
     check_inside(checkpoint_id, name)
     return _LocalReader(os.path.join(checkpoint_id, name))
+
+
+@aiofiles.os.wrap
+def _read_whole(checkpoint_id: str, name: str) -> bytes:
+    check_inside(checkpoint_id, name)
+    with open(os.path.join(checkpoint_id, name), "rb", opener=open_regular) as file:
+        return file.read()
+
+
+@aiofiles.os.wrap
+def _remove(checkpoint_id: str, name: str, durable: bool) -> None:
+    unlink(os.path.join(checkpoint_id, name))
+    if durable:
+        fsync_directory(checkpoint_id)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import anyio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from ..errors import ArgumentError
-from .base import ObjectLimits, Reader, Storage, WholeFileStorage, Writer, file_dates, object_limits, remove_all
+from .base import ObjectLimits, Reader, Storage, Writer, file_dates, object_limits, remove_all, takes_whole_files
 
 T = TypeVar("T")
 
@@ -205,7 +205,7 @@ class RetryingStorage:
 
     async def put_new(self, checkpoint_id: str, name: str, data: memoryview) -> None:
         storage = self._storage
-        assert isinstance(storage, WholeFileStorage)
+        assert takes_whole_files(storage)
         await self.retrying(lambda: storage.put_new(checkpoint_id, name, data), checkpoint_id, name)
 
     async def get(self, checkpoint_id: str, name: str) -> bytes:

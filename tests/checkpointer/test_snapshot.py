@@ -144,6 +144,7 @@ async def test_a_save_that_fails_before_it_is_staged_fails_the_entering(monkeypa
     async with Checkpointer(storage=MemoryStorage(), no_dist=True) as checkpointer:
         with monkeypatch.context() as patch:
             patch.setattr(host_memory, "free_nbytes", lambda: 0)
+            patch.setattr(host_memory, "SMALL_NBYTES", 0)
             ckpt = await checkpointer.save(state, "ckpt")
             with pytest.raises(StageError):
                 async with ckpt.snapshot():

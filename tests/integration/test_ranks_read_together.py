@@ -217,7 +217,8 @@ def _be_killed(rank: int, size: int, path: Path) -> tuple[int, ...]:
         async with Checkpointer() as checkpointer:
             await (await checkpointer.save(state, path)).uploaded
         storage: Storage = Failing(lambda: os.kill(os.getpid(), signal.SIGKILL) if rank == 2 else None)
-        async with Checkpointer(storage=storage, share_reads=True) as checkpointer:
+        # For as long gloo's threads of the others spin: these processes run other tests.
+        async with Checkpointer(storage=storage, share_reads=True, timeout=10) as checkpointer:
             with pytest.raises(RankError) as caught:
                 await checkpointer.load(make_target(), path)
         return tuple(caught.value.missing)

@@ -103,6 +103,7 @@ def test_what_is_saved_is_what_torch_would_have_saved(tmp_path: Path) -> None:
 def test_a_failed_save_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     io = AiodcpCheckpointIO()
     monkeypatch.setattr(host_memory, "free_nbytes", lambda: 0)
+    monkeypatch.setattr(host_memory, "SMALL_NBYTES", 0)
     io.save_checkpoint({"w": torch.ones(3)}, tmp_path / "a.ckpt")
     with pytest.raises(StageError):
         io.teardown()

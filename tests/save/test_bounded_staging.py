@@ -260,6 +260,7 @@ async def test_memory_that_cannot_be_had_is_an_error_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aiodcp._engine.host_memory.free_nbytes", lambda: 1000)
+    monkeypatch.setattr("aiodcp._engine.host_memory.SMALL_NBYTES", 0)
     async with Checkpointer() as checkpointer:
         ckpt = await checkpointer.save(_large_state(), tmp_path / "ckpt")
         with pytest.raises(StageError, match=r"cannot stage \d{7} bytes: only 1000 bytes of host memory are free"):

@@ -445,10 +445,10 @@ async def test_a_commit_that_fails_after_its_rename_keeps_the_data_it_names(
     state = make_state(5)
     real = file_io.fsync_directory
 
-    async def fail_after_commit(path: str) -> None:
+    def fail_after_commit(path: str) -> None:
         if (Path(path) / ".metadata").exists():
             raise OSError(30, "Read-only file system")
-        await real(path)
+        real(path)
 
     monkeypatch.setattr(local, "fsync_directory", fail_after_commit)
     async with Checkpointer() as checkpointer:
@@ -462,6 +462,7 @@ async def test_memory_that_cannot_be_had_is_reported_with_both_numbers_before_an
     faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_memory, "free_nbytes", lambda: 1000)
+    monkeypatch.setattr(host_memory, "SMALL_NBYTES", 0)
     async with Checkpointer(storage=faulty) as checkpointer:
         checkpoint = await checkpointer.save(make_state(), "ckpt")
         with pytest.raises(StageError, match="only 1000 bytes") as caught:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import aiofiles.os
 import pytest
 from aiofiles.os import wrap
 
@@ -134,7 +133,7 @@ async def test_a_failed_put_leaves_the_old_content_and_no_temporary(
     def fail(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(local, "fsync", wrap(fail))
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         await storage.put(str(tmp_path), ".metadata", b"new")
     assert await storage.list_files(str(tmp_path)) == [".metadata"]
@@ -155,9 +154,8 @@ async def test_data_is_durable_before_its_name_and_a_commit_before_it_counts(
         events.append(f"rename {Path(target).name}")
         real_replace(source, target)
 
-    monkeypatch.setattr(local, "fsync", wrap(fsync))
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(aiofiles.os, "replace", wrap(replace))
+    monkeypatch.setattr(os, "replace", replace)
     storage = LocalStorage()
     place = str(tmp_path / "new")
     async with storage.create(place, "data") as writer:
