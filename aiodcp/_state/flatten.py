@@ -86,11 +86,12 @@ class Names:
     @classmethod
     def of(cls, known: Names | None, above: Names | None, place: int, keys: tuple[Any, ...] | range) -> Names:
         """Return the names of `keys`, which lie at a position of those above: the known ones, if they are these."""
-        if known is not None and known.keys == keys and all(map(is_, known.keys, keys)):
+        is_known = known is not None and known.keys == keys
+        # What is equal to a string is one. Equal keys of other types have other names: 1 and True.
+        if known is not None and is_known and (known.kinds == _ONLY_STR or all(map(is_, known.keys, keys))):
             return known
         kinds: set[type] = set() if isinstance(keys, range) else set(map(type, keys))
-        # Equal keys of another type have other names: 1 and True.
-        if known is not None and known.keys == keys and known.kinds == kinds and len(kinds) < 2:
+        if known is not None and is_known and known.kinds == kinds and len(kinds) < 2:
             return known
         return cls(above, place, keys, kinds)
 
@@ -273,7 +274,10 @@ class Walk:
     def _take(self, names: Names | RowNames, first: int, values: list[Any]) -> None:
         if values:
             self._runs.append((names, first, first + len(values)))
-            self.values += values
+            if self.values:
+                self.values += values
+            else:
+                self.values = values
             self._stops.append(len(self.values))
 
     def _way_through(self, value: object) -> Callable[[Names | None, Names | None, int, Any], Names] | None:

@@ -188,7 +188,9 @@ async def test_training_collectives_run_throughout_fifty_saves_of_two_checkpoint
             target = blank(states[k])
             await each.load(target, folder / str(k))
             assert_equal(states[k], target)
-    assert set(threading.enumerate()) == threads
+    for each in set(threading.enumerate()) - threads:  # connections are still being closed
+        each.join(10.0)
+    assert set(threading.enumerate()) <= threads
 
 
 def _per_rank(rank: int, size: int, path: Path, caplog_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from aiodcp import Checkpointer, CheckpointManager, MemoryStorage, Retry, WriteError
 from aiodcp._telemetry.timeline import Span, Timeline
@@ -130,4 +131,5 @@ async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_the_coordinator_alone_keeps_it(rank: int, size: int, tmp_path: Path) -> None:
     async with CheckpointManager(tmp_path / "run") as manager:
         await (await manager.save(1, STATE)).uploaded
+    dist.barrier()  # the coordinator writes it as it leaves
     assert len(list((tmp_path / "run" / ".aiodcp").iterdir())) == 1
