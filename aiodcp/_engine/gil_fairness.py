@@ -65,6 +65,16 @@ def let_go(items: list[Any]) -> None:
         del items[-AT_ONCE:]
 
 
+class LongList(list[V]):
+    """A list that is freed in that way, wherever the last reference goes."""
+
+    __slots__ = ()
+
+    def __del__(self, at_once: int = AT_ONCE) -> None:  # when the interpreter ends, this module may be empty
+        while self:
+            del self[-at_once:]
+
+
 def to_dict(keys: Sequence[K], values: Sequence[V]) -> dict[K, V]:
     """Return a dict of as many keys as values, made some of it at a time: likewise."""
     made: dict[K, V] = {}

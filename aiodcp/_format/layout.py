@@ -11,6 +11,7 @@ Where a store takes files whole, each segment is stored as a file of its own, a 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -149,9 +150,10 @@ def place_all(
     return offsets, segments, more
 
 
-def _place_one(sizes: Sequence[int], limit: int, largest: int) -> tuple[list[int], list[int], list[int]]:
+def _place_one(sizes: Sequence[int], limit: int, largest: int) -> tuple[array[int], array[int], list[int]]:
     """Return where each item of a file begins, in which segment it is, and where the segments begin."""
-    offsets, segments, starts = [], [], [0]
+    offsets, segments = array("q"), array("q")  # to copy a long list into an array holds the GIL
+    starts = [0]
     position = 0
     for nbytes in sizes:
         if position > starts[-1] and position + nbytes - starts[-1] > limit:

@@ -334,7 +334,8 @@ def choose_writers(held: Holdings, chunks: Chunks) -> Array:
     Here what only one rank holds is counted first, then the rest from the largest on goes to who has least.
     """
     ranks = held.ranks[chunks.order]
-    weights = np.where([held.specs[name] is None for name in chunks.names.tolist()], FROZEN_NBYTES, chunks.nbytes)
+    is_value = np.fromiter((spec is None for spec in held.specs), dtype=np.bool_, count=len(held.specs))
+    weights = np.where(is_value[chunks.names], FROZEN_NBYTES, chunks.nbytes)
     writers = chunks.starts[:-1].copy()
     is_alone = chunks.holders == 1
     load = np.zeros(len(held.starts) - 1, dtype=np.int64)

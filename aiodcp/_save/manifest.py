@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .._engine.gil_fairness import AT_ONCE, let_go
+from .._engine.gil_fairness import let_go
 from .._format.arrays import Array
 from .._format.dcp import (
     STORAGE_TYPES,
@@ -116,6 +116,7 @@ def _of_tables(plans: Sequence[TablePlan]) -> ManifestTemplate:
     next_field = int(first_field[-1])
     names: list[str] = []
     lines: list[TensorLines | ValueLines] = []
+    columns: list[Array] = []  # of all chunks, as of `ChunkPlaces`
     opaque: list[str] = []
     paths: dict[str, KeyPath] = {}
     containers = Containers()
@@ -125,7 +126,9 @@ def _of_tables(plans: Sequence[TablePlan]) -> ManifestTemplate:
             if of_part == part:
                 first[rank] = field - 2
         fields, next_field = _frozen_fields(plan, next_field)
-        for name, each in _lines_of(plan, first, fields, part):
+        files_of_chunks = first[plan.placed.ranks] + plan.placed.pieces
+        columns.append(np.stack((files_of_chunks, plan.placed.offsets, plan.placed.nbytes)))
+        for name, each in _lines_of(plan, files_of_chunks, fields, part):
             names.append(name)
             lines.append(each)
             if isinstance(each, TensorLines) and each.fields:
@@ -138,13 +141,16 @@ def _of_tables(plans: Sequence[TablePlan]) -> ManifestTemplate:
     files = range(2, int(first_field[-1]))
     template = write_metadata(names, lines, paths, files, 0, 1, opaque, containers)
     kinds = [(each.properties, each.size) if isinstance(each, TensorLines) else None for each in lines]
-    places = _places_of(lines, [(part, rank, more) for (part, rank), more in zip(writers, pieces, strict=True)])
+    numbered = [(part, rank, more) for (part, rank), more in zip(writers, pieces, strict=True)]
+    places = _places_of(lines, np.concatenate(columns, axis=1), numbered)
     index = encode_kinds(names, kinds) + encode_columns(places, names, paths, opaque, containers)
     let_go(lines)
     return ManifestTemplate(template, index, writers, pieces)
 
 
-def _places_of(lines: Sequence[TensorLines | ValueLines], writers: Sequence[tuple[int, int, int]]) -> ChunkPlaces:
+def _places_of(
+    lines: Sequence[TensorLines | ValueLines], columns: Array, writers: Sequence[tuple[int, int, int]]
+) -> ChunkPlaces:
     """Return where all chunks lie, given of each writer which state and rank it is, and how many pieces it has."""
     cuts: dict[Hashable, int] = {}
     distinct: list[tuple[Array, Array]] = []
@@ -164,17 +170,7 @@ def _places_of(lines: Sequence[TensorLines | ValueLines], writers: Sequence[tupl
             counts.append(len(each.offsets))
             fields += [(first, row + chunk) for chunk, (first, _) in each.fields.items()]
         row += counts[-1]
-    one = np.zeros(1, dtype=np.int64)
-    blocks = [np.zeros((3, 0), dtype=np.int64)]
-    for first in range(0, len(lines), AT_ONCE):
-        rows = [
-            (np.array([each.file]), one, one)
-            if isinstance(each, ValueLines)
-            else (each.files, each.starts, each.nbytes)
-            for each in lines[first : first + AT_ONCE]
-        ]
-        blocks.append(np.stack([np.concatenate(column) for column in zip(*rows, strict=True)]))
-    files, starts, nbytes = np.concatenate(blocks, axis=1)
+    files, starts, nbytes = columns
     named = [(part, rank, piece if piece < more else -1) for part, rank, more in writers for piece in range(more + 1)]
     return ChunkPlaces(
         counts=np.array(counts, dtype=np.int64),
@@ -198,11 +194,10 @@ def _frozen_fields(plan: TablePlan, first: int) -> tuple[dict[int, tuple[int, in
 
 
 def _lines_of(
-    plan: TablePlan, first_file: Array, fields: dict[int, tuple[int, int]], part: int
+    plan: TablePlan, files: Array, fields: dict[int, tuple[int, int]], part: int
 ) -> Iterator[tuple[str, TensorLines | ValueLines]]:
-    """Yield what `.metadata` says of each value of a plan."""
+    """Yield what `.metadata` says of each value of a plan, in the order of its chunks, of which `files` is known."""
     held, chunks, placed = plan.held, plan.chunks, plan.placed
-    files = first_file[placed.ranks] + placed.pieces
     bounds = chunks.first.tolist()
     for name, (start, stop) in enumerate(pairwise(bounds)):
         spec, pattern = held.specs[name], chunks.patterns[name]

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 
 from .._engine.gc_pause import gc_paused
-from .._engine.gil_fairness import let_go, to_dict
+from .._engine.gil_fairness import LongList, let_go, to_dict
 from .._format.dcp import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from .._format.dtypes import NOT_COPIED
 from .._format.extension import Containers
@@ -219,7 +219,7 @@ def _make_share(local: LocalPlan, numbers: Sequence[int], items: Sequence[WriteI
     staged = [item for number, item in zip(numbers, items, strict=True) if number not in local.frozen]
     frozen = [item for number, item in zip(numbers, items, strict=True) if number in local.frozen]
     layout = lay_out([chunk_of(item) for item in staged], local.piece_nbytes)
-    return Share(staged=staged, frozen=frozen, layout=layout)
+    return Share(staged=LongList(staged), frozen=frozen, layout=layout)
 
 
 @gc_paused()
@@ -231,7 +231,7 @@ def finish_plan(
         share = _make_share(local, kept, [local.items[number] for number in kept])
     return WritePlan(
         fqns=captured.fqns,
-        kinds=[*captured.kinds],
+        kinds=LongList(captured.kinds),
         paths=captured.paths,
         share=share,
         staged=[local.sources[number] for number in kept if number not in local.frozen],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .._engine.device_gather import picker
+from .._engine.gil_fairness import LongList
 from .._engine.host_memory import Arena
 from .._format.checksum import Checksum
 from .._format.dtypes import NOT_COPIED, copyable
@@ -57,8 +58,8 @@ def plan_copies(
 ) -> RecordCopies:
     """Plan the copies of `records`, whose bytes lie in the arena `shift` bytes after their place in the file."""
     indices: list[int] = []
-    targets: list[torch.Tensor] = []
-    payloads: list[memoryview] = []
+    targets: LongList[torch.Tensor] = LongList()
+    payloads: LongList[memoryview] = LongList()
     odd = False
     header_crcs: list[int] = []
     trailer_crcs: list[int] = []

@@ -457,9 +457,10 @@ class Saver:
         return await find_replaced(self._storage, jobs[0].checkpoint_id, manifest.files(save_id))
 
     def close(self) -> None:
-        """Give all host memory back."""
+        """Give all host memory back, and forget all plans."""
         for pipeline in self._pipelines.values():
             pipeline.close()
+        self._plans.forget()
 
     def _pipeline_of(self, name: str | None) -> WritePipeline:
         name = None if self._share_pipeline else name

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from array import array
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -153,11 +154,11 @@ def containers_with(containers: Containers, old: str, new: str) -> Containers:
 
 def places_of(local: LocalPlan) -> Array:
     """Return where in their tensors the items lie: of each item that is a tensor its offsets, then its sizes."""
-    numbers: list[int] = []
+    numbers = array("q")  # to make an array of a long list holds the GIL
     for item in local.items:
         if item.tensor_data is not None:
-            numbers += item.tensor_data.chunk.offsets
-            numbers += item.tensor_data.chunk.sizes
+            numbers.extend(item.tensor_data.chunk.offsets)
+            numbers.extend(item.tensor_data.chunk.sizes)
     return np.array(numbers, dtype=np.int64)
 
 

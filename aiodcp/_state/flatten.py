@@ -86,12 +86,11 @@ class Names:
     @classmethod
     def of(cls, known: Names | None, above: Names | None, place: int, keys: tuple[Any, ...] | range) -> Names:
         """Return the names of `keys`, which lie at a position of those above: the known ones, if they are these."""
-        is_known = known is not None and known.keys == keys
-        # What is equal to a string is one. Equal keys of other types have other names: 1 and True.
-        if known is not None and is_known and (known.kinds == _ONLY_STR or all(map(is_, known.keys, keys))):
+        if known is not None and known.keys == keys and all(map(is_, known.keys, keys)):
             return known
         kinds: set[type] = set() if isinstance(keys, range) else set(map(type, keys))
-        if known is not None and is_known and known.kinds == kinds and len(kinds) < 2:
+        # Equal keys of another type have other names: 1 and True.
+        if known is not None and known.keys == keys and known.kinds == kinds and len(kinds) < 2:
             return known
         return cls(above, place, keys, kinds)
 

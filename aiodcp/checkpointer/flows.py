@@ -364,6 +364,10 @@ class Flows:
         """Begin `function` on the engine's loop. Closing waits for it; given up, it is cancelled."""
         self._begin(self._background, function, *args)
 
+    def at_close(self, function: Callable[[], object]) -> None:
+        """Have `function` called on the engine's loop when all is drained."""
+        self._until_close.callback(function)
+
     async def keep_until_close(self, context: AbstractAsyncContextManager[Any]) -> None:
         """Enter `context` on the engine's loop, and leave it when all is drained."""
         await self.run(self._until_close.enter_async_context, context)

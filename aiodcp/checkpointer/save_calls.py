@@ -94,6 +94,8 @@ class SaveCalls:
             on_disagreement=options.on_disagreement,
         )
         self._guards = Guards(self._on_step)
+        # On the engine's loop, if that answers: to free what is kept for many tensors takes long.
+        self._flows.at_close(self._saver.close)
 
     def close(self) -> None:
         """Give the host memory back, and let optimizers step."""

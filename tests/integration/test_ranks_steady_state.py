@@ -188,8 +188,8 @@ async def test_training_collectives_run_throughout_fifty_saves_of_two_checkpoint
             target = blank(states[k])
             await each.load(target, folder / str(k))
             assert_equal(states[k], target)
-    for each in set(threading.enumerate()) - threads:  # connections are still being closed
-        each.join(10.0)
+    for thread in set(threading.enumerate()) - threads:  # connections are still being closed
+        thread.join(10.0)
     assert set(threading.enumerate()) <= threads
 
 
