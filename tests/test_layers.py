@@ -135,7 +135,7 @@ PRIVATE = {
     "_cli.bench.many": {"_foreach_copy_"},
     "_engine.device_copies": {"_foreach_copy_"},
     "_engine.device_gather": {"_foreach_copy_"},
-    "_engine.loop": {"_register_atexit"},
+    "_engine.interpreter_exit": {"_register_atexit"},
     "_format.archive_writer": {"_utils", "_rebuild_tensor_v3"},
     "_format.dcp": {"_get_layout"},
     "_format.plain_data": {
@@ -159,6 +159,7 @@ PRIVATE = {
 PRIVATE_IMPORTS = {
     "_cli.bench.store": {"torch.distributed.checkpoint._fsspec_filesystem"},
     "_distributed.channel": {"torch._C._distributed_c10d"},
+    "_distributed.group_store": {"torch._C._distributed_c10d"},
     "_engine.loop": {"anyio._backends._asyncio"},  # which has no other name, and is only imported
     "_format.dcp": {
         "torch.distributed.checkpoint.filesystem._StorageInfo",

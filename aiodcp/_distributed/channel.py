@@ -16,14 +16,12 @@ from __future__ import annotations
 import json
 import os
 import resource
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import anyio
 import torch
@@ -31,11 +29,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from .._engine.broadcast import Signal
-from .._engine.loop import at_exit
+from .._engine.interpreter_exit import finish_at_exit
 from .._engine.threads import in_own_thread, start_thread
 from .._log import SafeLogger
 from ..errors import ClosedError
 from .address import own_address_towards
+from .group_store import GroupStore
 from .place import Place
 from .store_pace import pace
 
@@ -52,8 +51,6 @@ ROLL_CALL_LIMIT_S = 20.0  # in all
 STORE_TIMEOUT_S = 10.0  # after which the store counts as out of reach
 
 _POLL_S = 0.02
-
-DROP_LIMIT_S = 5.0  # for which the end of the interpreter waits for a group to close its connections
 
 DESCRIPTORS_A_PEER = 2  # of gloo's connections: one, and one of a broken group that is not closed yet
 
@@ -122,6 +119,7 @@ class Channel:
         self._round_trips: deque[float] = deque(maxlen=KNOWN_ROUND_TRIPS)
         self._world: dist.ProcessGroup = group
         self._store: Any = None  # a PrefixStore, of which torch types the constructor only
+        self._group_store: GroupStore
         self._generation = 0
         self._place = Place.of(self.rank, self.size, self.root)
         self._groups: list[Any] = []  # when connected: a ProcessGroupGloo of the block, and of the firsts or None
@@ -129,6 +127,7 @@ class Channel:
     @property
     def store(self) -> Any:
         """The store that the ranks share, once they are connected; under names that no other channel has."""
+        self._group_store.take_own_connection()
         return self._store
 
     @property
@@ -168,19 +167,18 @@ class Channel:
         place = self._place
         _ensure_descriptors(DESCRIPTORS_A_PEER * (len(place.block) + len(place.firsts)) + DESCRIPTORS_BESIDES)
         if self._store is None:
-            # A connection of our own: a wait on the training's connection would block all other users of it.
-            store = self._world.get_group_store().clone()  # type: ignore[attr-defined]
+            self._group_store = store = GroupStore(self._world.get_group_store(), self.size)
             name = f"aiodcp/{self._world.group_name}"
             # Ranks open their channels in the same order, so each may count for itself; but for those that came to
             # nothing, which not all ranks need have tried to open.
             number = store.add(f"{name}/{self.rank}", 1)
             while store.check([f"{name}/{number}/failed"]):
                 number = store.add(f"{name}/{self.rank}", 1)
-            self._store = PrefixStore(f"{name}/{number}", store)
-        block = self._make_group_of(place.block, f"block/{place.block[0]}", self._store, self.timeout_s)
+            self._store = store.under(f"{name}/{number}")
+        block = self._make_group_of(place.block, f"block/{place.block[0]}", self.timeout_s)
         if not place.is_first or len(place.firsts) == 1:
             return [block, None]
-        return [block, self._make_group_of(place.firsts, "firsts", self._store, self.timeout_s)]
+        return [block, self._make_group_of(place.firsts, "firsts", self.timeout_s)]
 
     async def group_of(self, members: Sequence[int], name: str) -> Any:
         """Return a group of some of the ranks, which the caller drops; once this channel is connected.
@@ -195,16 +193,15 @@ class Channel:
 
         def make() -> Any:
             _ensure_descriptors(DESCRIPTORS_A_PEER * len(members) + DESCRIPTORS_BESIDES)
-            # A connection of its own: if a member fails to come, nobody else waits for that.
-            return self._make_group_of(members, name, self._store.clone(), self.silence_s)
+            return self._make_group_of(members, name, self.silence_s)
 
         return await in_own_thread("ranks", make, self.silence_s + STORE_TIMEOUT_S)
 
-    def _make_group_of(self, members: Sequence[int], name: str, store: Any, limit_s: float) -> Any:
-        prefix = PrefixStore(f"{self._generation}/{name}", store)
+    def _make_group_of(self, members: Sequence[int], name: str, limit_s: float) -> Any:
+        prefix = PrefixStore(f"{self._generation}/{name}", self._store)
         gloo: Any = ProcessGroupGloo  # whose options torch does not type
         options = gloo._Options()
-        options._devices = _make_devices(store)
+        options._devices = _make_devices(self._group_store.underlying_store)
         options._timeout = timedelta(seconds=limit_s)
         return gloo(prefix, members.index(self.rank), len(members), options)
 
@@ -309,7 +306,7 @@ class Channel:
             while not alarmed:
                 with suppress(RuntimeError):  # the store may be out of reach: gloo's own limit holds in any case
                     alarmed = await in_own_thread(
-                        "ranks", lambda: self._store.check([f"{self._generation}/alarm"]), STORE_TIMEOUT_S
+                        "ranks", lambda: self.store.check([f"{self._generation}/alarm"]), STORE_TIMEOUT_S
                     )
                 await anyio.sleep(pace(ALARM_PERIOD_S, self.size))
             group.cancel_scope.cancel()
@@ -331,7 +328,7 @@ class Channel:
         return ChannelBrokenError(missing)
 
     def _raise_alarm(self) -> None:
-        self._store.add(f"{self._generation}/alarm", 1)  # unlike a `set`, it is answered
+        self.store.add(f"{self._generation}/alarm", 1)  # unlike a `set`, it is answered
 
     def _missing_host(self) -> tuple[int, ...]:
         """Who is missing when the store is: the process that holds it, which is the first rank's."""
@@ -365,9 +362,6 @@ def _make_devices(store: Any) -> list[Any]:
     return [ProcessGroupGloo.create_default_device(lazy_init=False)]  # by the host's name
 
 
-_dropping: WeakSet[threading.Thread] = WeakSet()
-
-
 def drop(groups: list[Any]) -> None:
     """Drop the groups in this list, to which nothing else may refer, in a thread, and empty the list.
 
@@ -376,18 +370,9 @@ def drop(groups: list[Any]) -> None:
     if not any(groups):
         return
     try:
-        _dropping.add(start_thread("ranks", groups.clear))
+        finish_at_exit(start_thread("ranks", groups.clear))
     except RuntimeError:  # no memory for a thread
         groups.clear()
-
-
-def _finish_dropping() -> None:
-    """Wait for that, as the interpreter ends: gloo's threads must not outlive it."""
-    for thread in list(_dropping):
-        thread.join(DROP_LIMIT_S)
-
-
-at_exit(_finish_dropping)
 
 
 def keep_until_done(work: Any, *used: object) -> None:

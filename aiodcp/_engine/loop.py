@@ -15,7 +15,6 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from contextvars import Context
 from typing import TypeVar, TypeVarTuple
 
@@ -169,13 +168,3 @@ class Engine:
 def _let_end(loop: _LoopThread, threads: Threads) -> None:
     loop.stop_soon()
     threads.close(wait=False)
-
-
-def at_exit(function: Callable[[], None]) -> None:
-    """Have `function` called when the interpreter ends, while all threads still run: `atexit` comes too late.
-
-    Functions are called in the opposite order, so this one before `concurrent.futures` refuses all work, as the
-    application's own storage may need it. Source: Lib/threading.py, `_shutdown`.
-    """
-    with suppress(RuntimeError):  # it is ending already: what is opened now is not waited for
-        threading._register_atexit(function)  # type: ignore[attr-defined]

@@ -21,6 +21,8 @@ Ts = TypeVarTuple("Ts")
 
 NAME = "aiodcp"
 
+SHORT_NBYTES = 128 << 10  # that are checksummed, or copied, in a tenth of a millisecond or two
+
 _limiting = threading.Lock()
 
 

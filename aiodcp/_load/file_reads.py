@@ -21,11 +21,12 @@ from .._distributed.relay import Relay
 from .._engine.device_copies import DeviceCopies
 from .._engine.host_memory import memory_of
 from .._engine.task_groups import single_error
-from .._engine.threads import Threads, in_thread
+from .._engine.threads import SHORT_NBYTES, Threads, in_thread, in_thread_if_long
 from .._foreign.index import stamp_of
 from .._format.archive_reader import StoredTensor, find_tensor
 from .._format.extension import INLINE, ForeignLayout, Stamp
 from .._format.item_tables import ItemCrcs, ItemTables
+from .._state.capture import SHORT
 from .._telemetry.progress_bar import Bar
 from ..errors import CorruptError, LoadError, ReadError
 from ..storage.base import Reader, Storage, object_limits
@@ -207,7 +208,8 @@ class FileReads:
             async with limit:
                 memory = memoryview(bytearray(span.stop - span.start))
                 await self._readers[span.file].read_into(span.start, [memory])
-                await in_thread(self._threads.compute, decode, span, memory)
+                is_short = memory.nbytes <= SHORT_NBYTES and len(span.items) <= SHORT
+                await in_thread_if_long(is_short, self._threads.compute, decode, span, memory)
 
         with single_error():
             async with anyio.create_task_group() as group:
@@ -271,9 +273,9 @@ class FileReads:
         """
         ways = list(self._routes(plan, stored, shared))
         small_spans = list(plan.small.spans(self._gap_nbytes)) if plan.small is not None else []
-        bar.total(sum(each.nbytes for each in ways) + sum(each.stop - each.start for each in small_spans))
         decoder = self._decoder
-        scratch = Scratch(self._threads, pin_for=device_copies.first_device)
+        bar.total(total := sum(each.nbytes for each in ways) + sum(each.stop - each.start for each in small_spans))
+        scratch = Scratch(self._threads, min(total, SPAN_NBYTES), pin_for=device_copies.first_device)
         limit = anyio.Semaphore(self._at_once)
 
         async def read_direct(group: Sequence[TensorRead]) -> None:
@@ -290,7 +292,7 @@ class FileReads:
         async def read_small(span: SmallSpan) -> None:
             async with limit, scratch.take(span.stop - span.start) as arena:
                 await self._readers[span.file].read_into(span.start, [arena.memory[: span.stop - span.start]])
-                await in_thread(self._threads.compute, span.fill, arena, decoder, device_copies)
+                await span.fill_by(self._threads, arena, decoder, device_copies)
                 bar.advance(span.stop - span.start)
 
         async def read_window(each: LargeRead, number: int, fetch: Fetch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from itertools import compress
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner
@@ -15,7 +15,7 @@ from .._engine.device_copies import CopyStreams, DeviceCopies
 from .._engine.gc_pause import gc_paused
 from .._engine.gil_fairness import AT_ONCE
 from .._format.dcp import Metadata, TensorStorageMetadata
-from .._state.capture import SAMPLED
+from .._state.capture import SAMPLED, SHORT
 from .._state.flatten import Leaves, Walk
 from .._state.freeze import refuse_nested
 from .._state.optimizers import find_optimizer, is_optimizer_state, keys_of, parameters_of
@@ -33,13 +33,22 @@ _IS_META = attrgetter("is_meta")
 _PLAIN_LEAVES = (torch.Tensor, int, float, str, bytes, type(None))
 
 
+class Taken(NamedTuple):
+    """What is to be filled, taken from the caller's state dict.
+
+    Attributes:
+        find: looks at it, once, from any thread; it raises what `take_targets` does.
+        is_short: whether that takes no longer than to ask a thread to.
+    """
+
+    find: Callable[[], LoadTargets]
+    is_short: bool
+
+
 def take_targets(
     state_dict: MutableMapping[str, Any], rank: int, planner: LoadPlanner | None, streams: CopyStreams
-) -> Callable[[], LoadTargets]:
+) -> Taken:
     """Take what is to be filled of `state_dict`. In the caller's thread.
-
-    Returns:
-        What looks at it, once, from any thread; it raises the same.
 
     Raises:
         ArgumentError: it takes no values, or has an object inside that is only looked for at the top level.
@@ -74,7 +83,7 @@ def take_targets(
         filled.add_devices(begun)
         return _find_targets(states, owners, leaves, begun, new_tensors, planner)
 
-    return find
+    return Taken(find, len(walk.values) <= SHORT)
 
 
 def _refuse_objects(leaves: Leaves) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from .._distributed.operation import Operation
 from .._distributed.votes import Row, any_rank
 from .._engine.gc_pause import gc_paused
-from .._engine.threads import Threads, in_thread
+from .._engine.threads import Threads, in_thread, in_thread_if_long
 from .._foreign.find import complete, find_metadata, folder_of, read_found
 from .._format.checksum import Checksum
 from .._format.dcp import Metadata
@@ -60,6 +60,8 @@ from .targets import LoadTargets
 
 log = SafeLogger(__name__)
 
+
+SHORT_METADATA_NBYTES = 16 << 10  # that are read in less than a millisecond
 
 REPORTED = 5  # names in one line of the log
 
@@ -138,7 +140,7 @@ class Loader:
                 loaded = await flow.run(stack, targets.fresh(), metadata)
             if loaded is not None:
                 for each in (targets, loaded.targets):
-                    await in_thread(self._threads.compute, each.keep_only_new)
+                    await in_thread_if_long(targets.is_short, self._threads.compute, each.keep_only_new)
                 return loaded
             data, (is_absent, *_) = await operation.run_phase(  # a save has replaced the checkpoint
                 "read metadata",
@@ -241,7 +243,8 @@ class _LoadFlow:
                     await fill_tensors(
                         self._reads, plan, copies, self._threads, self._bar, stored=stored, shared=shared
                     )
-                await in_thread(self._threads.compute, self._finish, plan, targets)
+                is_short = targets.is_short and targets.planner is None and not targets.device_copies
+                await in_thread_if_long(is_short, self._threads.compute, self._finish, plan, targets)
 
         await operation.run_phase("read values", read_values)  # all of them before the first tensor
         if self._options.is_dry:
@@ -323,18 +326,20 @@ class _LoadFlow:
         self, stack: AsyncExitStack, targets: LoadTargets, data: bytes, planned: list[_Planned]
     ) -> None:
         # The metadata is gone again when the block ends: the collector never sees it.
+        compute = partial(in_thread_if_long, self._is_short(targets, data), self._threads.compute)
         with gc_paused(len(targets.fqns)):
             metadata = await self._read_metadata(data)
-            stored, kept, needed = await in_thread(self._threads.compute, self._compare, targets, metadata)
+            stored, kept, needed = await compute(self._compare, targets, metadata)
             values: dict[str, Any] = {}
             if needed:
                 values = await self._read_options(stack, metadata, stored, needed)
-            planned.append(await in_thread(self._threads.compute, self._find, metadata, stored, targets, kept, values))
+            planned.append(await compute(self._find, metadata, stored, targets, kept, values))
             del metadata, stored
 
     async def _read_metadata(self, data: bytes) -> Metadata:
         path = self._storage.describe(self._checkpoint_id, METADATA_NAME)
-        metadata, seal = await in_thread(self._threads.compute, read_found, data, path)
+        is_short = len(data) <= SHORT_METADATA_NBYTES
+        metadata, seal = await in_thread_if_long(is_short, self._threads.compute, read_found, data, path)
         await complete(self._storage, self._checkpoint_id, metadata, self._operation.rank)
         try:
             tables = ItemTables(metadata, seal.tables if self._options.check_crc else ())
@@ -344,6 +349,12 @@ class _LoadFlow:
         layout = foreign_layout(metadata)
         self._reads = FileReads(self._storage, self._threads, self._folder, tables, self._decoder, layout)
         return metadata
+
+    def _is_short(self, targets: LoadTargets, data: bytes) -> bool:
+        """Whether to plan takes no longer than to ask a thread, and calls nothing of the caller's."""
+        options = self._options
+        is_plain = options.rename is None and options.include is None and options.exclude is None
+        return is_plain and targets.is_short and len(data) <= SHORT_METADATA_NBYTES
 
     def _compare(self, targets: LoadTargets, metadata: Metadata) -> tuple[StoredNames, Kept, list[str]]:
         with self._planning():

@@ -9,15 +9,16 @@ from operator import attrgetter
 import torch
 
 from .._engine.host_memory import Arena
-from .._engine.threads import Threads, in_thread
-from .coalesce import SPAN_NBYTES
+from .._engine.threads import SHORT_NBYTES, Threads, in_thread_if_long
 
 
 class Scratch:
     """Memory for spans, used again and again within one load: memory that was touched before is quicker."""
 
-    def __init__(self, threads: Threads, *, pin_for: torch.device | None) -> None:
+    def __init__(self, threads: Threads, nbytes: int, *, pin_for: torch.device | None) -> None:
+        """Begin without memory; it is taken `nbytes` at a time, or more if that is asked for."""
         self._threads = threads
+        self._nbytes = nbytes
         self._pin_for = pin_for
         self._free: list[Arena] = []
 
@@ -29,7 +30,8 @@ class Scratch:
             self._free.remove(arena)
         else:
             self._free.clear()  # too small: not kept beside the larger one
-            arena = await in_thread(self._threads.compute, self._make, max(nbytes, SPAN_NBYTES))
+            nbytes = max(nbytes, self._nbytes)
+            arena = await in_thread_if_long(nbytes <= SHORT_NBYTES, self._threads.compute, self._make, nbytes)
         yield arena
         self._free.append(arena)  # but not after a failure: a device may be using it
 

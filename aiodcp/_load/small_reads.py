@@ -21,6 +21,7 @@ from .._engine.device_copies import DeviceCopies
 from .._engine.device_gather import GatherBuffer, TakenPart
 from .._engine.gil_fairness import AT_ONCE
 from .._engine.host_memory import Arena
+from .._engine.threads import Threads, in_thread_if_long
 from .._format.alignment import ALIGNMENT
 from .._format.archive_writer import Frame, frame_tensor
 from .._format.arrays import Array
@@ -29,6 +30,7 @@ from .._format.dcp import Metadata
 from .._format.extension import opaque_names
 from .._format.indexed_metadata import IndexedMetadata, IndexedTensor
 from .._format.item_tables import ItemCrcs
+from .._state.capture import SHORT
 from .._state.plain_tensors import PLAIN_TENSORS, QUANTIZED
 from ..errors import LoadError
 from .coalesce import DIRECT_NBYTES, GAP_NBYTES, SPAN_NBYTES, gap_within
@@ -291,6 +293,11 @@ class SmallSpan:
     start: int
     stop: int
     numbers: Array
+
+    async def fill_by(self, threads: Threads, arena: Arena, decoder: ItemDecoder, device_copies: DeviceCopies) -> None:
+        """Do what `fill` does: in a thread, unless that takes no longer than to ask one to."""
+        is_short = len(self.numbers) <= SHORT and not device_copies
+        await in_thread_if_long(is_short, threads.compute, self.fill, arena, decoder, device_copies)
 
     def fill(self, arena: Arena, decoder: ItemDecoder, device_copies: DeviceCopies) -> None:
         """Check the items, which have been read into `arena`, and copy them to their places.

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from .._engine.device_copies import DeviceCopies
 from .._engine.gil_fairness import let_go
 from .._format.dcp import KeyPath
+from .._state.capture import SHORT
 from .._state.per_rank import PerRank, per_rank_key
 from .._state.stateful import is_stateful, short_names
 from .._state.structure import find, like, rebuild
@@ -108,6 +109,11 @@ class LoadTargets:
     report: LoadReport = field(default_factory=LoadReport)
     planner: LoadPlanner | None = None
     _made: dict[KeyPath, Any] = field(default_factory=dict)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether to work on them takes no longer than to ask a thread to."""
+        return len(self.fqns) <= SHORT
 
     def fresh(self) -> LoadTargets:
         """Return the same wishes, to be planned anew."""

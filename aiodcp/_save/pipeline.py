@@ -21,7 +21,7 @@ from anyio import Event
 from .._engine.broadcast import Signal
 from .._engine.gil_fairness import AT_ONCE as TENSORS_AT_ONCE
 from .._engine.task_groups import single_error
-from .._engine.threads import Threads, in_thread, in_thread_if_long
+from .._engine.threads import SHORT_NBYTES, Threads, in_thread, in_thread_if_long
 from .._format.checksum import Checksum
 from ..errors import CaptureError, CheckpointError, StageError, WriteError
 from ..storage.base import Writer
@@ -39,8 +39,6 @@ from .staging import Staging, staging_nbytes
 from .tail import Tail
 
 TAIL_SLACK = 64 << 10  # bytes kept free for frozen values to grow in, before the arena must be made anew
-
-SHORT_NBYTES = 128 << 10  # that are checksummed in a tenth of a millisecond or two
 
 # The part of the file whose writing may begin while the rest is still staged. Writing takes memory bandwidth and
 # cores from the copy that the caller waits for, and without a head start the disk has nothing to do meanwhile.

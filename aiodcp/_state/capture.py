@@ -34,7 +34,7 @@ from .stateful import call_stateful
 # ask another thread takes one. A sharded tensor counts as several.
 SMALL = 4000
 
-SHORT = 64  # values, up to which all that a plan takes is done in about a millisecond
+SHORT = 64  # values: what is computed of so many takes about a millisecond
 
 SHARDED = 6
 

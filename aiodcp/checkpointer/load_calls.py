@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from .._distributed.votes import OperationKind
 from .._engine.device_copies import CopyStreams
-from .._engine.threads import in_thread
-from .._load.find_targets import take_targets
+from .._engine.threads import in_thread_if_long
+from .._load.find_targets import Taken, take_targets
 from .._load.loader import Loader
 from .._load.options import Loaded, LoadOptions
 from .._load.read_custom_metadata import read_custom_metadata
@@ -61,7 +61,7 @@ class LoadCalls:
         flows = self._flows
         flows.check_open()
 
-        def take_here() -> tuple[str, Callable[[], LoadTargets]]:
+        def take_here() -> tuple[str, Taken]:
             path = self._storage.resolve(check_id(checkpoint_id))
             return path, take_targets(state_dict, flows.rank, planner, self._streams)
 
@@ -70,8 +70,8 @@ class LoadCalls:
             taken = captured_here(take_here, is_alone=flows.channel is None)
 
             async def take() -> tuple[str, LoadTargets]:
-                path, find = await taken()
-                return path, await in_thread(flows.engine.threads.compute, find)
+                path, (find, is_short) = await taken()
+                return path, await in_thread_if_long(is_short, flows.engine.threads.compute, find)
 
             loaded = await self._load(take, checkpoint_id, options, bar)
             if not options.is_dry:

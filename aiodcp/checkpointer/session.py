@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 from .._distributed.stop_agreement import StopAgreement
 from .._engine.device_copies import CopyStreams
-from .._engine.loop import at_exit
+from .._engine.interpreter_exit import at_exit
 from .._log import SafeLogger
 from .._save.commit import is_live
 from ..errors import ClosedError

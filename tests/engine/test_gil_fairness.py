@@ -4,13 +4,15 @@ import asyncio
 import sys
 import threading
 import time
+from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 
 from aiodcp import Checkpointer, MemoryStorage
 from aiodcp._engine import gil_fairness
-from aiodcp._engine.gil_fairness import short_switch_interval
+from aiodcp._engine.gil_fairness import LongList, short_switch_interval
 
 
 def step(rounds: int) -> int:
@@ -99,3 +101,26 @@ async def test_many_who_wait_on_one_loop_have_one_pause(monkeypatch: pytest.Monk
         await asyncio.sleep(gil_fairness.PAUSE_PERIOD_S)
     assert 1 <= len(pauses) <= 11
     Awaited.over = True
+
+
+def test_a_long_list_is_freed_in_pieces() -> None:
+    class Item:
+        pass
+
+    made = [Item() for _ in range(2500)]
+    gone = [ref(item) for item in made]
+    lengths: list[int] = []
+
+    class Watched(LongList[Item]):
+        __slots__ = ()
+
+        def __delitem__(self, where: Any) -> None:
+            lengths.append(len(self))
+            super().__delitem__(where)
+
+    held = Watched(made)
+    made.clear()
+    assert all(each() is not None for each in gone)
+    del held
+    assert all(each() is None for each in gone)
+    assert lengths == [2500, 1500, 500]

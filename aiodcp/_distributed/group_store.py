@@ -1,0 +1,107 @@
+"""The store of a process group, used beside the training: no call of ours waits in it for other ranks.
+
+A connection to a store answers one call after the other, and who waits in it for a key keeps all other users of it
+waiting. So keys are looked for again and again instead, also on behalf of gloo. To make another connection is left
+until there is need to: torch asks the name server for the other end's name each time, and that takes 5 s where it does
+not answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from .._engine.interpreter_exit import finish_at_exit
+from .._engine.threads import start_thread
+from .._log import SafeLogger
+
+log = SafeLogger(__name__)
+
+LOOKS_A_SECOND = 10_000  # of all ranks: a store answers some tens of thousands
+
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.0005, 0.02
+
+
+class GroupStore(Store):
+    """A store as torch's groups take it, on a connection that others use, too, until there is one of its own."""
+
+    def __init__(self, shared: Any, size: int) -> None:
+        """Begin on the connection of a process group's store, which torch does not type; `size` ranks do so."""
+        super().__init__()
+        self._shared = shared
+        self._size = size
+        self._own: Any = None
+        self._lock = threading.Lock()
+        self._connecting: threading.Thread | None = None
+
+    @property
+    def underlying_store(self) -> Any:
+        """The process group's."""
+        return self._shared
+
+    def under(self, prefix: str) -> PrefixStore:
+        """Return it under a prefix."""
+        return _Prefixed(prefix, self)
+
+    def take_own_connection(self) -> None:
+        """Connect, in a thread, unless that is done: from then on no call waits for the training's."""
+        with self._lock:
+            if self._connecting is None:
+                self._connecting = start_thread("ranks", self._connect)
+                finish_at_exit(self._connecting)
+
+    def _connect(self) -> None:
+        try:
+            self._own = self._shared.clone()
+        except RuntimeError as error:
+            log.debug("no connection of its own to the store: %s", error)
+
+    @property
+    def _connection(self) -> Any:
+        return self._own if self._own is not None else self._shared
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._connection.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        value: bytes = self._connection.get(key)
+        return value
+
+    def add(self, key: str, value: int) -> int:
+        count: int = self._connection.add(key, value)
+        return count
+
+    def check(self, keys: list[str]) -> bool:
+        found: bool = self._connection.check(keys)
+        return found
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        value: bytes = self._connection.compare_set(key, expected, desired)
+        return value
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Wait until keys are there.
+
+        Raises:
+            RuntimeError: some are not, after `timeout`; by default after the store's own.
+        """
+        until = time.monotonic() + (timeout if timeout is not None else self._shared.timeout).total_seconds()
+        look_s = _FIRST_LOOK_S
+        while not self.check(keys):
+            if time.monotonic() > until:
+                raise RuntimeError(f"not in the store after {timeout}: {', '.join(keys)}")
+            time.sleep(look_s)
+            look_s = min(2 * look_s, max(_LAST_LOOK_S, self._size / LOOKS_A_SECOND))
+
+
+class _Prefixed(PrefixStore):
+    """Keeps what it is a prefix of: torch keeps only the C++ part of that."""
+
+    def __init__(self, prefix: str, store: GroupStore) -> None:
+        super().__init__(prefix, store)
+        self._store = store

@@ -1,0 +1,124 @@
+"""A process group's store, used beside the training."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._C._distributed_c10d import TCPStore
+
+from aiodcp import Checkpointer
+from aiodcp._distributed.group_store import GroupStore
+
+from ..support.ranks import rank_test
+
+
+class Counting:
+    """A store that counts the connections which are made to it."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.connections = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def clone(self) -> Any:
+        self.connections += 1
+        return self.store.clone()
+
+
+@pytest.fixture
+def shared() -> Counting:
+    limit = timedelta(seconds=10)
+    return Counting(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit))
+
+
+def test_who_waits_keeps_nobody_else_waiting(shared: Counting) -> None:
+    store = GroupStore(shared, 2).under("ours")
+    found: list[bytes] = []
+    waiting = threading.Thread(target=lambda: found.append(store.get("late")))
+    waiting.start()
+    shared.set("theirs", "at once")  # on the connection on which the thread waits
+    assert shared.get("theirs") == b"at once"
+    assert waiting.is_alive()
+    shared.set("ours/late", "here")
+    waiting.join(10)
+    assert found == [b"here"]
+    assert shared.connections == 0
+
+
+def test_what_is_not_there_in_time_is_an_error(shared: Counting) -> None:
+    with pytest.raises(RuntimeError, match="ours/never"):
+        GroupStore(shared, 2).under("ours").wait(["never"], timedelta(milliseconds=20))
+
+
+def test_it_does_what_a_store_does_on_either_connection(shared: Counting) -> None:
+    group = GroupStore(shared, 2)
+    store = group.under("ours")
+    for number in range(2):
+        assert store.add(f"count/{number}", 3) == 3
+        assert not store.check([f"key/{number}"])
+        store.set(f"key/{number}", "value")
+        assert store.check([f"key/{number}"])
+        assert store.get(f"key/{number}") == b"value"
+        assert store.compare_set(f"won/{number}", "", "first") == b"first"
+        assert store.compare_set(f"won/{number}", "", "second") == b"first"
+        group.take_own_connection()
+        for thread in threading.enumerate():
+            if thread.name == "aiodcp-ranks":
+                thread.join(10)
+    group.take_own_connection()
+    assert shared.connections == 1
+    assert group._connection is not shared
+
+
+def test_a_store_that_cannot_be_reached_again_is_used_as_it_is(shared: Counting) -> None:
+    class Alone(Counting):
+        def clone(self) -> Any:
+            raise RuntimeError("Connection refused")
+
+    group = GroupStore(Alone(shared.store), 2)
+    group._connect()
+    group.set("key", "value")
+    assert shared.get("key") == b"value"
+
+
+@rank_test(2)
+async def test_entering_and_saving_make_no_connection_to_the_store(rank: int, size: int, tmp_path: Path) -> None:
+    taken: list[GroupStore] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GroupStore, "take_own_connection", taken.append)
+        async with Checkpointer() as checkpointer:
+            await (await checkpointer.save({"w": torch.ones(3)}, tmp_path)).uploaded
+            await checkpointer.load({"w": torch.zeros(3)}, tmp_path)
+            await asyncio.sleep(0)
+    assert not taken
+
+
+_LEAVES_A_THREAD = """
+import threading, time
+from aiodcp._engine.interpreter_exit import finish_at_exit
+from aiodcp._engine.threads import start_thread
+begun = threading.Event()
+
+def work():
+    begun.set()
+    time.sleep(0.3)
+    print("done", flush=True)
+
+finish_at_exit(start_thread("late", work))
+begun.wait()
+"""
+
+
+def test_the_interpreter_waits_for_what_must_not_outlive_it() -> None:
+    done = subprocess.run([sys.executable, "-c", _LEAVES_A_THREAD], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

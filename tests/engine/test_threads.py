@@ -1,0 +1,52 @@
+"""What is asked of threads, and what is not."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aiodcp import Checkpointer
+from aiodcp._engine.threads import in_thread_if_long
+from aiodcp._engine.worker_threads import WorkerThreads
+
+from ..support.states import assert_equal, blank
+
+ASKED = 16  # a save of a few values, of which 13 are for files, one to plan, two to stage
+
+ASKED_TO_LOAD = 8
+
+
+async def test_what_is_short_is_done_here() -> None:
+    threads = WorkerThreads(1, "test")
+    try:
+        for is_short in (True, False):
+            where = await in_thread_if_long(is_short, threads, threading.current_thread)
+            assert (where is threading.current_thread()) is is_short
+    finally:
+        threads.shutdown()
+
+
+async def test_a_small_save_and_load_ask_threads_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    submit = WorkerThreads.submit
+
+    def count(threads: WorkerThreads, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        asked.append(fn)
+        return submit(threads, fn, *args, **kwargs)
+
+    monkeypatch.setattr(WorkerThreads, "submit", count)
+    state = {f"w{number}": torch.full((16,), float(number)) for number in range(8)} | {"step": 3}
+    target = blank(state)
+    async with Checkpointer() as checkpointer:
+        for number in range(2):
+            asked.clear()
+            await (await checkpointer.save(state, tmp_path / str(number))).uploaded
+            assert 0 < len(asked) <= ASKED
+        asked.clear()
+        await checkpointer.load(target, tmp_path / "0")
+        assert 0 < len(asked) <= ASKED_TO_LOAD
+    assert_equal(state, target)
