@@ -208,7 +208,8 @@ class FileReads:
             async with limit:
                 memory = memoryview(bytearray(span.stop - span.start))
                 await self._readers[span.file].read_into(span.start, [memory])
-                is_short = memory.nbytes <= SHORT_NBYTES and len(span.items) <= SHORT
+                # Not in the engine's loop what may call the caller's own code.
+                is_short = decoder.weights_only and memory.nbytes <= SHORT_NBYTES and len(span.items) <= SHORT
                 await in_thread_if_long(is_short, self._threads.compute, decode, span, memory)
 
         with single_error():

@@ -139,6 +139,9 @@ def test_under_torchrun_the_bench_shows_what_each_rank_stages(tmp_path: Path) ->
         sharded, whole = re.findall(rf"^{system} all .* ([0-9.]+x)$", done.stdout, re.MULTILINE)
         assert float(sharded[:-1]) < 1.1
         assert abs(float(whole[:-1]) - float(replicated[:-1])) < 0.1
+    [ours] = re.findall(r"^aiodcp +(?:[\d.]+ ms +){4}([\d.]+) ms$", done.stdout, re.MULTILINE)
+    [theirs] = re.findall(r"^dcp.save +(?:[\d.]+ ms +){2}([\d.]+) ms$", done.stdout, re.MULTILINE)
+    assert float(ours) > 0 < float(theirs)
     assert not list(tmp_path.iterdir())
 
 

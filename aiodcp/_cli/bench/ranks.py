@@ -1,4 +1,4 @@
-"""The benchmark under torchrun: what a save costs each rank, for sharded and for replicated state.
+"""The benchmark under torchrun: what a save costs each rank, for sharded and for replicated state; and a tiny one.
 
 All ranks save the same state with each system in turn, to a fresh directory each time; medians over the rounds.
 """
@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ...checkpointer.checkpointer import session_of
+from . import one_shot
 from .measure import time_save
 from .systems import Aiodcp, Dcp, Waiter
 from .tables import median_row, ms
@@ -177,12 +178,14 @@ def run(directory: str, *, gib: float, repeat: int, as_json: bool) -> None:
             dist.all_gather_object(gathered, mine)
             nbytes = sum(_whole_nbytes(value) for value in state.values())
             results.append({"state": kind, "nbytes": nbytes, "ranks": gathered})
+        once = one_shot.measure(Path(str(names[0])), repeat)
         if rank == 0:
             if as_json:
-                print(json.dumps({"torch": torch.__version__, "cores": os.cpu_count(), "states": results}, indent=2))
+                found = {"torch": torch.__version__, "cores": os.cpu_count(), "states": results, "once": once}
+                print(json.dumps(found, indent=2))
             else:
                 print(f"torch {torch.__version__}, {size} ranks on {os.cpu_count()} cores, medians of {repeat} rounds")
-                print("\n".join(format_result(result) for result in results))
+                print("\n".join([*(format_result(result) for result in results), one_shot.format_once(once)]))
     finally:
         if folder is not None:
             shutil.rmtree(folder)
