@@ -207,6 +207,8 @@ class Channel:
 
     async def give_up_opening(self) -> None:
         """Record that this channel was never opened, so that no rank waits under its number."""
+        if self._store is None:  # it has none
+            return
         with suppress(RuntimeError):
             await in_own_thread("ranks", lambda: self._store.set("failed", ""), STORE_TIMEOUT_S)
 

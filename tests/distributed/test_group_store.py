@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from aiodcp import Checkpointer
+from aiodcp import Checkpointer, RankError
 from aiodcp._distributed.group_store import GroupStore
 
 from ..support.ranks import rank_test
@@ -101,6 +101,23 @@ async def test_entering_and_saving_make_no_connection_to_the_store(rank: int, si
             await checkpointer.load({"w": torch.zeros(3)}, tmp_path)
             await asyncio.sleep(0)
     assert not taken
+
+
+@rank_test(2)
+async def test_a_store_that_is_gone_at_the_beginning_is_an_error_that_says_so(
+    rank: int, size: int, tmp_path: Path
+) -> None:
+    def refuse(store: GroupStore, key: str, value: int) -> int:
+        raise RuntimeError("Connection reset by peer")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GroupStore, "add", refuse)
+        with pytest.raises(RankError) as caught:
+            async with Checkpointer():
+                pass
+    assert caught.value.missing == ((0,) if rank else ())  # whose process holds the store
+    async with Checkpointer() as checkpointer:
+        await (await checkpointer.save({"w": torch.ones(3)}, tmp_path)).uploaded
 
 
 _LEAVES_A_THREAD = """
