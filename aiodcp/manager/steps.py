@@ -182,7 +182,8 @@ async def remove_step(storage: Storage, checkpoint_id: str, seen: set[str]) -> N
         if seen.issuperset(names):
             await storage.remove_tree(checkpoint_id)
             return
-        await remove_all(storage, checkpoint_id, sorted(seen.intersection(names)))
+        # Metadata that is there by now is what another process has committed meanwhile.
+        await remove_all(storage, checkpoint_id, sorted(seen.intersection(names) - {METADATA_NAME}))
 
 
 async def _own_names(storage: Storage, checkpoint_id: str) -> set[str]:

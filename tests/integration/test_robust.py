@@ -44,6 +44,7 @@ from aiodcp._distributed import channel
 from aiodcp._format import metadata_pickle, plain_data
 from aiodcp._format.metadata_reader import read_metadata
 from aiodcp._format.seal import FOOT_NBYTES
+from aiodcp.manager.steps import remove_step
 from aiodcp.storage import Writer, file_access, file_io, local
 from aiodcp.testing import FaultyStorage, Gate
 
@@ -643,6 +644,28 @@ async def test_a_step_that_another_manager_saves_anew_outlives_its_removal(fault
             await again
     async with Checkpointer(storage=faulty) as checkpointer:
         await checkpointer.load(blank(make_state()), "root/step-1")
+
+
+async def test_a_step_that_is_saved_anew_between_two_looks_at_it_outlives_its_removal() -> None:
+    class Late(MemoryStorage):
+        """Another process commits just after the metadata has been removed."""
+
+        async def list_files(self, checkpoint_id: str) -> list[str]:
+            if other and ".metadata" not in self.files[checkpoint_id]:
+                self.files[checkpoint_id] |= other
+            return await super().list_files(checkpoint_id)
+
+    other: dict[str, bytes] = {}
+    storage = Late()
+    async with Checkpointer(storage=storage) as checkpointer:
+        await (await checkpointer.save(STATE, "other"))
+        state = make_state()
+        await (await checkpointer.save(state, "root/step-1"))
+        other = storage.files["other"]
+        storage.files["root/step-1"] |= {name: data for name, data in other.items() if name != ".metadata"}
+        await remove_step(storage, "root/step-1", set())
+        assert storage.files["root/step-1"] == other
+        await checkpointer.load(blank(STATE), "root/step-1")
 
 
 def test_no_handler_is_left_on_the_log() -> None:
