@@ -661,10 +661,11 @@ async def test_a_step_that_is_saved_anew_between_two_looks_at_it_outlives_its_re
         await (await checkpointer.save(STATE, "other"))
         state = make_state()
         await (await checkpointer.save(state, "root/step-1"))
-        other = storage.files["other"]
-        storage.files["root/step-1"] |= {name: data for name, data in other.items() if name != ".metadata"}
-        await remove_step(storage, "root/step-1", set())
-        assert storage.files["root/step-1"] == other
+    other = storage.files["other"]
+    storage.files["root/step-1"] |= {name: data for name, data in other.items() if name != ".metadata"}
+    await remove_step(storage, "root/step-1", set())
+    assert storage.files["root/step-1"] == other
+    async with Checkpointer(storage=storage) as checkpointer:
         await checkpointer.load(blank(STATE), "root/step-1")
 
 
