@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -49,7 +50,7 @@ class GroupStore(Store):
 
     def take_own_connection(self) -> None:
         """Connect, in a thread, unless that is done: from then on no call waits for the training's."""
-        with self._lock:
+        with self._lock, suppress(RuntimeError):  # no memory for a thread: the next call tries again
             if self._connecting is None:
                 self._connecting = start_thread("ranks", self._connect)
                 finish_at_exit(self._connecting)
@@ -90,11 +91,12 @@ class GroupStore(Store):
         Raises:
             RuntimeError: some are not, after `timeout`; by default after the store's own.
         """
-        until = time.monotonic() + (timeout if timeout is not None else self._shared.timeout).total_seconds()
+        limit_s = (timeout if timeout is not None else self._shared.timeout).total_seconds()
+        until = time.monotonic() + limit_s
         look_s = _FIRST_LOOK_S
         while not self.check(keys):
             if time.monotonic() > until:
-                raise RuntimeError(f"not in the store after {timeout}: {', '.join(keys)}")
+                raise RuntimeError(f"not in the store after {limit_s} s: {', '.join(keys)}")
             time.sleep(look_s)
             look_s = min(2 * look_s, max(_LAST_LOOK_S, self._size / LOOKS_A_SECOND))
 

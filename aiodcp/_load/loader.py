@@ -243,7 +243,8 @@ class _LoadFlow:
                     await fill_tensors(
                         self._reads, plan, copies, self._threads, self._bar, stored=stored, shared=shared
                     )
-                is_short = targets.is_short and targets.planner is None and not targets.device_copies
+                moves_bytes = plan.opaque or plan.fills or targets.device_copies  # in any number
+                is_short = targets.is_short and targets.planner is None and not moves_bytes
                 await in_thread_if_long(is_short, self._threads.compute, self._finish, plan, targets)
 
         await operation.run_phase("read values", read_values)  # all of them before the first tensor

@@ -30,7 +30,7 @@ class Scratch:
             self._free.remove(arena)
         else:
             self._free.clear()  # too small: not kept beside the larger one
-            nbytes = max(nbytes, self._nbytes, 1)
+            nbytes = max(nbytes, self._nbytes, 1)  # nothing cannot be mapped
             arena = await in_thread_if_long(nbytes <= SHORT_NBYTES, self._threads.compute, self._make, nbytes)
         yield arena
         self._free.append(arena)  # but not after a failure: a device may be using it

@@ -21,7 +21,7 @@ from .._engine.device_copies import DeviceCopies
 from .._engine.device_gather import GatherBuffer, TakenPart
 from .._engine.gil_fairness import AT_ONCE
 from .._engine.host_memory import Arena
-from .._engine.threads import Threads, in_thread_if_long
+from .._engine.threads import SHORT_NBYTES, Threads, in_thread_if_long
 from .._format.alignment import ALIGNMENT
 from .._format.archive_writer import Frame, frame_tensor
 from .._format.arrays import Array
@@ -296,7 +296,7 @@ class SmallSpan:
 
     async def fill_by(self, threads: Threads, arena: Arena, decoder: ItemDecoder, device_copies: DeviceCopies) -> None:
         """Do what `fill` does: in a thread, unless that takes no longer than to ask one to."""
-        is_short = len(self.numbers) <= SHORT and not device_copies
+        is_short = len(self.numbers) <= SHORT and self.stop - self.start <= SHORT_NBYTES and not device_copies
         await in_thread_if_long(is_short, threads.compute, self.fill, arena, decoder, device_copies)
 
     def fill(self, arena: Arena, decoder: ItemDecoder, device_copies: DeviceCopies) -> None:

@@ -170,6 +170,7 @@ def _places_of(
             counts.append(len(each.offsets))
             fields += [(first, row + chunk) for chunk, (first, _) in each.fields.items()]
         row += counts[-1]
+    assert row == columns.shape[1], "the lines are in the order of the chunks"
     files, starts, nbytes = columns
     named = [(part, rank, piece if piece < more else -1) for part, rank, more in writers for piece in range(more + 1)]
     return ChunkPlaces(

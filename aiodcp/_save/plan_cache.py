@@ -90,14 +90,21 @@ class PlanCache:
         captured: Capture,
         planner: SavePlanner | None = None,
         *,
+        kept: CachedPlan | None,
         piece_nbytes: int | None = None,
     ) -> Callable[[], Awaitable[CachedPlan]]:
-        """Plan anew, all ranks together; `piece_nbytes` as for `plan_local`.
+        """Plan anew, all ranks together, unless they have agreed on a `kept` plan; `piece_nbytes` as for `plan_local`.
 
         Returns:
             What finishes this rank's part, and keeps the plan: for the next phase to begin with, so that all hear of
             it if that fails. Who has not kept it will not propose it.
         """
+        if kept is not None:
+
+            async def keep() -> CachedPlan:
+                return kept
+
+            return keep
         is_alone = operation.size == 1
         is_short = captured.is_short and planner is None and operation.size <= FEW_RANKS
         own, messages = await self._gather(operation, captured, piece_nbytes, as_tables=planner is None)
@@ -127,11 +134,11 @@ class PlanCache:
 
         async def finish() -> CachedPlan:
             if planner is None:
-                kept, shared = _unpack_part(mine)
+                written, shared = _unpack_part(mine)
             else:
-                kept, shared, accepted = pickle.loads(mine)
+                written, shared, accepted = pickle.loads(mine)
                 _finish_planner(planner, accepted)
-            complete = partial(finish_plan, captured, own.local, kept, shared, share)
+            complete = partial(finish_plan, captured, own.local, written, shared, share)
             plan = await in_thread_if_long(captured.is_short, self._threads.compute, complete)
             plan.comparison.exclude(self._disagreed)
             cached = CachedPlan(
@@ -228,6 +235,7 @@ class PlanCache:
     def forget(self) -> None:
         """Forget all plans: the other ranks may not have kept the same."""
         self._kept.clear()
+        self._joined = None
 
     def keep_only(self, names: set[str | None]) -> None:
         """Forget the plans of all other states."""

@@ -107,12 +107,10 @@ class Saver:
         (captured, kept), (number, *_) = await operation.run_phase(
             "capture", begin, propose=lambda begun: PlanProposal(plans=[*begun[1]]).to_row(), agree=agree_on_plan
         )
-        known = kept.get(number)
-        finish = await self._plans.make(operation, None, captured, piece_nbytes=piece_nbytes) if known is None else None
+        finish = await self._plans.make(operation, None, captured, kept=kept.get(number), piece_nbytes=piece_nbytes)
 
         async def take_memory() -> None:
-            cached = await finish() if finish is not None else known
-            assert cached is not None
+            cached = await finish()
             tail, _ = lay_tail(cached, captured)
             device = next((each for each in captured.devices if each.type not in HOST), None)
             await self._pipelines[None].take_memory(cached.plan, tail.nbytes, pin_for=device)
@@ -370,16 +368,14 @@ class Saver:
         pipeline = self._pipeline_of(name)
         compares = operation.size > 1 and self._on_disagreement != "ignore"
         seed = int(files.save_id[:8], 16)
-        finish: Callable[[], Awaitable[CachedPlan]] | None = None
-        if kept is None:
-            finish = await self._plans.make(
-                operation, name, job.captured, job.planner, piece_nbytes=self._piece_nbytes(job.checkpoint_id)
-            )
+        piece_nbytes = self._piece_nbytes(job.checkpoint_id)
+        finish = await self._plans.make(
+            operation, name, job.captured, job.planner, kept=kept, piece_nbytes=piece_nbytes
+        )
 
         async def write() -> WrittenHere:
             nonlocal voting
-            cached = await finish() if finish is not None else kept
-            assert cached is not None
+            cached = await finish()
             captured = job.timeline.between("capture")
             assert captured is not None
             job.timeline.add("plan", captured[1])

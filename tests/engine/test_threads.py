@@ -12,6 +12,8 @@ import torch
 from aiodcp import Checkpointer
 from aiodcp._engine.threads import in_thread_if_long
 from aiodcp._engine.worker_threads import WorkerThreads
+from aiodcp._load import loader
+from aiodcp._load.small_reads import SmallSpan
 
 from ..support.states import assert_equal, blank
 
@@ -50,3 +52,31 @@ async def test_a_small_save_and_load_ask_threads_a_few_times(tmp_path: Path, mon
         await checkpointer.load(target, tmp_path / "0")
         assert 0 < len(asked) <= ASKED_TO_LOAD
     assert_equal(state, target)
+
+
+async def test_what_takes_bytes_in_any_number_is_not_done_in_the_engines_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: dict[str, set[str]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            where.setdefault(name, set()).add(threading.current_thread().name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    watch(SmallSpan, "fill")
+    watch(loader, "fill_whole")
+    few = {"w": torch.ones(16)}
+    many = {f"w{number}": torch.ones(50_000) for number in range(8)} | {"sparse": torch.eye(3).to_sparse()}
+    async with Checkpointer() as checkpointer:
+        for state, is_engine in ((few, True), (many, False)):
+            where.clear()
+            path = tmp_path / str(is_engine)
+            await (await checkpointer.save(state, path)).uploaded
+            await checkpointer.load({name: torch.zeros_like(value) for name, value in state.items()}, path)
+            assert where.keys() == {"fill", "fill_whole"}
+            assert all((names == {"aiodcp-engine"}) is is_engine for names in where.values())

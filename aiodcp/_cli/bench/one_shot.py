@@ -74,14 +74,14 @@ SYSTEMS: Mapping[str, Callable[[State, State, Path], OneShot]] = {"aiodcp": _aio
 def measure(folder: Path, repeat: int) -> dict[str, dict[str, float]]:
     """Return the medians of some rounds, by system; the first round, which does not count, imports."""
     state = {f"w{number}": torch.full((16,), float(number)) for number in range(8)}
-    found: dict[str, list[OneShot]] = {name: [] for name in SYSTEMS}
+    found: dict[str, list[OneShot]] = {system: [] for system in SYSTEMS}
     for number in range(repeat + 1):
-        for name, run in SYSTEMS.items():
+        for system, run in SYSTEMS.items():
             target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-            found[name].append(run(state, target, folder / f"{name}-once-{number}"))
+            found[system].append(run(state, target, folder / f"{system}-once-{number}"))
             if any(not torch.equal(tensor, target[name]) for name, tensor in state.items()):
                 raise AssertionError("what was loaded is not what was saved")
-    return {name: asdict(median_row(rows[1:])) for name, rows in found.items()}
+    return {system: asdict(median_row(rows[1:])) for system, rows in found.items()}
 
 
 def format_once(found: Mapping[str, Mapping[str, float]]) -> str:
