@@ -34,7 +34,7 @@ from .._engine.threads import in_own_thread, start_thread
 from .._log import SafeLogger
 from ..errors import ClosedError
 from .address import own_address_towards
-from .group_store import GroupStore
+from .group_store import GroupStore, Rendezvous
 from .place import Place
 from .store_pace import pace
 
@@ -198,12 +198,13 @@ class Channel:
         return await in_own_thread("ranks", make, self.silence_s + STORE_TIMEOUT_S)
 
     def _make_group_of(self, members: Sequence[int], name: str, limit_s: float) -> Any:
-        prefix = PrefixStore(f"{self._generation}/{name}", self._store)
+        rank, size = members.index(self.rank), len(members)
+        rendezvous = Rendezvous(PrefixStore(f"{self._generation}/{name}", self._store), rank, size)
         gloo: Any = ProcessGroupGloo  # whose options torch does not type
         options = gloo._Options()
         options._devices = _make_devices(self._group_store.underlying_store)
         options._timeout = timedelta(seconds=limit_s)
-        return gloo(prefix, members.index(self.rank), len(members), options)
+        return gloo(rendezvous, rank, size, options)
 
     async def give_up_opening(self) -> None:
         """Record that this channel was never opened, so that no rank waits under its number."""

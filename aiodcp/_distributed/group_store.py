@@ -85,6 +85,11 @@ class GroupStore(Store):
         value: bytes = self._connection.compare_set(key, expected, desired)
         return value
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Return what is under keys that are there: for others it would wait in the store."""
+        values: list[bytes] = self._connection.multi_get(keys)
+        return values
+
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Wait until keys are there.
 
@@ -99,6 +104,42 @@ class GroupStore(Store):
                 raise RuntimeError(f"not in the store after {limit_s} s: {', '.join(keys)}")
             time.sleep(look_s)
             look_s = min(2 * look_s, max(_LAST_LOOK_S, self._size / LOOKS_A_SECOND))
+
+
+class Rendezvous(Store):
+    """Where the ranks of a gloo group leave their addresses, each under its number: all are fetched together.
+
+    gloo asks for one after the other, and each time looks, waits and gets: four round trips a rank.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        """Begin for one of `size` ranks; `store` is a `PrefixStore`, of which torch types the constructor only."""
+        super().__init__()
+        self._store = store
+        self._rank = rank
+        self._size = size
+        self._keys: list[str] = []  # of all ranks, once this one has set its own
+        self._found: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._store.set(key, value)
+        stem, slash, number = key.rpartition("/")
+        if number == str(self._rank):
+            self._keys = [f"{stem}{slash}{rank}" for rank in range(self._size)]
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        value: bytes = self._found[key] if key in self._found else self._store.get(key)
+        return value
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """As `GroupStore.wait`, for all ranks as soon as for one of them."""
+        limit = () if timeout is None else (timeout,)
+        if not {*keys} <= {*self._keys}:
+            self._store.wait(keys, *limit)
+        elif not self._found:
+            self._store.wait(self._keys, *limit)
+            self._found = dict(zip(self._keys, self._store.multi_get(self._keys), strict=True))
 
 
 class _Prefixed(PrefixStore):

@@ -15,7 +15,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from aiodcp import Checkpointer, RankError
-from aiodcp._distributed.group_store import GroupStore
+from aiodcp._distributed.group_store import GroupStore, Rendezvous
 
 from ..support.ranks import rank_test
 
@@ -89,6 +89,55 @@ def test_a_store_that_cannot_be_reached_again_is_used_as_it_is(shared: Counting)
     group._connect()
     group.set("key", "value")
     assert shared.get("key") == b"value"
+
+
+def test_what_all_ranks_leave_is_fetched_together(shared: Counting) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    class Recording(GroupStore):
+        def check(self, keys: list[str]) -> bool:
+            asked.append(tuple(keys))
+            return super().check(keys)
+
+    store = Recording(shared, 3)
+    meeting = Rendezvous(store.under("ours"), 1, 3)
+    shared.set("ours/0/0", "first")
+    shared.set("ours/0/2", "third")
+    meeting.set("0/1", "second")
+    meeting.wait(["0/0"], timedelta(seconds=10))
+    assert [meeting.get(f"0/{rank}") for rank in range(3)] == [b"first", b"second", b"third"]
+    assert asked == [("ours/0/0", "ours/0/1", "ours/0/2")]
+    shared.set("ours/other", "as it is")
+    assert meeting.get("other") == b"as it is"
+
+
+def test_who_does_not_come_to_a_rendezvous_is_named_by_their_keys(shared: Counting) -> None:
+    meeting = Rendezvous(GroupStore(shared, 2).under("ours"), 0, 2)
+    meeting.set("0/0", "here")
+    with pytest.raises(RuntimeError, match="ours/0/1"):
+        meeting.wait(["0/0"], timedelta(milliseconds=20))
+
+
+@rank_test(4)
+async def test_a_rank_that_enters_gets_the_addresses_of_all_others_at_once(
+    rank: int, size: int, tmp_path: Path
+) -> None:
+    fetched: list[int] = []
+    get_all = GroupStore.multi_get
+
+    def count(store: GroupStore, keys: list[str]) -> list[bytes]:
+        fetched.append(len(keys))
+        return get_all(store, keys)
+
+    def refuse(store: GroupStore, key: str) -> bytes:
+        raise AssertionError(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GroupStore, "multi_get", count)
+        patch.setattr(GroupStore, "get", refuse)
+        async with Checkpointer():
+            pass
+    assert fetched == [size]
 
 
 @rank_test(2)
