@@ -399,11 +399,17 @@ class Operation:
         name = sha256(json.dumps(list(members)).encode()).hexdigest()
         return Relay(self._channel, members, f"relay/{self._number}/{self._step}/{name}")
 
-    async def broadcast(self, data: bytes) -> bytes:
-        """Give every rank the coordinator's bytes."""
+    async def broadcast(self, data: bytes, length: int | None = None) -> bytes:
+        """Give every rank the coordinator's bytes.
+
+        Args:
+            data: of the coordinator; not looked at elsewhere.
+            length: how many they are, if the ranks have agreed on that; it saves a round.
+        """
         channel = self._channel
         if channel is None:
             return data
-        length = await self._meet(channel, "broadcast", len(data) if self.is_coordinator else 0)
+        if length is None:
+            length = await self._meet(channel, "broadcast", len(data) if self.is_coordinator else 0)
         with self._breaks_reported(channel):
             return await broadcast_bytes(channel, data, length)

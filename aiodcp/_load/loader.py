@@ -16,7 +16,7 @@ from typing import Any
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from .._distributed.operation import Operation
-from .._distributed.votes import Row, any_rank
+from .._distributed.votes import Row
 from .._engine.gc_pause import gc_paused
 from .._engine.threads import Threads, in_thread, in_thread_if_long
 from .._foreign.find import complete, find_metadata, folder_of, read_found
@@ -34,6 +34,7 @@ from ..errors import (
     LoadError,
     MismatchError,
     NotACheckpointError,
+    ReadError,
 )
 from ..storage.base import Storage, object_limits
 from ..storage.error_mapping import read_errors
@@ -54,7 +55,14 @@ from .reading_together import ReadingTogether
 from .refuse import note_left_out, refuse
 from .resolve import Resolution, Resolver, groups_needed, names_wanted
 from .sharing import OpenProposal, agree_on_open
-from .start_agreement import LoadPlanProposal, LoadProposal, agree_on_load, agree_on_load_plan
+from .start_agreement import (
+    FoundMetadata,
+    LoadPlanProposal,
+    LoadProposal,
+    agree_on_load,
+    agree_on_load_plan,
+    agree_on_metadata,
+)
 from .stored_names import StoredNames
 from .targets import LoadTargets
 
@@ -114,11 +122,11 @@ class Loader:
             checkpoint_id, targets = await take()
             return checkpoint_id, targets, await look(checkpoint_id, targets.planner is not None)
 
-        (checkpoint_id, targets, data), (is_absent, *_) = await operation.run_phase(
+        (checkpoint_id, targets, data), row = await operation.run_phase(
             "read metadata",
             get,
             propose=lambda got: LoadProposal(
-                is_absent=got[2] is None, id_digest=id_digest, has_planner=got[1].planner is not None
+                found=FoundMetadata.of(got[2]), id_digest=id_digest, has_planner=got[1].planner is not None
             ).to_row(),
             agree=agree_on_load,
         )
@@ -133,20 +141,21 @@ class Loader:
             share_reads=self._share_reads,
         )
         while True:
-            if is_absent:
+            found = FoundMetadata.from_row(row)
+            if found.is_absent:
                 raise NotACheckpointError(checkpoint_id)  # on every rank: who finds none may begin anew
-            metadata = await operation.broadcast(data or b"")
+            metadata = await operation.broadcast(data or b"", found.nbytes)
             async with AsyncExitStack() as stack:
                 loaded = await flow.run(stack, targets.fresh(), metadata)
             if loaded is not None:
                 for each in (targets, loaded.targets):
                     await in_thread_if_long(targets.is_short, self._threads.compute, each.keep_only_new)
                 return loaded
-            data, (is_absent, *_) = await operation.run_phase(  # a save has replaced the checkpoint
+            data, row = await operation.run_phase(  # a save has replaced the checkpoint
                 "read metadata",
                 partial(look, checkpoint_id, targets.planner is not None),
-                propose=lambda got: [got is None],
-                agree=any_rank,
+                propose=lambda got: FoundMetadata.of(got).to_row(),
+                agree=agree_on_metadata,
             )
 
 
@@ -215,20 +224,10 @@ class _LoadFlow:
 
         together = ReadingTogether(operation, self._threads, is_wanted=self._shares_reads())
 
-        async def open_files() -> bool:
-            if not await self._unless_replaced(data, partial(self._reads.open, stack, plan)):
-                return False
+        async def read_values() -> None:
+            await self._reads.open(stack, plan)
             with read_errors(self._storage.describe(self._checkpoint_id)):
                 await together.look(plan, self._reads)
-            return True
-
-        _, row = await operation.run_phase("open", open_files, propose=together.propose, agree=agree_on_open)
-        agreed = OpenProposal.from_row(row)
-        if agreed.is_replaced:
-            return None
-
-        async def read_values() -> None:
-            with read_errors(self._storage.describe(self._checkpoint_id)):
                 targets.loaded |= await self._reads.read_values(plan.values, decoded=targets.planner is None)
             if targets.planner is None:
                 problems = settle_values(plan, targets, cast=self._options.cast)
@@ -247,7 +246,15 @@ class _LoadFlow:
                 is_short = targets.is_short and targets.planner is None and not moves_bytes
                 await in_thread_if_long(is_short, self._threads.compute, self._finish, plan, targets)
 
-        await operation.run_phase("read values", read_values)  # all of them before the first tensor
+        _, row = await operation.run_phase(  # all of them before the first tensor
+            "read values",
+            partial(self._unless_replaced, data, read_values),
+            propose=together.propose,
+            agree=agree_on_open,
+        )
+        agreed = OpenProposal.from_row(row)
+        if agreed.is_replaced:
+            return None
         if self._options.is_dry:
             targets.device_copies.end()
             return Loaded(targets=targets, absent=planned.found.absent)
@@ -424,10 +431,10 @@ class _LoadFlow:
         return {fqn: values[number] for number, fqn in enumerate(needed)}
 
     async def _unless_replaced(self, data: bytes, function: Callable[[], Awaitable[None]]) -> bool:
-        """Do what opens files; return False if one is gone because a save has replaced the checkpoint."""
+        """Do what reads files; return False if one is gone because a save has replaced the checkpoint."""
         try:
             await function()
-        except CorruptError as error:
+        except (CorruptError, ReadError) as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             again = await find_metadata(

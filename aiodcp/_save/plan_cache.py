@@ -16,7 +16,6 @@ import torch.distributed.checkpoint.planner as dcp
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from .._distributed.operation import Operation
-from .._distributed.votes import Row
 from .._engine.gc_pause import gc_paused
 from .._engine.threads import Threads, in_thread, in_thread_if_long
 from .._format.arrays import Array
@@ -29,7 +28,7 @@ from .manifest import ByteRange, ManifestTemplate, make_manifest
 from .plan import GlobalPlan, LocalPlan, WritePlan
 from .planning import finish_plan, plan_global, plan_local
 from .sharing import OnDisagreement, SharedItems, SharingPlan, find_disagreements
-from .start_agreement import KEPT_PLANS
+from .start_agreement import KEPT_PLANS, PlanProposal, PlanStart, agree_on_plan
 from .state_table import StateTable, digest_of, pack_message, places_of, unpack_message
 from .table_plan import TablePlan, plan_tables
 
@@ -78,28 +77,47 @@ class PlanCache:
         self._made = 0
         self._disagreed: set[str] = set()  # fqns on which the ranks disagree: reported once, on all ranks alike
 
-    def find(self, name: str | None, captured: Capture, piece_nbytes: int | None) -> dict[int, CachedPlan]:
-        """Return the plans for what this rank has, by number: it may be the same while that of others differs."""
-        kept = self._kept.get(name, ())
-        return {cached.number: cached for cached in kept if cached.plan.fits(captured, piece_nbytes)}
-
-    async def make(
+    async def begin(
         self,
         operation: Operation,
         name: str | None,
         captured: Capture,
         planner: SavePlanner | None = None,
         *,
-        kept: CachedPlan | None,
-        piece_nbytes: int | None = None,
+        piece_nbytes: int | None,
+    ) -> PlanRequest:
+        """Look for the plans that are kept for what this rank has, or plan its part anew.
+
+        Args:
+            operation: the ranks that plan together.
+            name: of the state.
+            captured: the state.
+            planner: the caller's own.
+            piece_nbytes: as for `plan_local`.
+        """
+        kept = {
+            cached.number: cached for cached in self._kept.get(name, ()) if cached.plan.fits(captured, piece_nbytes)
+        }
+        form: Form = "none" if operation.size == 1 else "table" if planner is None else "pickle"
+        request = PlanRequest(
+            name=name, captured=captured, planner=planner, piece_nbytes=piece_nbytes, form=form, kept=kept
+        )
+        if not kept:
+            await self._plan_here(operation, request)
+        return request
+
+    async def make(
+        self, operation: Operation, request: PlanRequest, start: PlanStart
     ) -> Callable[[], Awaitable[CachedPlan]]:
-        """Plan anew, all ranks together, unless they have agreed on a `kept` plan; `piece_nbytes` as for `plan_local`.
+        """Plan anew, all ranks together, unless they have agreed on a kept plan.
 
         Returns:
             What finishes this rank's part, and keeps the plan: for the next phase to begin with, so that all hear of
             it if that fails. Who has not kept it will not propose it.
         """
-        if kept is not None:
+        name, captured, planner = request.name, request.captured, request.planner
+        if start.kept:
+            kept = request.kept[start.kept]
 
             async def keep() -> CachedPlan:
                 return kept
@@ -107,7 +125,7 @@ class PlanCache:
             return keep
         is_alone = operation.size == 1
         is_short = captured.is_short and planner is None and operation.size <= FEW_RANKS
-        own, messages = await self._gather(operation, captured, piece_nbytes, as_tables=planner is None)
+        own, messages = await self._gather(operation, request, start)
 
         async def plan_globally() -> tuple[GlobalPlan | TablePlan, ManifestTemplate | None, list[bytes]] | None:
             if not operation.is_coordinator:
@@ -149,34 +167,29 @@ class PlanCache:
 
         return finish
 
+    async def _plan_here(self, operation: Operation, request: PlanRequest) -> LocalMessage:
+        if request.own is None:
+            plan = partial(_plan_here, request, operation.rank)
+            request.own = await in_thread_if_long(request.captured.is_short, self._threads.compute, plan)
+        return request.own
+
     async def _gather(
-        self, operation: Operation, captured: Capture, piece_nbytes: int | None, *, as_tables: bool
+        self, operation: Operation, request: PlanRequest, start: PlanStart
     ) -> tuple[LocalMessage, list[bytes]]:
-        """Plan this rank's part; return that, and on the coordinator what all ranks have sent of theirs."""
-        form: Form = "none" if operation.size == 1 else "table" if as_tables else "pickle"
-
-        async def plan_here() -> LocalMessage:
-            plan = partial(_plan_here, captured, piece_nbytes, form, operation.rank)
-            return await in_thread_if_long(captured.is_short, self._threads.compute, plan)
-
-        def agree(table: list[Row]) -> Row:
-            known = table[operation.rank][0]  # of the coordinator's table, which nobody else need send
-            longest = max(
-                whole if rank == operation.rank or digest != known else without
-                for rank, (digest, whole, without, *_) in enumerate(table)
-            )
-            return [known, longest]
-
-        own, (known, longest, *_) = await operation.run_phase(
-            "plan",
-            plan_here,
-            propose=lambda planned: [planned.digest, len(planned.whole), len(planned.without_table)],
-            agree=agree,
-        )
+        """Return this rank's part, and on the coordinator what all ranks have sent of theirs."""
         if operation.size == 1:
-            return own, []
-        is_whole = operation.is_coordinator or own.digest != known
-        return own, await operation.gather(own.whole if is_whole else own.without_table, longest)
+            return await self._plan_here(operation, request), []
+        if not start.longest_nbytes:  # some ranks had kept a plan that others have not
+            _, row = await operation.run_phase(
+                "plan",
+                partial(self._plan_here, operation, request),
+                propose=lambda _: request.proposal.to_row(),
+                agree=partial(agree_on_plan, coordinator=operation.rank),
+            )
+            start = PlanStart.from_row(row)
+        own = await self._plan_here(operation, request)
+        message = own.without_table if own.digest == start.known else own.whole
+        return own, await operation.gather(message, start.longest_nbytes)
 
     async def compare(self, operation: Operation, cached: CachedPlan, policy: OnDisagreement) -> None:
         """Find the names on which the ranks disagree, and say so, once a name.
@@ -278,13 +291,42 @@ class LocalMessage:
     without_table: bytes = b""
 
 
-def _plan_here(captured: Capture, piece_nbytes: int | None, form: Form, rank: int) -> LocalMessage:
-    with _planning_errors(), gc_paused():
-        return message_of(plan_local(captured, piece_nbytes), form, rank)
-
-
 Form = Literal["table", "pickle", "none"]
 """In which form a plan is sent: as a table, pickled for the caller's own planner, or not at all."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PlanRequest:
+    """What this rank wants planned.
+
+    Attributes:
+        name, captured, planner, piece_nbytes: as `PlanCache.begin` was given.
+        form: in which it sends its own part.
+        kept: the plans that it could use, by number: it may have kept them while what others hold has changed.
+        own: its part of a new one, once that is planned.
+    """
+
+    name: str | None
+    captured: Capture
+    planner: SavePlanner | None
+    piece_nbytes: int | None
+    form: Form
+    kept: dict[int, CachedPlan]
+    own: LocalMessage | None = None
+
+    @property
+    def proposal(self) -> PlanProposal:
+        """What it brings to the plan."""
+        kept, own = [*self.kept], self.own
+        if own is None:
+            return PlanProposal(kept=kept)
+        whole, rest = len(own.whole), len(own.without_table)
+        return PlanProposal(kept=kept, digest=own.digest, whole_nbytes=whole, rest_nbytes=rest)
+
+
+def _plan_here(request: PlanRequest, rank: int) -> LocalMessage:
+    with _planning_errors(), gc_paused():
+        return message_of(plan_local(request.captured, request.piece_nbytes), request.form, rank)
 
 
 def message_of(local: LocalPlan, form: Form, rank: int) -> LocalMessage:

@@ -15,7 +15,7 @@ from functools import partial
 import anyio.lowlevel
 
 from .._distributed.operation import PART, Operation
-from .._distributed.votes import Row, any_rank
+from .._distributed.votes import Agree, Row, any_rank
 from .._engine.device_copies import HOST
 from .._engine.task_groups import single_error
 from .._engine.threads import Threads
@@ -39,12 +39,13 @@ from .commit import (
 from .manifest import ManifestTemplate, names_of
 from .parts import PartExchange, PartTicket, join
 from .pipeline import WritePipeline
-from .plan_cache import CachedPlan, PlanCache
+from .plan_cache import PlanCache, PlanRequest
 from .request import PartRequest, SaveJob, WrittenHere, WrittenPart
 from .sharing import OnDisagreement
 from .start_agreement import (
     PartProposal,
     PlanProposal,
+    PlanStart,
     SaveProposal,
     SaveStart,
     agree_on_part,
@@ -100,14 +101,17 @@ class Saver:
         """Plan, and have host memory ready, so that the first save is as quick as the others."""
         piece_nbytes = self._piece_nbytes(checkpoint_id)
 
-        async def begin() -> tuple[Capture, dict[int, CachedPlan]]:
-            captured = await take()
-            return captured, self._plans.find(None, captured, piece_nbytes)
+        async def begin() -> PlanRequest:
+            return await self._plans.begin(operation, None, await take(), piece_nbytes=piece_nbytes)
 
-        (captured, kept), (number, *_) = await operation.run_phase(
-            "capture", begin, propose=lambda begun: PlanProposal(plans=[*begun[1]]).to_row(), agree=agree_on_plan
+        request, row = await operation.run_phase(
+            "capture",
+            begin,
+            propose=lambda request: request.proposal.to_row(),
+            agree=partial(agree_on_plan, coordinator=operation.rank),
         )
-        finish = await self._plans.make(operation, None, captured, kept=kept.get(number), piece_nbytes=piece_nbytes)
+        captured = request.captured
+        finish = await self._plans.make(operation, request, PlanStart.from_row(row))
 
         async def take_memory() -> None:
             cached = await finish()
@@ -139,20 +143,19 @@ class Saver:
         what was written is removed. Once the commit has begun the save is finished instead.
         """
 
-        async def begin() -> tuple[SaveJob, dict[int, CachedPlan]]:
-            job = await take()
-            return job, self._plans.find(None, job.captured, self._piece_nbytes(job.checkpoint_id))
+        async def begin() -> tuple[SaveJob, PlanRequest]:
+            return await self._begin(operation, None, await take())
 
-        (job, kept), agreed = await operation.run_phase(
-            "capture",
-            begin,
-            propose=lambda begun: self._propose(id_digest, begun[1], has_planner=begun[0].planner is not None),
-            agree=agree_on_save,
+        def propose(begun: tuple[SaveJob, PlanRequest]) -> Row:
+            return self._propose(id_digest, begun[1].proposal, has_planner=begun[0].planner is not None)
+
+        (job, request), row = await operation.run_phase(
+            "capture", begin, propose=propose, agree=self._agree_on_save(operation)
         )
-        start = SaveStart.from_row(agreed)
+        start = SaveStart.from_row(row)
         async with self._all_or_nothing(operation, job.checkpoint_id, start.save_id) as files:
             file = data_file(operation.rank, start.save_id)
-            written = await self._write(operation, files, None, job, kept.get(start.plan), file)
+            written = await self._write(operation, files, job, request, start.plan, file)
             if part is not None:
                 await self._hand_over(operation, files, written, part)
                 job.log.report("done")
@@ -222,14 +225,19 @@ class Saver:
             replaced = await find_replaced(self._storage, checkpoint_id, joined.files)
             await remove_files(self._storage, checkpoint_id, replaced)
 
-    def _propose(self, id_digest: int, kept: dict[int, CachedPlan], *, has_planner: bool) -> Row:
+    async def _begin(self, operation: Operation, name: str | None, job: SaveJob) -> tuple[SaveJob, PlanRequest]:
+        piece_nbytes = self._piece_nbytes(job.checkpoint_id)
+        request = await self._plans.begin(operation, name, job.captured, job.planner, piece_nbytes=piece_nbytes)
+        return job, request
+
+    def _propose(self, id_digest: int, plan: PlanProposal, *, has_planner: bool) -> Row:
         return SaveProposal(
-            plans=[*kept],
-            id_digest=id_digest,
-            save_id=uuid.uuid4().hex,
-            has_planner=has_planner,
-            on_disagreement=self._on_disagreement,
+            plan=plan, id_digest=id_digest, has_planner=has_planner, on_disagreement=self._on_disagreement
         ).to_row()
+
+    @staticmethod
+    def _agree_on_save(operation: Operation) -> Agree:
+        return partial(agree_on_save, coordinator=operation.rank, save_id=uuid.uuid4().hex)
 
     async def save_several(
         self,
@@ -260,8 +268,8 @@ class Saver:
         _, agreed = await operation.run_phase(
             "begin joint save",
             anyio.lowlevel.checkpoint,
-            propose=lambda _: self._propose(id_digest, {}, has_planner=False),
-            agree=agree_on_save,
+            propose=lambda _: self._propose(id_digest, PlanProposal(), has_planner=False),
+            agree=self._agree_on_save(operation),
         )
         save_id = SaveStart.from_row(agreed).save_id
         names: list[str] = []
@@ -296,24 +304,23 @@ class Saver:
         assert name is not None
         assert take is not None
 
-        async def begin() -> tuple[SaveJob, dict[int, CachedPlan]]:
+        async def begin() -> tuple[SaveJob, PlanRequest]:
             await anyio.lowlevel.checkpoint()
-            job = await take()
-            return job, self._plans.find(name, job.captured, self._piece_nbytes(job.checkpoint_id))
+            return await self._begin(operation, name, await take())
 
-        (job, kept), (number, *_) = await operation.run_phase(
+        (job, plan), row = await operation.run_phase(
             PART,
             begin,
-            propose=lambda begun: PartProposal(plans=[*begun[1]], name=name).to_row(),
-            agree=agree_on_part,
+            propose=lambda begun: PartProposal(plan=begun[1].proposal, name=name).to_row(),
+            agree=partial(agree_on_part, coordinator=operation.rank),
         )
         async with self._sharing if self._share_pipeline else nullcontext():
-            return await self._write(operation, files, name, job, kept.get(number), file)
+            return await self._write(operation, files, job, plan, PlanStart.from_row(row), file)
 
     async def _agree_on_end(self, operation: Operation) -> None:
         """Agree with the other ranks that no more states are added."""
-        end = PartProposal(plans=[], name=None).to_row()
-        await operation.run_phase(PART, anyio.lowlevel.checkpoint, propose=lambda _: end, agree=agree_on_part)
+        end, agree = PartProposal(plan=PlanProposal(), name=None).to_row(), partial(agree_on_part, coordinator=0)
+        await operation.run_phase(PART, anyio.lowlevel.checkpoint, propose=lambda _: end, agree=agree)
 
     @asynccontextmanager
     async def _all_or_nothing(
@@ -358,20 +365,17 @@ class Saver:
         self,
         operation: Operation,
         files: UncommittedFiles,
-        name: str | None,
         job: SaveJob,
-        kept: CachedPlan | None,
+        request: PlanRequest,
+        start: PlanStart,
         file: str,
     ) -> WrittenPart:
         """Plan, stage, checksum and write one state, on all ranks."""
         voting = 0.0
-        pipeline = self._pipeline_of(name)
+        pipeline = self._pipeline_of(request.name)
         compares = operation.size > 1 and self._on_disagreement != "ignore"
         seed = int(files.save_id[:8], 16)
-        piece_nbytes = self._piece_nbytes(job.checkpoint_id)
-        finish = await self._plans.make(
-            operation, name, job.captured, job.planner, kept=kept, piece_nbytes=piece_nbytes
-        )
+        finish = await self._plans.make(operation, request, start)
 
         async def write() -> WrittenHere:
             nonlocal voting

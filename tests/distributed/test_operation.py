@@ -95,6 +95,25 @@ def _count_messages(rank: int, size: int, folder: Path, delay_s: float) -> list[
     return asyncio.run(main())
 
 
+@rank_test(3)
+async def test_what_ranks_tell_each_other_in_a_first_save_and_in_a_load(rank: int, size: int, folder: Path) -> None:
+    state = {"w": torch.zeros(1000), "n": 3}
+    counted: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operation, "FIRST_HEARTBEAT_S", 10.0)  # a machine may take longer than until a beat
+        async with Checkpointer() as checkpointer:
+            channel = session_of(checkpointer).flows.channel
+            assert channel is not None
+            counted.append(channel.messages)
+            await (await checkpointer.save(state, folder)).uploaded
+            counted.append(channel.messages)
+            await checkpointer.load(state, folder)
+            counted.append(channel.messages)
+    entered, saved, loaded = counted
+    assert saved - entered == 4 * 2 + 3  # captured, planned, written, committed; plans up and down, places of values
+    assert loaded - saved == 4 * 2 + 1  # found, planned, values, tensors; the metadata
+
+
 class UnpicklableError(Exception):
     def __init__(self) -> None:
         super().__init__("holds a lock")
@@ -136,7 +155,7 @@ FAULTS = {
     "state_dict": ("capture", "CaptureError", "state_dict() of Stateful raised"),
     "unpicklable": ("capture", "CaptureError", "holds a lock"),
     "argument": ("capture", "ArgumentError", "must be a str or os.PathLike, got int"),
-    "plan": ("plan", "SaveError", "planning failed"),
+    "plan": ("capture", "SaveError", "planning failed"),
     "stage": ("write", "StageError", "on fire"),
     "write": ("write", "WriteError", "No space left on device"),
     "metadata": ("commit", "WriteError", "Disk quota exceeded"),

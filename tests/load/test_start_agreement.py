@@ -5,16 +5,23 @@ from __future__ import annotations
 import pytest
 
 from aiodcp import ArgumentError
-from aiodcp._load.start_agreement import LoadPlanProposal, LoadProposal, agree_on_load, agree_on_load_plan
+from aiodcp._load.start_agreement import (
+    FoundMetadata,
+    LoadPlanProposal,
+    LoadProposal,
+    agree_on_load,
+    agree_on_load_plan,
+)
 
 
-def proposal(*, is_absent: bool = False, id_digest: int = 7, has_planner: bool = False) -> list[int]:
-    return LoadProposal(is_absent=is_absent, id_digest=id_digest, has_planner=has_planner).to_row()
+def proposal(data: bytes | None = b"", *, id_digest: int = 7, has_planner: bool = False) -> list[int]:
+    return LoadProposal(found=FoundMetadata.of(data), id_digest=id_digest, has_planner=has_planner).to_row()
 
 
-@pytest.mark.parametrize("absent", [[False, False], [True, False]])
-def test_a_checkpoint_that_one_rank_does_not_find_is_absent(absent: list[bool]) -> None:
-    assert agree_on_load([proposal(is_absent=each) for each in absent]) == [any(absent)]
+@pytest.mark.parametrize("data", [b"metadata", None])
+def test_what_one_rank_finds_all_know_of(data: bytes | None) -> None:
+    agreed = FoundMetadata.from_row(agree_on_load([proposal(), proposal(data)]))
+    assert agreed == FoundMetadata(is_absent=data is None, nbytes=8 if data else 0)
 
 
 def test_callers_that_want_different_things_are_named() -> None:

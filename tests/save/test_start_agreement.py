@@ -8,9 +8,9 @@ from aiodcp import ArgumentError
 from aiodcp._distributed.votes import PROPOSAL_LENGTH
 from aiodcp._save.sharing import POLICIES
 from aiodcp._save.start_agreement import (
-    KEPT_PLANS,
     PartProposal,
     PlanProposal,
+    PlanStart,
     SaveProposal,
     SaveStart,
     agree_on_part,
@@ -19,11 +19,10 @@ from aiodcp._save.start_agreement import (
 )
 
 
-def proposal(rank: int = 0, **changes: object) -> SaveProposal:
+def proposal(**changes: object) -> SaveProposal:
     facts: dict[str, object] = {
-        "plans": [3, 1],
+        "plan": PlanProposal(kept=[3, 1]),
         "id_digest": -(1 << 63),
-        "save_id": f"{rank:032x}",
         "has_planner": False,
         "on_disagreement": "warn",
     }
@@ -33,7 +32,8 @@ def proposal(rank: int = 0, **changes: object) -> SaveProposal:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("has_planner", [False, True])
 def test_a_proposal_comes_back_from_its_row(policy: str, has_planner: bool) -> None:
-    mine = proposal(plans=[7, 5, 2, 1], save_id="f" * 32, has_planner=has_planner, on_disagreement=policy)
+    plan = PlanProposal(kept=[7, 5, 2, 1], digest=-5, whole_nbytes=(1 << 31) - 1, rest_nbytes=(1 << 32) - 1)
+    mine = proposal(plan=plan, has_planner=has_planner, on_disagreement=policy)
     row = mine.to_row()
     assert len(row) <= PROPOSAL_LENGTH
     assert all(-(1 << 63) <= number < 1 << 63 for number in row)
@@ -41,16 +41,25 @@ def test_a_proposal_comes_back_from_its_row(policy: str, has_planner: bool) -> N
 
 
 def test_the_start_is_the_newest_common_plan_and_the_coordinators_id() -> None:
-    table = [proposal(rank, plans=plans).to_row() for rank, plans in enumerate([[3, 2, 1], [2, 1], [4, 2]])]
-    start = SaveStart.from_row(agree_on_save(table))
-    assert start == SaveStart(plan=2, save_id="0" * 32)
+    table = [proposal(plan=PlanProposal(kept=kept)).to_row() for kept in ([3, 2, 1], [2, 1], [4, 2])]
+    start = SaveStart.from_row(agree_on_save(table, 1, "f" * 32))
+    assert start == SaveStart(plan=PlanStart(kept=2), save_id="f" * 32)
     assert SaveStart.from_row(start.to_row()) == start
 
 
 def test_ranks_without_a_common_plan_plan_anew() -> None:
-    rows = [PlanProposal(plans=plans).to_row() for plans in ([1, 2], [], [2])]
-    assert all(len(row) == KEPT_PLANS for row in rows)
-    assert agree_on_plan(rows) == [0]
+    mine = PlanProposal(digest=7, whole_nbytes=100, rest_nbytes=10)
+    rows = [PlanProposal(kept=[1, 2]).to_row(), mine.to_row(), PlanProposal(kept=[2]).to_row()]
+    assert PlanStart.from_row(agree_on_plan(rows, 1)) == PlanStart(kept=0)
+
+
+def test_the_coordinators_table_is_sent_by_nobody() -> None:
+    rows = [
+        PlanProposal(digest=digest, whole_nbytes=whole, rest_nbytes=whole - 80).to_row()
+        for digest, whole in ((7, 90), (5, 100), (5, 110))
+    ]
+    assert PlanStart.from_row(agree_on_plan(rows, 1)) == PlanStart(kept=0, known=5, longest_nbytes=90)
+    assert PlanStart.from_row(agree_on_plan(rows[1:], 0)) == PlanStart(kept=0, known=5, longest_nbytes=30)
 
 
 @pytest.mark.parametrize(
@@ -59,11 +68,13 @@ def test_ranks_without_a_common_plan_plan_anew() -> None:
 )
 def test_what_the_callers_want_differently_is_named(change: dict[str, object], argument: str) -> None:
     with pytest.raises(ArgumentError, match=argument):
-        agree_on_save([proposal().to_row(), proposal(1, **change).to_row()])
+        agree_on_save([proposal().to_row(), proposal(**change).to_row()], 0, "f" * 32)
 
 
 def test_ranks_that_add_different_states_or_none_are_refused() -> None:
+    kept = PlanProposal(kept=[1])
     for other in ("optim", None):
         with pytest.raises(ArgumentError, match="participant"):
-            agree_on_part([PartProposal(plans=[1], name=name).to_row() for name in ("model", other)])
-    assert agree_on_part([PartProposal(plans=[1], name="model").to_row()] * 2) == [1]
+            agree_on_part([PartProposal(plan=kept, name=name).to_row() for name in ("model", other)], 0)
+    rows = [PartProposal(plan=kept, name="model").to_row()] * 2
+    assert PlanStart.from_row(agree_on_part(rows, 0)) == PlanStart(kept=1)

@@ -84,7 +84,7 @@ def plan(locals_: Sequence[LocalPlan]) -> TablePlan:
     """Plan as the coordinator does, from what the ranks send."""
     messages = [message_of(local, "table" if len(locals_) > 1 else "none", rank) for rank, local in enumerate(locals_)]
     known = messages[0].digest
-    sent = [each.whole if n == 0 or each.digest != known else each.without_table for n, each in enumerate(messages)]
+    sent = [each.whole if each.digest != known else each.without_table for n, each in enumerate(messages)]
     planned, _, _ = plan_for_all(sent, messages[0], None, 0)
     assert isinstance(planned, TablePlan)
     return planned

@@ -18,6 +18,7 @@ import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from ..._format.seal import open_seal, seal
 from ..._save.manifest import ManifestTemplate
 from ..._save.plan import LocalPlan
 from ..._save.plan_cache import LocalMessage, message_of, plan_for_all
-from ..._save.start_agreement import SaveProposal, agree_on_save
+from ..._save.start_agreement import PlanProposal, SaveProposal, agree_on_save
 from ..._save.write_agreement import WriteProposal, agree_on_write
 from ..text_tables import size
 from .tables import ms
@@ -77,7 +78,7 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
         local = LocalPlan(items=items, sources=sources, frozen=set(), paths=paths)
         message = message_of(local, "table", rank)
         mine = message if rank == 0 else mine
-        ours.append(message.whole if rank == 0 or message.digest != mine.digest else message.without_table)
+        ours.append(message.without_table if message.digest == mine.digest else message.whole)
         if ranks <= MOST_FOR_DCP:
             theirs.append(pickle.dumps(dcp.SavePlan(items, planner_data=paths)))
     before = _peak_nbytes()
@@ -85,20 +86,22 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
     peak = _peak_nbytes() - before
     assert manifest is not None
     proposals: tuple[Row, ...] = (
-        SaveProposal(plans=[1], id_digest=7, save_id=SAVE_ID, has_planner=False, on_disagreement="warn").to_row(),
+        SaveProposal(plan=PlanProposal(kept=[1]), id_digest=7, has_planner=False, on_disagreement="warn").to_row(),
         WriteProposal(is_moved=False, digest=0, table_crc=7, ranges_nbytes=0).to_row(),
         [],
     )
     heartbeats = [_heartbeats(proposal, ranks) for proposal in proposals]
     row_nbytes = heartbeats[0].element_size() * heartbeats[0].shape[1]
 
-    def agree() -> int:
+    agree = partial(agree_on_save, coordinator=0, save_id=SAVE_ID)
+
+    def decide_all() -> int:
         answered = 0
-        for table, decide in zip(heartbeats, (agree_on_save, _settle, None), strict=True):
+        for table, decide in zip(heartbeats, (agree, _settle, None), strict=True):
             answered += len(PhaseVote(60.0, decide).decide(table.tolist())) + 1
         return answered
 
-    later_s, answered = min(_timed(agree) for _ in range(5))
+    later_s, answered = min(_timed(decide_all) for _ in range(5))
     no_ranges: list[list[Any]] = [[] for _ in range(ranks)]
     render_s, metadata = _timed(lambda: _render(manifest, no_ranges))
     sent = without_pickle(metadata)
