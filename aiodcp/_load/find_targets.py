@@ -59,12 +59,14 @@ def take_targets(
     if not isinstance(state_dict, MutableMapping):
         raise ArgumentError("state_dict", f"must be a mutable mapping such as a dict, got {type(state_dict).__name__}")
     try:
-        states = dict(call_stateful(state_dict))
+        called = call_stateful(state_dict)
+        states = dict(called)
         with gc_paused():
             walk = Walk(states, rank)
     except CaptureError as error:
         raise LoadError(str(error)) from error.__cause__
-    tops, new_tensors = dict(state_dict), NewTensorDevice()
+    tops = states if called is state_dict else dict(state_dict)
+    new_tensors = NewTensorDevice()
     filled = _Filled(walk, tops, new_tensors)
     copies = None
     if torch.accelerator.current_accelerator() is not None:  # whose streams are marked now

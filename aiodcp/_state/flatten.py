@@ -67,32 +67,38 @@ class Names:
 
     Attributes:
         keys: of the mapping; of a list the range of its indices.
-        kinds: the types of the keys of a mapping.
         below: the names further down, by position.
         rows: those of all leaves below, if the values are dicts of leaves.
     """
 
-    __slots__ = ("_above", "_named", "_place", "below", "keys", "kinds", "rows")
+    __slots__ = ("_above", "_kinds", "_named", "_place", "below", "keys", "rows")
 
-    def __init__(self, above: Names | None, place: int, keys: tuple[Any, ...] | range, kinds: set[type]) -> None:
+    def __init__(self, above: Names | None, place: int, keys: tuple[Any, ...] | range) -> None:
         self.keys = keys
-        self.kinds = kinds
         self.below: dict[int, Names] = {}
         self.rows: RowNames | None = None
         self._above = above
         self._place = place
+        self._kinds: set[type] | None = None
         self._named: Named | None = None
 
     @classmethod
-    def of(cls, known: Names | None, above: Names | None, place: int, keys: tuple[Any, ...] | range) -> Names:
+    def of(cls, known: Names | None, above: Names | None, place: int, keys: Mapping[Any, Any] | range) -> Names:
         """Return the names of `keys`, which lie at a position of those above: the known ones, if they are these."""
-        if known is not None and known.keys == keys and all(map(is_, known.keys, keys)):
+        if known is not None and len(known.keys) == len(keys) and all(map(is_, known.keys, keys)):
             return known
-        kinds: set[type] = set() if isinstance(keys, range) else set(map(type, keys))
+        names = cls(above, place, keys if isinstance(keys, range) else tuple(keys))
         # Equal keys of another type have other names: 1 and True.
-        if known is not None and known.keys == keys and known.kinds == kinds and len(kinds) < 2:
+        if known is not None and known.keys == names.keys and known.kinds == names.kinds and len(names.kinds) < 2:
             return known
-        return cls(above, place, keys, kinds)
+        return names
+
+    @property
+    def kinds(self) -> set[type]:
+        """The types of the keys of a mapping."""
+        if self._kinds is None:
+            self._kinds = set() if isinstance(self.keys, range) else set(map(type, self.keys))
+        return self._kinds
 
     @property
     def path(self) -> KeyPath:
@@ -211,7 +217,7 @@ class Walk:
     def _through_mapping(
         self, known: Names | None, above: Names | None, place: int, mapping: Mapping[Any, Any]
     ) -> Names:
-        names = Names.of(known, above, place, tuple(mapping))
+        names = Names.of(known, above, place, mapping)
         if above is not None:
             if not mapping:
                 self._empty.append(names)
@@ -228,7 +234,7 @@ class Walk:
         return names
 
     def _through_own(self, known: Names | None, above: Names | None, place: int, value: PerRank) -> Names:
-        names = Names.of(known, above, place, (per_rank_key(self._rank),))
+        names = Names.of(known, above, place, {per_rank_key(self._rank): value})
         self._per_rank.append((names, value))
         self._through([value.value], names)
         return names
