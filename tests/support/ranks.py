@@ -30,6 +30,9 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
+# By the process that ranks are forked from: to import them takes each rank three seconds, and many are killed.
+PRELOADED = ["torch.distributed.fsdp", "aiodcp.checkpointer.checkpointer"]
+
 LIMIT_S = 60.0  # for one function on all ranks: beyond it the processes print their stacks and end
 
 
@@ -42,7 +45,8 @@ class World:
 
     def __init__(self) -> None:
         self._workers: list[tuple[BaseProcess, Connection]] = []
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
 
     def _start(self) -> tuple[BaseProcess, Connection]:
         here, there = self._context.Pipe()
