@@ -145,11 +145,10 @@ PRIVATE = {
         "_get_allowed_globals",
         "_validate_loaded_sparse_tensors",
     },
-    "_state.capture": {"_version"},
     "_state.planner_capture": {"_enable_plan_caching"},
     "_state.sharding": {"_local_tensor"},
     "_state.stateful": {"_modules"},
-    "_state.tear_detector": {"_version"},
+    "_state.versions": {"_version"},
     "checkpointer.optimizer_guard": {"_optimizer_step_pre_hooks"},
     "integrations.accelerate": {"_models", "_optimizers", "_schedulers", "_dataloaders", "_custom_objects"},
 }
@@ -166,6 +165,7 @@ PRIVATE_IMPORTS = {
         "torch.distributed.checkpoint.filesystem._StoragePrefix",
         "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
     },
+    "_state.known_tensors": {"torch._C._dynamo.guards"},
     "_state.sharding": {"torch.distributed._shard.sharded_tensor.api"},
 }
 

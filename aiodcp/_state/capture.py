@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlan
@@ -16,7 +16,8 @@ from .._format.extension import Containers
 from ..errors import CaptureError
 from .flatten import KnownNames, Leaves, Walk
 from .freeze import Frozen, freeze
-from .plain_tensors import PLAIN_TENSORS, QUANTIZED, is_plain
+from .known_tensors import KnownTensors
+from .plain_tensors import PLAIN_TENSORS
 from .sharding import (
     LeafKind,
     ShardedTensor,
@@ -26,9 +27,9 @@ from .sharding import (
     local_parts,
     local_tensor,
     sharded_kind,
-    tensor_kind,
 )
 from .stateful import call_stateful
+from .versions import version_of
 
 # Values, up to which a state's tensors are looked at in the caller's thread: it takes one or two milliseconds, and to
 # ask another thread takes one. A sharded tensor counts as several.
@@ -152,10 +153,11 @@ class Instant:
         """Return the name of a tensor on `device`."""
         return _name_on(device, self.named().fqns, self.values)
 
-    def look(self, wait_for_devices: Callable[[], None] = lambda: None) -> Capture:
+    def look(self, known: KnownTensors | None = None, wait_for_devices: Callable[[], None] = lambda: None) -> Capture:
         """Look at the tensors, and keep none of them here. Once, from any thread.
 
         Args:
+            known: what was seen of the state before.
             wait_for_devices: called before tensors are pickled: in another thread than the caller's until those have
                 been computed.
 
@@ -174,9 +176,9 @@ class Instant:
                 parts[index] = len(values)
                 values[index] = None
                 values += held
-        seen = _look_at(values)
-        known = {*frozen, *parts, *range(len(fqns), len(values))}
-        if odd := [index for index in seen.odd if index not in known]:
+        seen = (known or KnownTensors()).look(values)
+        named = {*frozen, *parts, *range(len(fqns), len(values))}
+        if odd := [index for index in seen.odd if index not in named]:
             wait_for_devices()
         frozen |= {index: freeze(fqns[index], values[index]) for index in odd}
         for index, value in self.sharded.items():
@@ -234,11 +236,6 @@ def take(
     return Instant.of(values, walk.leaves, frozen, sharded)
 
 
-def version_of(value: object) -> int:
-    """Return how often a tensor was changed; 0 of what has no version: inference tensors, and what is no tensor."""
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
-
-
 def _devices_of(values: Iterable[Any]) -> set[torch.device]:
     """Return the devices on which tensors are that are staged, but for host memory."""
     tensors: list[torch.Tensor] = []
@@ -248,52 +245,6 @@ def _devices_of(values: Iterable[Any]) -> set[torch.device]:
         elif is_sharded(value):
             tensors += [local_tensor(value)] if type(value) is DTensor else held_parts(value)
     return {tensor.device for tensor in tensors if not tensor.is_cpu}
-
-
-class _Seen(NamedTuple):
-    """What is seen of the values of a state in one go; `odd` are the indices of all that is not `is_plain`."""
-
-    odd: list[int]
-    kinds: list[LeafKind]
-    versions: list[int]
-    devices: set[torch.device]
-
-
-def _look_at(values: Sequence[Any]) -> _Seen:
-    """Look at every value once: none is in the cache, and a second look takes as long."""
-    odd: list[int] = []
-    kinds: list[LeafKind] = []
-    versions: list[int] = []
-    facts: set[tuple[torch.layout, torch.dtype, torch.device | bool]] = set()
-    plain, add_kind, add_version, add_fact = PLAIN_TENSORS, kinds.append, versions.append, facts.add
-    try:
-        for index, value in enumerate(values):
-            kind = type(value)
-            if kind in plain:
-                dtype = value.dtype
-                add_kind((kind, dtype, value.shape))
-                add_version(value._version)
-                add_fact((value.layout, dtype, value.is_cpu or value.device))  # a device takes longer to make
-            else:
-                odd.append(index)
-                add_kind(tensor_kind(value))
-                add_version(version_of(value))
-    except RuntimeError:  # an inference tensor has no version
-        return _look_again(values)
-    devices = {device for _, _, device in facts if isinstance(device, torch.device)}
-    if torch.device("meta") in devices or any(
-        layout is not torch.strided or dtype in QUANTIZED for layout, dtype, _ in facts
-    ):
-        return _look_again(values)
-    return _Seen(odd, kinds, versions, devices)
-
-
-def _look_again(values: Sequence[Any]) -> _Seen:
-    """Look at every value, whatever there is among them."""
-    odd = [index for index, value in enumerate(values) if type(value) not in PLAIN_TENSORS or not is_plain(value)]
-    others = set(odd)
-    devices = {value.device for index, value in enumerate(values) if index not in others}
-    return _Seen(odd, [*map(tensor_kind, values)], [*map(version_of, values)], devices)
 
 
 def _name_on(device: torch.device, names: Sequence[str], values: Sequence[Any]) -> str:

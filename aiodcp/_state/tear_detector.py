@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from .capture import Capture, version_of
+from .capture import Capture
 from .plain_tensors import is_plain
 from .sharding import local_tensor
+from .versions import versions_of
 
 
 class TearDetector:
@@ -36,7 +37,7 @@ class TearDetector:
         self._count = len(captured.values)  # parts of them may be added as values of their own
         self._whole = {index: value for index, value in captured.sharded.items() if isinstance(value, DTensor)}
         self._names_of_values = captured.names
-        self._versions = [*captured.versions, *map(version_of, self._whole.values())]
+        self._versions = [*captured.versions, *versions_of([*self._whole.values()])]
         for index, version in versions.items():
             self._versions[index] = version
         self._captured = captured
@@ -86,12 +87,8 @@ class TearDetector:
         }
 
     def _read(self, values: list[Any]) -> list[int]:
-        """Return the versions of all values, and of `DTensor`s beside those of their local tensors: 0.1 us each."""
-        watched = [*values, *self._whole.values()] if self._whole else values
-        try:
-            return [value._version if isinstance(value, torch.Tensor) else 0 for value in watched]
-        except RuntimeError:  # one of them is an inference tensor
-            return [version_of(value) for value in watched]
+        """Return the versions of all values, and of `DTensor`s beside those of their local tensors."""
+        return versions_of([*values, *self._whole.values()] if self._whole else values)
 
     def _names(self, captured: Capture) -> list[str]:
         """Return the name of each value, in the order of `_read`."""

@@ -25,6 +25,7 @@ from .._save.request import PartRequest, SaveJob
 from .._save.saver import Saver
 from .._state.capture import Capture, Instant, take
 from .._state.flatten import KnownNames
+from .._state.known_tensors import KnownTensors
 from .._state.planner_capture import take_planned
 from .._state.tear_detector import TearDetector
 from .._telemetry.trace import Trace
@@ -68,6 +69,7 @@ class SaveCalls:
         self._unsafe: set[str] = set()  # fqns that were warned about: they need more than plain data to be loaded
         self._staging: list[SaveState] = []  # captured, and perhaps not staged yet
         self._names: KnownNames = KnownNames()
+        self._known: KnownTensors = KnownTensors()
         self._saver: Saver
         self._guards: Guards
         self._streams: CopyStreams
@@ -364,7 +366,7 @@ class SaveCalls:
                 copies.wait_for_marks()
 
         with _capture_errors(), gc_paused():
-            return instant.look(wait_for_devices)
+            return instant.look(self._known, wait_for_devices)
 
     def _warn_unsafe(self, taken: Instant) -> None:
         """Warn of values that `load` will not build by default, once a name."""
