@@ -85,19 +85,22 @@ class Names:
     @classmethod
     def of(cls, known: Names | None, above: Names | None, place: int, keys: Mapping[Any, Any] | range) -> Names:
         """Return the names of `keys`, which lie at a position of those above: the known ones, if they are these."""
-        if known is not None and len(known.keys) == len(keys) and all(map(is_, known.keys, keys)):
+        if isinstance(keys, range):
+            return known if known is not None and known.keys == keys else cls(above, place, keys)
+        if known is None or isinstance(known.keys, range) or len(known.keys) != len(keys):
+            return cls(above, place, tuple(keys))
+        if all(map(is_, known.keys, keys)):
             return known
-        names = cls(above, place, keys if isinstance(keys, range) else tuple(keys))
+        names = cls(above, place, tuple(keys))
         # Equal keys of another type have other names: 1 and True.
-        if known is not None and known.keys == names.keys and known.kinds == names.kinds and len(names.kinds) < 2:
-            return known
-        return names
+        is_alike = known.keys == names.keys and known.kinds == names.kinds and len(names.kinds) < 2
+        return known if is_alike else names
 
     @property
     def kinds(self) -> set[type]:
         """The types of the keys of a mapping."""
         if self._kinds is None:
-            self._kinds = set() if isinstance(self.keys, range) else set(map(type, self.keys))
+            self._kinds = set(map(type, self.keys))
         return self._kinds
 
     @property

@@ -178,6 +178,13 @@ def test_dicts_of_leaves_are_named_as_any_other() -> None:
         assert found.optimizers == fresh.optimizers
 
 
+def test_a_list_and_a_dict_of_the_same_numbers_have_names_of_their_own() -> None:
+    names, values = KnownNames(), [T, {"b": T}, T]
+    for inner in (values, dict(enumerate(values)), values, {True: T, 1.5: T, 2: T}, {1: T, 1.5: T, 2: T}, values[:2]):
+        found, fresh = Walk({"a": inner}, 0, names).leaves(), flatten({"a": inner})
+        assert (found.fqns, found.paths, found.containers) == (fresh.fqns, fresh.paths, fresh.containers)
+
+
 def test_what_was_taken_keeps_no_tensor_that_was_looked_at() -> None:
     state = {"w": torch.zeros(3), "log": [1]}
     here = weakref.ref(state["w"])
