@@ -90,11 +90,8 @@ class _Stretch:
     @classmethod
     def of(cls, values: Sequence[Any]) -> _Stretch:
         odd, kinds, devices = _look_at(values)
-        guards = None
-        if TensorGuards is not None and all(kinds[index] is None for index in odd):  # else some look like others
-            tensors = [*compress(values, kinds)]
-            if len({*map(id, tensors)}) == len(tensors):  # one that is there twice is never recognized
-                guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        are_told = all(kinds[index] is None for index in odd)  # from tensors that are odd guards do not tell others
+        guards = _guard([*compress(values, kinds)]) if are_told else None
         return cls(odd=odd, kinds=kinds, devices=devices, guards=guards)
 
     def is_still(self, values: Sequence[Any]) -> bool:
@@ -102,6 +99,15 @@ class _Stretch:
         if self.guards is None or any(isinstance(values[index], torch.Tensor) for index in self.odd):
             return False
         return self.guards.check(*compress(values, self.kinds))
+
+
+def _guard(tensors: Sequence[torch.Tensor]) -> TensorGuards | None:
+    if TensorGuards is None or len({*map(id, tensors)}) < len(tensors):  # one that is there twice is never recognized
+        return None
+    try:
+        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except TypeError:  # another torch may want other arguments
+        return None
 
 
 def _look_at(values: Sequence[Any]) -> tuple[list[int], list[LeafKind], set[torch.device]]:

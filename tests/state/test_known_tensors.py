@@ -47,10 +47,11 @@ def ten_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_tensors, "_AT_ONCE", 10)
 
 
-@pytest.fixture(params=[True, False], ids=["guards", "no guards"])
+@pytest.fixture(params=["guards", "none", "others"])
 def guards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not request.param:  # torch may give up what is private to it
-        monkeypatch.setattr(known_tensors, "TensorGuards", None)
+    """What torch has; it may give that up, or change its arguments: it is private."""
+    if request.param != "guards":
+        monkeypatch.setattr(known_tensors, "TensorGuards", None if request.param == "none" else lambda *tensors: 1)
 
 
 @pytest.mark.usefixtures("guards")
@@ -94,6 +95,12 @@ def test_tensors_that_are_known_are_not_looked_at_one_by_one(monkeypatch: pytest
     values[20] = torch.zeros(9)
     known.look(values)
     assert looks == [5]  # what is left of the last ten
+
+
+def test_a_state_without_tensors_is_looked_at() -> None:
+    known = KnownTensors()
+    for _ in range(2):
+        assert known.look([1, None]) == Seen(odd=[0, 1], kinds=[None, None], versions=[0, 0], devices=set())
 
 
 def test_a_tensor_that_is_there_twice_is_looked_at_each_time() -> None:
