@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 
-from .._engine.threads import Threads, in_thread
+from .._engine.threads import Threads, in_thread, in_thread_if_long
 from .._format.dcp import Metadata
 from .._format.extension import foreign_layout, is_ours
 from .._format.index_reader import MAGIC as INDEX_MAGIC
@@ -32,6 +32,8 @@ from .torch_file import looks_like_old_torch_file, looks_like_torch_file, read_t
 
 LARGE_NBYTES = 4 << 20
 """Of a `.metadata` from which loads read the end alone. Of a smaller one they compare the pickle's checksum, too."""
+
+SHORT_METADATA_NBYTES = 16 << 10  # that are read in less than a millisecond
 
 _START_NBYTES = 16  # of a file: enough to know its format
 
@@ -73,7 +75,9 @@ async def find_metadata(
         return found
     if data.startswith((MAGIC, INDEX_MAGIC)):
         raise CorruptError(path, "", "not a checkpoint's metadata")
-    return data if whole else await in_thread(threads.compute, without_pickle, data)
+    if whole:
+        return data
+    return await in_thread_if_long(len(data) <= SHORT_METADATA_NBYTES, threads.compute, without_pickle, data)
 
 
 async def _find_foreign(storage: Storage, checkpoint_id: str, threads: Threads, *, weights_only: bool) -> bytes | None:

@@ -19,7 +19,7 @@ from .._distributed.operation import Operation
 from .._distributed.votes import Row
 from .._engine.gc_pause import gc_paused
 from .._engine.threads import Threads, in_thread, in_thread_if_long
-from .._foreign.find import complete, find_metadata, folder_of, read_found
+from .._foreign.find import SHORT_METADATA_NBYTES, complete, find_metadata, folder_of, read_found
 from .._format.checksum import Checksum
 from .._format.dcp import Metadata
 from .._format.extension import containers_of, foreign_layout
@@ -67,9 +67,6 @@ from .stored_names import StoredNames
 from .targets import LoadTargets
 
 log = SafeLogger(__name__)
-
-
-SHORT_METADATA_NBYTES = 16 << 10  # that are read in less than a millisecond
 
 REPORTED = 5  # names in one line of the log
 

@@ -48,7 +48,7 @@ log: SafeLogger = SafeLogger(__name__)
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
-TAIL_NBYTES = 4 << 10  # of a file, which are read when it is opened
+TAIL_NBYTES = 16 << 10  # of a file, which are read when it is opened: all of a tiny one
 
 _temporaries: set[str] = set()  # that `put` is writing now, in this process: not leftovers
 

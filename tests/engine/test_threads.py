@@ -17,9 +17,9 @@ from aiodcp._load.small_reads import SmallSpan
 
 from ..support.states import assert_equal, blank
 
-ASKED = 16  # a save of a few values, of which 13 are for files, one to plan, two to stage
+ASKED = 13  # a save of a few values, of which 10 are for files, two to stage
 
-ASKED_TO_LOAD = 8
+ASKED_TO_LOAD = 3  # two of them open files
 
 
 async def test_what_is_short_is_done_here() -> None:

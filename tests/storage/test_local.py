@@ -89,7 +89,7 @@ async def test_more_buffers_than_one_system_call_takes(tmp_path: Path) -> None:
 
 
 async def test_the_last_bytes_are_read_when_a_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = bytes(range(256)) * 64
+    content = bytes(range(256)) * 256
     (tmp_path / "f").write_bytes(content)
     calls: list[int] = []
 
@@ -100,12 +100,13 @@ async def test_the_last_bytes_are_read_when_a_file_is_opened(tmp_path: Path, mon
     real = os.preadv
     monkeypatch.setattr(os, "preadv", counted)
     async with LocalStorage().open(str(tmp_path), "f") as reader:
-        for start, sizes in ((len(content) - 4096, (4096,)), (len(content) - 10, (3, 7)), (len(content) - 5, (0, 2))):
+        stop, tail = len(content), local.TAIL_NBYTES
+        for start, sizes in ((stop - tail, (tail,)), (stop - 10, (3, 7)), (stop - 5, (0, 2))):
             buffers = [memoryview(bytearray(size)) for size in sizes]
             await reader.read_into(start, buffers)
             assert b"".join(buffers) == content[start : start + sum(sizes)]
         assert not calls
-        for start, size in ((len(content) - 4097, 10), (0, 100)):
+        for start, size in ((stop - tail - 1, 10), (0, 100)):
             buffer = memoryview(bytearray(size))
             await reader.read_into(start, [buffer])
             assert buffer == content[start : start + size]
