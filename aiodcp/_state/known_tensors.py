@@ -1,7 +1,7 @@
 """What was seen of a state's tensors when it was last looked at: mostly it is still so.
 
 To ask a tensor for its type, dtype, shape and place takes most of a microsecond in Python. `torch.compile` has the same
-question, and code for it: `TensorGuards` compare hundreds of tensors with what they were in a single call, twenty times
+question, and code for it: `TensorGuards` compare hundreds of tensors with what they were in a single call, many times
 as fast, and keep none of them alive. Source: torch/csrc/dynamo/guards.cpp.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .plain_tensors import PLAIN_TENSORS, QUANTIZED, is_plain
+from .plain_tensors import AT_ONCE, PLAIN_TENSORS, QUANTIZED, is_plain
 from .sharding import LeafKind, tensor_kind
 from .versions import versions_of
 
@@ -24,8 +24,6 @@ except ImportError:  # it is private to torch: without it every tensor is looked
     TensorGuards = None  # type: ignore[assignment, misc]
 
 KEPT_STATES = 4  # of different numbers of values: those of one checkpoint take turns
-
-_AT_ONCE = 1000  # tensors: for as long as they are looked at no other thread has the GIL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +56,8 @@ class KnownTensors:
         odd: list[int] = []
         kinds: list[LeafKind] = []
         devices: set[torch.device] = set()
-        for start in range(0, len(values), _AT_ONCE):
-            some = values[start : start + _AT_ONCE]
+        for start in range(0, len(values), AT_ONCE):
+            some = values[start : start + AT_ONCE]
             stretch = known[len(stretches)] if known else None
             if stretch is None or not stretch.is_still(some):
                 stretch = _Stretch.of(some)
@@ -90,8 +88,8 @@ class _Stretch:
     @classmethod
     def of(cls, values: Sequence[Any]) -> _Stretch:
         odd, kinds, devices = _look_at(values)
-        are_told = all(kinds[index] is None for index in odd)  # from tensors that are odd guards do not tell others
-        guards = _guard([*compress(values, kinds)]) if are_told else None
+        has_odd_tensors = any(kinds[index] is not None for index in odd)  # which have to be looked at each time
+        guards = None if has_odd_tensors else _guard([*compress(values, kinds)])
         return cls(odd=odd, kinds=kinds, devices=devices, guards=guards)
 
     def is_still(self, values: Sequence[Any]) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
-_AT_ONCE = 1000  # tensors: for as long as they are looked at no other thread has the GIL
+AT_ONCE = 1000  # tensors: for as long as they are looked at no other thread has the GIL
 
 QUANTIZED = {torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4}
 
@@ -19,8 +19,8 @@ def devices_of(tensors: Sequence[torch.Tensor]) -> set[torch.device]:
     Of two devices with one number, which are of two kinds, one is returned.
     """
     by_number: dict[int, torch.Tensor] = {}
-    for start in range(0, len(tensors), _AT_ONCE):
-        some = tensors[start : start + _AT_ONCE]
+    for start in range(0, len(tensors), AT_ONCE):
+        some = tensors[start : start + AT_ONCE]
         by_number.update(zip(map(torch.Tensor.get_device, some), some, strict=True))
     return {tensor.device for number, tensor in by_number.items() if number >= 0}
 

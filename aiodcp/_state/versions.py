@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_AT_ONCE = 1000  # tensors: for as long as they are asked no other thread has the GIL
+from .plain_tensors import AT_ONCE
 
 _VERSION = attrgetter("_version")
 
@@ -21,8 +21,8 @@ def version_of(value: object) -> int:
 def versions_of(values: Sequence[Any]) -> list[int]:
     """Return the same of many: where all have one, without Python code for each."""
     versions: list[int] = []
-    for start in range(0, len(values), _AT_ONCE):
-        some = values[start : start + _AT_ONCE]
+    for start in range(0, len(values), AT_ONCE):
+        some = values[start : start + AT_ONCE]
         try:
             versions += map(_VERSION, some)
         except (AttributeError, RuntimeError):

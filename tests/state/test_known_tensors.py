@@ -44,7 +44,7 @@ CHANGES: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(autouse=True)
 def ten_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_tensors, "_AT_ONCE", 10)
+    monkeypatch.setattr(known_tensors, "AT_ONCE", 10)
 
 
 @pytest.fixture(params=["guards", "none", "others"])
