@@ -28,7 +28,7 @@ from .manifest import ByteRange, ManifestTemplate, make_manifest
 from .plan import GlobalPlan, LocalPlan, WritePlan
 from .planning import finish_plan, plan_global, plan_local
 from .sharing import OnDisagreement, SharedItems, SharingPlan, find_disagreements
-from .start_agreement import KEPT_PLANS, PlanProposal, PlanStart, agree_on_plan
+from .start_agreement import KEPT_PLANS, LONGEST_PLAN_NBYTES, PlanProposal, PlanStart, agree_on_plan
 from .state_table import StateTable, digest_of, pack_message, places_of, unpack_message
 from .table_plan import TablePlan, plan_tables
 
@@ -326,7 +326,10 @@ class PlanRequest:
 
 def _plan_here(request: PlanRequest, rank: int) -> LocalMessage:
     with _planning_errors(), gc_paused():
-        return message_of(plan_local(request.captured, request.piece_nbytes), request.form, rank)
+        message = message_of(plan_local(request.captured, request.piece_nbytes), request.form, rank)
+    if len(message.whole) > LONGEST_PLAN_NBYTES:
+        raise SaveError(f"this rank's plan takes {len(message.whole)} bytes, more than can be sent")
+    return message
 
 
 def message_of(local: LocalPlan, form: Form, rank: int) -> LocalMessage:

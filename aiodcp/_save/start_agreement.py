@@ -17,6 +17,8 @@ _SAVE_ID = struct.Struct("<qq")
 
 _LENGTH_BITS = 32
 
+LONGEST_PLAN_NBYTES = (1 << 31) - 1  # of what a rank sends of its part: two lengths are one integer
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanProposal:

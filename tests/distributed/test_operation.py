@@ -156,6 +156,7 @@ FAULTS = {
     "unpicklable": ("capture", "CaptureError", "holds a lock"),
     "argument": ("capture", "ArgumentError", "must be a str or os.PathLike, got int"),
     "plan": ("capture", "SaveError", "planning failed"),
+    "long plan": ("capture", "SaveError", "more than can be sent"),
     "stage": ("write", "StageError", "on fire"),
     "write": ("write", "WriteError", "No space left on device"),
     "metadata": ("commit", "WriteError", "Disk quota exceeded"),
@@ -173,7 +174,8 @@ async def _save_with(fault: str, checkpointer: Checkpointer, storage: BrokenFile
             path = 3
         elif fault == "plan":
             patch.setattr(plan_cache, "plan_local", _unplannable)
-            state = state | {"new": torch.zeros(2)}
+        elif fault == "long plan":
+            patch.setattr(plan_cache, "LONGEST_PLAN_NBYTES", 10)
         elif fault == "stage":
             patch.setattr(Staging, "copy", _uncopyable)
         elif fault == "write":
@@ -200,7 +202,7 @@ async def test_an_error_on_one_rank_in_any_phase_is_reported_on_all_and_nothing_
             dist.barrier()
             before = sorted(os.listdir(path))
             failing = {1, 2} if fault == "write" else {0} if fault == "metadata" else {number % size}
-            changed = state | ({"new": torch.zeros(2)} if fault == "plan" else {})
+            changed = state | ({"new": torch.zeros(2)} if "plan" in fault else {})
             began = time.monotonic()
             with pytest.raises(CheckpointError) as caught:
                 await _save_with(fault if rank in failing else "", checkpointer, storage, changed, path)

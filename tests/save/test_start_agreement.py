@@ -8,6 +8,7 @@ from aiodcp import ArgumentError
 from aiodcp._distributed.votes import PROPOSAL_LENGTH
 from aiodcp._save.sharing import POLICIES
 from aiodcp._save.start_agreement import (
+    LONGEST_PLAN_NBYTES,
     PartProposal,
     PlanProposal,
     PlanStart,
@@ -32,7 +33,7 @@ def proposal(**changes: object) -> SaveProposal:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("has_planner", [False, True])
 def test_a_proposal_comes_back_from_its_row(policy: str, has_planner: bool) -> None:
-    plan = PlanProposal(kept=[7, 5, 2, 1], digest=-5, whole_nbytes=(1 << 31) - 1, rest_nbytes=(1 << 32) - 1)
+    plan = PlanProposal(kept=[7, 5, 2, 1], digest=-5, whole_nbytes=LONGEST_PLAN_NBYTES, rest_nbytes=LONGEST_PLAN_NBYTES)
     mine = proposal(plan=plan, has_planner=has_planner, on_disagreement=policy)
     row = mine.to_row()
     assert len(row) <= PROPOSAL_LENGTH
