@@ -98,12 +98,9 @@ class PlanCache:
         kept = {
             cached.number: cached for cached in self._kept.get(name, ()) if cached.plan.fits(captured, piece_nbytes)
         }
-        form: Form = "none" if operation.size == 1 else "table" if planner is None else "pickle"
-        request = PlanRequest(
-            name=name, captured=captured, planner=planner, piece_nbytes=piece_nbytes, form=form, kept=kept
-        )
+        request = PlanRequest(name=name, captured=captured, planner=planner, piece_nbytes=piece_nbytes, kept=kept)
         if not kept:
-            await self._plan_here(operation, request)
+            await self._plan_own(operation, request)
         return request
 
     async def make(
@@ -167,9 +164,11 @@ class PlanCache:
 
         return finish
 
-    async def _plan_here(self, operation: Operation, request: PlanRequest) -> LocalMessage:
+    async def _plan_own(self, operation: Operation, request: PlanRequest) -> LocalMessage:
+        """Plan this rank's part, unless that is done."""
         if request.own is None:
-            plan = partial(_plan_here, request, operation.rank)
+            form: Form = "none" if operation.size == 1 else "table" if request.planner is None else "pickle"
+            plan = partial(_plan_here, request, form, operation.rank)
             request.own = await in_thread_if_long(request.captured.is_short, self._threads.compute, plan)
         return request.own
 
@@ -178,16 +177,16 @@ class PlanCache:
     ) -> tuple[LocalMessage, list[bytes]]:
         """Return this rank's part, and on the coordinator what all ranks have sent of theirs."""
         if operation.size == 1:
-            return await self._plan_here(operation, request), []
+            return await self._plan_own(operation, request), []
         if not start.longest_nbytes:  # some ranks had kept a plan that others have not
             _, row = await operation.run_phase(
                 "plan",
-                partial(self._plan_here, operation, request),
+                partial(self._plan_own, operation, request),
                 propose=lambda _: request.proposal.to_row(),
                 agree=partial(agree_on_plan, coordinator=operation.rank),
             )
             start = PlanStart.from_row(row)
-        own = await self._plan_here(operation, request)
+        own = await self._plan_own(operation, request)
         message = own.without_table if own.digest == start.known else own.whole
         return own, await operation.gather(message, start.longest_nbytes)
 
@@ -301,7 +300,6 @@ class PlanRequest:
 
     Attributes:
         name, captured, planner, piece_nbytes: as `PlanCache.begin` was given.
-        form: in which it sends its own part.
         kept: the plans that it could use, by number: it may have kept them while what others hold has changed.
         own: its part of a new one, once that is planned.
     """
@@ -310,7 +308,6 @@ class PlanRequest:
     captured: Capture
     planner: SavePlanner | None
     piece_nbytes: int | None
-    form: Form
     kept: dict[int, CachedPlan]
     own: LocalMessage | None = None
 
@@ -324,9 +321,9 @@ class PlanRequest:
         return PlanProposal(kept=kept, digest=own.digest, whole_nbytes=whole, rest_nbytes=rest)
 
 
-def _plan_here(request: PlanRequest, rank: int) -> LocalMessage:
+def _plan_here(request: PlanRequest, form: Form, rank: int) -> LocalMessage:
     with _planning_errors(), gc_paused():
-        message = message_of(plan_local(request.captured, request.piece_nbytes), request.form, rank)
+        message = message_of(plan_local(request.captured, request.piece_nbytes), form, rank)
     if len(message.whole) > LONGEST_PLAN_NBYTES:
         raise SaveError(f"this rank's plan takes {len(message.whole)} bytes, more than can be sent")
     return message

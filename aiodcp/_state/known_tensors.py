@@ -130,4 +130,5 @@ def _look_at(values: Sequence[Any]) -> tuple[list[int], list[LeafKind], set[torc
         return odd, kinds, devices
     odd = [index for index, value in enumerate(values) if type(value) not in plain or not is_plain(value)]
     others = {*odd}
-    return odd, kinds, {value.device for index, value in enumerate(values) if index not in others}
+    plain_ones = (value for index, value in enumerate(values) if index not in others)
+    return odd, kinds, {value.device for value in plain_ones if not value.is_cpu}

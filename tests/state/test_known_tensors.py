@@ -97,6 +97,11 @@ def test_tensors_that_are_known_are_not_looked_at_one_by_one(monkeypatch: pytest
     assert looks == [5]  # what is left of the last ten
 
 
+def test_host_memory_is_no_device_whatever_else_is_there() -> None:
+    for other in (torch.zeros(2), torch.zeros(2, device="meta"), torch.zeros(2).to_sparse()):
+        assert KnownTensors().look([torch.zeros(2), other]).devices == set()
+
+
 def test_a_state_without_tensors_is_looked_at() -> None:
     known = KnownTensors()
     for _ in range(2):
