@@ -37,6 +37,7 @@ from aiodcp.checkpointer.checkpointer import session_of
 from aiodcp.testing import FaultyStorage, Gate
 
 from ..support.ranks import World
+from ..support.slow_copy import SlowCopy
 from ..support.states import assert_equal, blank, make_state
 
 
@@ -312,17 +313,19 @@ async def test_cancelling_the_task_gives_the_checkpoint_up_unless_it_commits(fau
             assert bool(faulty.files.get(call)) is there
 
 
-async def test_a_change_before_a_participant_is_staged_tears_the_whole(faulty: FaultyStorage) -> None:
-    gate = Gate("create")
-    faulty.gate = gate
+async def test_a_change_before_a_participant_is_staged_tears_the_whole(
+    faulty: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowCopy(monkeypatch)
     weights = torch.zeros(100)
     async with Checkpointer(storage=faulty) as checkpointer:
         with pytest.raises(TornSnapshotError, match=r"trainer\.w"):
             async with joint_checkpoint(checkpointer, "a") as ckpt:
                 ckpt.add("trainer", {"w": weights})
+                assert await asyncio.to_thread(slow.reached.wait, 30)
                 weights.add_(1)
-                gate.open()
-                await asyncio.sleep(30)
+                slow.let_go.set()
+                await asyncio.Event().wait()  # until the save has failed
         assert not faulty.files.get("a")
 
 
