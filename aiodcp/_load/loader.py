@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
@@ -22,38 +21,28 @@ from .._engine.threads import Threads, in_thread, in_thread_if_long
 from .._foreign.find import SHORT_METADATA_NBYTES, complete, find_metadata, folder_of, read_found
 from .._format.checksum import Checksum
 from .._format.dcp import Metadata
-from .._format.extension import containers_of, foreign_layout
+from .._format.extension import foreign_layout
 from .._format.index_reader import MAGIC as INDEX_MAGIC
 from .._format.item_tables import ItemTables
 from .._format.naming import METADATA_NAME
 from .._log import SafeLogger
 from .._telemetry.progress_bar import Bar
-from ..errors import (
-    CheckpointError,
-    CorruptError,
-    LoadError,
-    MismatchError,
-    NotACheckpointError,
-    ReadError,
-)
+from ..errors import CorruptError, MismatchError, NotACheckpointError, ReadError
 from ..storage.base import Storage, object_limits
 from ..storage.error_mapping import read_errors
-from .chunk_index import ChunkIndex
 from .decode import ItemDecoder
 from .file_reads import FileReads
 from .fill_tensors import ending, fill_tensors
 from .find_targets import allocate_optimizers
 from .fitting import fill_whole, settle_values
-from .leave_out import Choice, Kept, leave_out
-from .name_union import join_marks, pack_marks, unwanted
+from .local_plan import LocalPlan, LocalPlanning
+from .name_union import join_marks, unwanted
 from .options import Loaded, LoadOptions
 from .plan import ValueRead
 from .planner_reads import commit_loaded, plan_local_load, plan_reads
-from .planning import plan_load
 from .read_plan import ReadPlan
 from .reading_together import ReadingTogether
-from .refuse import note_left_out, refuse
-from .resolve import Resolution, Resolver, groups_needed, names_wanted
+from .refuse import note_left_out, raise_or_note, refuse
 from .sharing import OpenProposal, agree_on_open
 from .start_agreement import (
     FoundMetadata,
@@ -63,7 +52,6 @@ from .start_agreement import (
     agree_on_load_plan,
     agree_on_metadata,
 )
-from .stored_names import StoredNames
 from .targets import LoadTargets
 
 log = SafeLogger(__name__)
@@ -156,23 +144,6 @@ class Loader:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Planned:
-    """One rank's plan, and what it found out on the way.
-
-    Attributes:
-        plan: what is read.
-        found: how wanted and stored names compare.
-        names: all that is stored, sorted; empty when there are no other ranks.
-        marks: which of them this rank wants, and asks for.
-    """
-
-    plan: ReadPlan
-    found: Resolution
-    names: list[str]
-    marks: bytes
-
-
 class _LoadFlow:
     """One load, on one rank."""
 
@@ -209,9 +180,7 @@ class _LoadFlow:
         """Load what the metadata `data` describes; return None if it has been replaced by another one meanwhile."""
         operation = self._operation
         if targets.planner is not None:
-            planned = _Planned(
-                plan=await self._ask_planner(targets, targets.planner, data), found=Resolution(), names=[], marks=b""
-            )
+            planned = LocalPlan(plan=await self._ask_planner(targets, targets.planner, data))
         else:
             found = await self._plan(stack, targets, data)
             if found is None:
@@ -229,7 +198,8 @@ class _LoadFlow:
             if targets.planner is None:
                 problems = settle_values(plan, targets, cast=self._options.cast)
                 if problems:
-                    self._refuse(targets, MismatchError(self._checkpoint_id, problems=problems))
+                    error = MismatchError(self._checkpoint_id, problems=problems)
+                    raise_or_note(targets, error, is_dry=self._options.is_dry)
 
         async def read_tensors() -> None:
             with ending(targets.device_copies):
@@ -296,9 +266,9 @@ class _LoadFlow:
 
     # --- planning
 
-    async def _plan(self, stack: AsyncExitStack, targets: LoadTargets, data: bytes) -> _Planned | None:
+    async def _plan(self, stack: AsyncExitStack, targets: LoadTargets, data: bytes) -> LocalPlan | None:
         operation, options = self._operation, self._options
-        planned: list[_Planned] = []
+        planned: list[LocalPlan] = []
 
         async def plan() -> bool:
             return await self._unless_replaced(data, partial(self._plan_here, stack, targets, data, planned))
@@ -320,7 +290,7 @@ class _LoadFlow:
 
         async def refuse_unexpected() -> None:
             error = refuse(targets, mine.found, self._checkpoint_id, strict=options.strict, unexpected=unexpected)
-            self._refuse(targets, error)
+            raise_or_note(targets, error, is_dry=options.is_dry)
 
         if agreed.has_unexpected:
             await operation.run_phase("plan", refuse_unexpected)
@@ -328,18 +298,18 @@ class _LoadFlow:
         return mine
 
     async def _plan_here(
-        self, stack: AsyncExitStack, targets: LoadTargets, data: bytes, planned: list[_Planned]
+        self, stack: AsyncExitStack, targets: LoadTargets, data: bytes, planned: list[LocalPlan]
     ) -> None:
         # The metadata is gone again when the block ends: the collector never sees it.
         compute = partial(in_thread_if_long, self._is_short(targets, data), self._threads.compute)
+        operation = self._operation
         with gc_paused(len(targets.fqns)):
             metadata = await self._read_metadata(data)
-            stored, kept, needed = await compute(self._compare, targets, metadata)
-            values: dict[str, Any] = {}
-            if needed:
-                values = await self._read_options(stack, metadata, stored, needed)
-            planned.append(await compute(self._find, metadata, stored, targets, kept, values))
-            del metadata, stored
+            planning = LocalPlanning(self._checkpoint_id, metadata, targets, self._options, rank=operation.rank)
+            reads = await compute(planning.compare)
+            values = await self._read_options(stack, reads) if reads else {}
+            planned.append(await compute(partial(planning.find, values, is_alone=operation.size == 1)))
+            del metadata, planning
 
     async def _read_metadata(self, data: bytes) -> Metadata:
         path = self._storage.describe(self._checkpoint_id, METADATA_NAME)
@@ -361,71 +331,12 @@ class _LoadFlow:
         is_plain = options.rename is None and options.include is None and options.exclude is None
         return is_plain and targets.is_short and len(data) <= SHORT_METADATA_NBYTES
 
-    def _compare(self, targets: LoadTargets, metadata: Metadata) -> tuple[StoredNames, Kept, list[str]]:
-        with self._planning():
-            stored = StoredNames(metadata, targets.kinds, self._options.rename)
-            include, exclude = self._options.include, self._options.exclude
-            chooses = include is not None or exclude is not None
-            kept = leave_out(targets, stored, Choice(include, exclude)) if chooses else []
-            return stored, kept, groups_needed(targets, stored)
-
-    def _refuse(self, targets: LoadTargets, error: MismatchError | None) -> None:
-        """Raise an error, or only report it where nothing is loaded."""
-        if error is None:
-            return
-        if not self._options.is_dry:
-            raise error
-        targets.report = replace(targets.report, refusal=error)
-
-    def _find(
-        self, metadata: Metadata, stored: StoredNames, targets: LoadTargets, kept: Kept, values: Mapping[str, Any]
-    ) -> _Planned:
-        options, operation = self._options, self._operation
-        with self._planning():
-            containers = containers_of(metadata)
-            resolver = Resolver(targets, stored, containers, values, rank=operation.rank, cast=options.cast, kept=kept)
-            found = resolver.run()
-            pieces = ChunkIndex(metadata, self._checkpoint_id)
-            plan, problems = plan_load(metadata, targets, pieces, cast=options.cast)
-            found.problems += problems
-            # What no rank wants is known when all ranks have been asked; all other problems are raised at once.
-            alone = operation.size == 1
-            unexpected = found.unexpected if alone else ()
-            error = refuse(targets, found, self._checkpoint_id, strict=options.strict, unexpected=unexpected)
-            self._refuse(targets, error)
-            targets.report.loaded.extend(
-                fqn for fqn, source in zip(targets.fqns, targets.sources, strict=True) if source is not None
-            )
-            if alone:
-                return _Planned(plan=plan, found=found, names=[], marks=b"")
-            names = sorted(stored.entries)
-            wanted = names_wanted(targets, stored)
-            return _Planned(plan=plan, found=found, names=names, marks=pack_marks(names, wanted, stored.is_below))
-
-    @contextmanager
-    def _planning(self) -> Iterator[None]:
-        """Make one error of what goes wrong in the block: the metadata is sound, so it is not damage."""
-        try:
-            yield
-        except CheckpointError:  # ArgumentError is a ValueError
-            raise
-        except Exception as error:
-            raise LoadError(f"{self._checkpoint_id}: cannot be planned: {error!r}") from error
-
-    async def _read_options(
-        self, stack: AsyncExitStack, metadata: Metadata, stored: StoredNames, needed: Sequence[str]
-    ) -> dict[str, Any]:
+    async def _read_options(self, stack: AsyncExitStack, reads: Sequence[ValueRead]) -> dict[str, Any]:
         """Read the options of optimizers, which say what belongs to which parameter."""
-        with self._planning():
-            pieces = ChunkIndex(metadata, self._checkpoint_id)
-            reads = []
-            for number, fqn in enumerate(needed):
-                info = pieces.find(stored.source(fqn), None)
-                reads.append(ValueRead(fqn, number, info.relative_path, info.offset, info.length))
-        await self._reads.open(stack, ReadPlan(tensors=[], values=reads))
+        await self._reads.open(stack, ReadPlan(tensors=[], values=[*reads]))
         with read_errors(self._storage.describe(self._checkpoint_id)):
             values = await self._reads.read_values(reads, decoded=True)
-        return {fqn: values[number] for number, fqn in enumerate(needed)}
+        return {read.fqn: values[read.index] for read in reads}
 
     async def _unless_replaced(self, data: bytes, function: Callable[[], Awaitable[None]]) -> bool:
         """Do what reads files; return False if one is gone because a save has replaced the checkpoint."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from ..errors import MismatchError
 from .name_hints import explain, suggest
@@ -41,6 +42,15 @@ def refuse(
     return MismatchError(
         checkpoint_id, missing, sorted(unexpected), found.problems, suggest(missing, found.others), hint
     )
+
+
+def raise_or_note(targets: LoadTargets, error: MismatchError | None, *, is_dry: bool) -> None:
+    """Raise an error, or only report it where nothing is loaded."""
+    if error is None:
+        return
+    if not is_dry:
+        raise error
+    targets.report = replace(targets.report, refusal=error)
 
 
 def _misnamed(targets: LoadTargets, found: Resolution, missing: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 import aiodcp
 from aiodcp import ArgumentError, Checkpointer, LoadReport, MismatchError, StatefulError
-from aiodcp._load import loader
+from aiodcp._load import loader, local_plan
 
 from ..support.in_memory import saved
 from ..support.states import assert_equal
@@ -363,8 +363,13 @@ async def test_nothing_but_errors_of_the_tree_leaves_a_load(monkeypatch: pytest.
         def fail(*args: Any, error: Exception = error) -> None:
             raise error
 
-        for name in ("plan_load", "settle_values", "read_found", "fill_whole"):
+        for where, name in (
+            (local_plan, "plan_load"),
+            (loader, "settle_values"),
+            (loader, "read_found"),
+            (loader, "fill_whole"),
+        ):
             with monkeypatch.context() as patch:
-                patch.setattr(loader, name, fail)
+                patch.setattr(where, name, fail)
                 with pytest.raises(aiodcp.LoadError):
                     await resume({"w": torch.ones(1)}, {"w": torch.zeros(1)})
