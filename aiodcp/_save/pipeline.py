@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,27 @@ HEAD_START = 1 / 3
 AT_ONCE = 2  # one is written while the next is checksummed: one O_DIRECT write fills a disk
 
 StagingBuffer = Staging | BoundedStaging
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """One save's way through the pipeline.
+
+    Attributes:
+        job: the save.
+        plan: what of it this rank writes.
+        tail: what lies behind the tensors.
+        file: its name.
+        admitted: set when it may be written.
+        comparing: what else reads the tensors.
+    """
+
+    job: SaveJob
+    plan: WritePlan
+    tail: Tail
+    file: str
+    admitted: Event
+    comparing: _Comparing
 
 
 class WritePipeline:
@@ -120,7 +142,15 @@ class WritePipeline:
             self._source = None
 
     async def run(
-        self, job: SaveJob, plan: WritePlan, buffer: StagingBuffer, tail: Tail, file: str, *, seed: int | None = None
+        self,
+        job: SaveJob,
+        plan: WritePlan,
+        buffer: StagingBuffer,
+        tail: Tail,
+        file: str,
+        admitted: Event,
+        *,
+        seed: int | None = None,
     ) -> tuple[int, int]:
         """Stage, checksum and write everything into a durable file.
 
@@ -130,6 +160,7 @@ class WritePipeline:
             buffer: host memory for that.
             tail: what lies behind the tensors.
             file: its name.
+            admitted: set when it may be written.
             seed: for the comparison with other ranks, if they are to be compared.
 
         Returns:
@@ -149,6 +180,7 @@ class WritePipeline:
         job.captured.values.extend(captured_cuts(job.captured.values, plan.cuts))
         table_crc = 0
         comparing = _Comparing(job, plan.comparison, seed)
+        run = _Run(job=job, plan=plan, tail=tail, file=file, admitted=admitted, comparing=comparing)
         try:
             with single_error():
                 async with anyio.create_task_group() as group:
@@ -158,23 +190,22 @@ class WritePipeline:
                         job.check_torn()
                         job.log.report("write")
                         job.release_tensors()
-                    elif isinstance(buffer, Staging) and plan.share.layout.in_pieces:
-                        table_crc = await self._run_pieces(job, plan, buffer, tail, file, comparing)
+                        await admitted.wait()
                     elif isinstance(buffer, Staging):
-                        table_crc = await self._run_whole(job, plan, buffer, tail, file, comparing)
-                    elif plan.share.layout.in_pieces:
-                        table_crc = await self._run_piece_windows(job, plan, buffer, tail, file, comparing)
+                        way = self._run_pieces if plan.share.layout.in_pieces else self._run_whole
+                        table_crc = await way(run, buffer)
                     else:
-                        table_crc = await self._run_windows(job, plan, buffer, tail, file, comparing)
+                        await admitted.wait()
+                        bounded_way = self._run_piece_windows if plan.share.layout.in_pieces else self._run_windows
+                        table_crc = await bounded_way(run, buffer)
         finally:
             job.device_copies.end()
         return comparing.digest, table_crc
 
     # --- the whole file in memory
 
-    async def _run_whole(
-        self, job: SaveJob, plan: WritePlan, staging: Staging, tail: Tail, file: str, comparing: _Comparing
-    ) -> int:
+    async def _run_whole(self, run: _Run, staging: Staging) -> int:
+        job, tail = run.job, run.tail
         crcs: list[list[int]] = [[] for _ in staging.layout.segments]
         table_crc = 0
         ready = [Signal() for _ in staging.layout.segments]
@@ -184,8 +215,8 @@ class WritePipeline:
             nonlocal table_crc
             before = job.log.latest.bytes_written
             try:
-                with single_error(), self._write_errors(job, file):
-                    async with self._storage.create(job.checkpoint_id, file) as writer:
+                with single_error(), self._write_errors(job, run.file):
+                    async with self._storage.create(job.checkpoint_id, run.file) as writer:
                         async with anyio.create_task_group() as writing:
                             for number, event in enumerate(ready):
                                 writing.start_soon(self._write_segment, job, staging, number, event, writer, crcs)
@@ -198,13 +229,13 @@ class WritePipeline:
                 raise
 
         async with anyio.create_task_group() as group:
-            group.start_soon(self._stage_all, job, plan, staging, tail, ready, staged, comparing)
-            await self._storage.retrying(write_file, job.checkpoint_id, file)
+            group.start_soon(self._stage_all, run, staging, ready, staged)
+            await run.admitted.wait()
+            await self._storage.retrying(write_file, job.checkpoint_id, run.file)
         return table_crc
 
-    async def _run_pieces(
-        self, job: SaveJob, plan: WritePlan, staging: Staging, tail: Tail, file: str, comparing: _Comparing
-    ) -> int:
+    async def _run_pieces(self, run: _Run, staging: Staging) -> int:
+        job, tail = run.job, run.tail
         layout = staging.layout
         crcs: list[list[int]] = [[] for _ in layout.segments]
         checksummed = [Event() for _ in layout.segments]
@@ -225,21 +256,14 @@ class WritePipeline:
             return staging.arena.memory[layout.last_piece : layout.tail + len(rendered)]
 
         async with anyio.create_task_group() as group:
-            group.start_soon(self._stage_all, job, plan, staging, tail, ready, staged, comparing)
-            writer = PieceWriter(self._storage, job, names_of(file, layout))
+            group.start_soon(self._stage_all, run, staging, ready, staged)
+            await run.admitted.wait()
+            writer = PieceWriter(self._storage, job, names_of(run.file, layout))
             group.start_soon(writer.write_staged, [*ready[:-1], staged], complete)
         return table_crc
 
-    async def _stage_all(
-        self,
-        job: SaveJob,
-        plan: WritePlan,
-        staging: Staging,
-        tail: Tail,
-        ready: Sequence[Signal],
-        staged: Signal,
-        comparing: _Comparing,
-    ) -> None:
+    async def _stage_all(self, run: _Run, staging: Staging, ready: Sequence[Signal], staged: Signal) -> None:
+        job = run.job
         stop = threading.Event()
 
         def arrive(number: int, began_s: float) -> None:
@@ -250,7 +274,7 @@ class WritePipeline:
                 ready[number].set()
 
         def copy() -> None:
-            with self._copying(job, plan, staging):
+            with self._copying(job, run.plan, staging):
                 queued: list[tuple[int, float, list[torch.Event]]] = []
                 for number in range(len(ready)):
                     if stop.is_set():
@@ -262,14 +286,14 @@ class WritePipeline:
                         queued.append((number, began_s, events))
                     else:
                         arrive(number, began_s)
-                comparing.wait()
+                run.comparing.wait()
                 job.check_torn()
                 job.queued.reach()
                 for number, began_s, events in queued:
                     with _copy_errors(staging.layout.tail):
                         job.device_copies.wait_for(events)
                     arrive(number, began_s)
-                job.log.report("write", staged=tail.nbytes)
+                job.log.report("write", staged=run.tail.nbytes)
                 if queued:
                     job.check_torn()
                 job.staged.reach()
@@ -304,9 +328,8 @@ class WritePipeline:
 
     # --- a part of it at a time
 
-    async def _run_windows(
-        self, job: SaveJob, plan: WritePlan, bounded: BoundedStaging, tail: Tail, file: str, comparing: _Comparing
-    ) -> int:
+    async def _run_windows(self, run: _Run, bounded: BoundedStaging) -> int:
+        job, file = run.job, run.file
         free = [Event() for _ in range(bounded.slots)]
         for event in free:
             event.set()
@@ -329,13 +352,11 @@ class WritePipeline:
 
                     for number in range(len(bounded)):
                         await take_slot(number)
-                        ranges = await in_thread(
-                            self._threads.staging, self._fill, job, plan, bounded, number, comparing
-                        )
+                        ranges = await in_thread(self._threads.staging, self._fill, run, bounded, number)
                         writing.start_soon(write, number, ranges)
                     job.log.report("write")
                     job.release_tensors()
-                    rendered, table_crc = tail.render(bounded.crcs)
+                    rendered, table_crc = run.tail.render(bounded.crcs)
                     for start in range(0, len(rendered), bounded.slot_nbytes):
                         number = len(bounded) + start // bounded.slot_nbytes
                         await take_slot(number)
@@ -345,37 +366,35 @@ class WritePipeline:
                         writing.start_soon(write, number, [(bounded.layout.tail + start, memory)])
         return table_crc
 
-    async def _run_piece_windows(
-        self, job: SaveJob, plan: WritePlan, bounded: BoundedStaging, tail: Tail, file: str, comparing: _Comparing
-    ) -> int:
+    async def _run_piece_windows(self, run: _Run, bounded: BoundedStaging) -> int:
+        job = run.job
         table_crc = 0
 
         async def fill(number: int) -> memoryview:
             nonlocal table_crc
             memory = bounded.arena.memory[:0]
             if bounded.layout.segments:
-                fill = partial(self._fill, job, plan, bounded, number, comparing)
+                fill = partial(self._fill, run, bounded, number)
                 [(_, memory)] = await in_thread(self._threads.staging, fill)
             if number < bounded.layout.pieces:
                 return memory
-            job.log.report("write", staged=tail.nbytes)
+            job.log.report("write", staged=run.tail.nbytes)
             job.release_tensors()
-            rendered, table_crc = tail.render(bounded.crcs)
+            rendered, table_crc = run.tail.render(bounded.crcs)
             return await in_thread(self._threads.staging, bounded.append, number, memory, rendered)
 
-        await PieceWriter(self._storage, job, names_of(file, bounded.layout)).write_windows(bounded.slots, fill)
+        await PieceWriter(self._storage, job, names_of(run.file, bounded.layout)).write_windows(bounded.slots, fill)
         return table_crc
 
-    def _fill(
-        self, job: SaveJob, plan: WritePlan, bounded: BoundedStaging, number: int, comparing: _Comparing
-    ) -> list[FileRange]:
+    def _fill(self, run: _Run, bounded: BoundedStaging, number: int) -> list[FileRange]:
         """Bring one window into its slot, complete."""
-        with self._copying(job, plan, bounded, first=number == 0):
+        job = run.job
+        with self._copying(job, run.plan, bounded, first=number == 0):
             began_s = time.perf_counter()
             with _copy_errors(bounded.layout.tail):
                 events = bounded.copy(number, job.captured.values, job.device_copies)
             if number == len(bounded) - 1:
-                comparing.wait()
+                run.comparing.wait()
                 job.check_torn()
                 job.queued.reach()
             with _copy_errors(bounded.layout.tail):

@@ -383,16 +383,25 @@ class Saver:
             captured = job.timeline.between("capture")
             assert captured is not None
             job.timeline.add("plan", captured[1])
-            await files.lock_once()
-            if operation.is_coordinator and not job.overwrite:
-                await refuse_existing(self._storage, job.checkpoint_id)
             tail, ranges = lay_tail(cached, job.captured)
-            buffer = await pipeline.take_memory(cached.plan, tail.nbytes, pin_for=job.device_copies.first_device)
-            files.names += names_of(file, cached.layout)
-            files.are_written = False
-            digest, table_crc = await pipeline.run(
-                job, cached.plan, buffer, tail, file, seed=seed if compares else None
-            )
+            admitted = anyio.Event()
+
+            async def admit() -> None:  # meanwhile: on a network file system a lock takes its time
+                await files.lock_once()
+                if operation.is_coordinator and not job.overwrite:
+                    await refuse_existing(self._storage, job.checkpoint_id)
+                admitted.set()
+
+            with single_error():
+                async with anyio.create_task_group() as group:
+                    group.start_soon(admit)
+                    memory_for = job.device_copies.first_device
+                    buffer = await pipeline.take_memory(cached.plan, tail.nbytes, pin_for=memory_for)
+                    files.names += names_of(file, cached.layout)
+                    files.are_written = False
+                    digest, table_crc = await pipeline.run(
+                        job, cached.plan, buffer, tail, file, admitted, seed=seed if compares else None
+                    )
             files.are_written = True
             voting = time.perf_counter()
             return WrittenHere(plan=cached, ranges=ranges, digest=digest, table_crc=table_crc)

@@ -2,6 +2,8 @@ import asyncio
 import gc
 import os
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from aiodcp._engine import host_memory
 from aiodcp._format import naming
 from aiodcp._format.metadata_reader import read_metadata
 from aiodcp._save import commit, plan_cache, planning
+from aiodcp._save.bounded_staging import MIN_NBYTES
 from aiodcp._save.saver import Saver
 from aiodcp.storage import file_io, local
 from aiodcp.testing import FaultyStorage, Gate
@@ -196,6 +199,53 @@ async def test_giving_up_a_turn_leaves_it_to_the_next() -> None:
         with pytest.raises(asyncio.CancelledError):
             await second
     assert sorted(storage.files) == ["first", "third"]
+
+
+class SlowLocks(FaultyStorage):
+    """Takes its time to lock, as a network file system does."""
+
+    @asynccontextmanager
+    async def lock(self, root: str, *, exclusive: bool, create: bool = True) -> AsyncIterator[bool]:
+        await self.enter("lock")
+        async with super().lock(root, exclusive=exclusive, create=create) as is_locked:
+            yield is_locked
+
+
+@pytest.mark.parametrize("max_host_bytes", [None, MIN_NBYTES])
+async def test_what_is_staged_does_not_wait_for_the_lock_and_what_is_written_does(max_host_bytes: int | None) -> None:
+    storage, gate = SlowLocks(), Gate("lock")
+    storage.gate = gate
+    weights = torch.ones(MIN_NBYTES)
+    state = {"w": weights, "n": 1}
+    async with Checkpointer(storage=storage, max_host_bytes=max_host_bytes) as checkpointer:
+        checkpoint = await checkpointer.save(state, "root/ckpt")
+        await gate.wait_reached()
+        if max_host_bytes is None:  # else what is staged makes room by being written
+            await checkpoint.staged
+            weights.zero_()
+        assert set(storage.calls) == {"lock"}
+        gate.open()
+        await checkpoint.uploaded
+        target = await load(checkpointer, state, "root/ckpt")
+    assert_equal(target["w"], torch.ones(MIN_NBYTES))
+
+
+@pytest.mark.parametrize("max_host_bytes", [None, MIN_NBYTES])
+async def test_a_lock_that_cannot_be_had_fails_the_save_which_leaves_nothing(max_host_bytes: int | None) -> None:
+    storage = SlowLocks()
+
+    def fail(call: str) -> None:
+        if call == "lock":
+            raise OSError(37, "No locks available")
+
+    storage.gate = fail
+    async with Checkpointer(storage=storage, max_host_bytes=max_host_bytes) as checkpointer:
+        checkpoint = await checkpointer.save({"w": torch.ones(MIN_NBYTES)}, "root/ckpt")
+        with pytest.raises(WriteError, match="No locks available"):
+            await checkpoint.uploaded
+        assert not storage.files.get("root/ckpt")
+        storage.gate = lambda call: None
+        await (await checkpointer.save({"w": torch.ones(MIN_NBYTES)}, "root/ckpt")).uploaded
 
 
 # --- failures
