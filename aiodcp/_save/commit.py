@@ -78,8 +78,11 @@ async def refuse_existing(storage: Storage, checkpoint_id: str) -> None:
     raise WriteError(path, "there is a checkpoint already, and overwrite=False")
 
 
-async def commit(storage: Storage, checkpoint_id: str, content: bytes, files: set[str]) -> None:
+async def commit(storage: Storage, checkpoint_id: str, content: bytes, files: set[str]) -> list[str]:
     """Make `content`, whose data is in `files`, the checkpoint's metadata.
+
+    Returns:
+        The files of the checkpoint that was replaced and of saves that failed, which are to be removed.
 
     Raises:
         SaveError: the data is gone: another process saves to the same place, and took it for leftovers. There is no
@@ -88,23 +91,26 @@ async def commit(storage: Storage, checkpoint_id: str, content: bytes, files: se
     Cancellation: none; once it has begun it is finished.
     """
     with CancelScope(shield=True):
-        if missing := await _find_missing(storage, checkpoint_id, files):  # before what is there is replaced
+        found = await storage.list_files(checkpoint_id)  # before what is there is replaced
+        if missing := await _find_missing(storage, checkpoint_id, files, found):
             raise SaveError(_describe_missing(missing))
         await storage.put(checkpoint_id, METADATA_NAME, content)
         try:
-            missing = await _find_missing(storage, checkpoint_id, files)
+            found = await storage.list_files(checkpoint_id)
+            missing = await _find_missing(storage, checkpoint_id, files, found)
         except OSError as error:  # it is committed and durable
             log.warning("%s: committed, and could not be listed afterwards: %s", storage.describe(checkpoint_id), error)
-            return
+            found, missing = [], []
         if missing:
             await _revert(storage, checkpoint_id, content)
             raise SaveError(_describe_missing(missing))
+    return [name for name in found if is_leftover(name) and name not in files and not is_live(name)]
 
 
-async def _find_missing(storage: Storage, checkpoint_id: str, files: set[str]) -> list[str]:
+async def _find_missing(storage: Storage, checkpoint_id: str, files: set[str], found: Sequence[str]) -> list[str]:
     """Return which files are not there. A listing may be some seconds old, of network file systems: to open is not."""
     gone: list[str] = []
-    for file in sorted(files.difference(await storage.list_files(checkpoint_id))):
+    for file in sorted(files.difference(found)):
         try:
             async with storage.open(checkpoint_id, file):
                 pass
@@ -144,20 +150,6 @@ async def may_be_committed(storage: Storage, checkpoint_id: str, save_id: str) -
         except OSError:
             committed = True  # unknown, so assume it: the next save to this path removes what is left over
     return committed
-
-
-async def find_replaced(storage: Storage, checkpoint_id: str, files: set[str]) -> list[str]:
-    """Return the files of the checkpoint that was replaced and of saves that failed: all data but `files`.
-
-    Cancellation: none.
-    """
-    with CancelScope(shield=True), _errors_logged(storage, checkpoint_id):
-        return [
-            name
-            for name in await storage.list_files(checkpoint_id)
-            if is_leftover(name) and name not in files and not is_live(name)
-        ]
-    return []
 
 
 async def remove_files(storage: Storage, checkpoint_id: str, names: Sequence[str]) -> None:

@@ -29,14 +29,13 @@ from .bounded_staging import largest_piece
 from .commit import (
     UncommittedFiles,
     commit,
-    find_replaced,
     live,
     may_be_committed,
     refuse_existing,
     remove_files,
     remove_if_empty,
 )
-from .manifest import ManifestTemplate, names_of
+from .manifest import names_of
 from .parts import PartExchange, PartTicket, join
 from .pipeline import WritePipeline
 from .plan_cache import PlanCache, PlanRequest
@@ -161,8 +160,9 @@ class Saver:
                 job.log.report("done")
                 job.uploaded.reach()
                 return []
-            manifest = await self._commit(operation, files, [written], job.custom_metadata)
-        return await self._finish([job], manifest, start.save_id)
+            replaced = await self._commit(operation, files, [written], job.custom_metadata)
+        self._finish([job])
+        return replaced
 
     async def _hand_over(
         self, operation: Operation, files: UncommittedFiles, written: WrittenPart, part: PartExchange
@@ -221,8 +221,7 @@ class Saver:
                 await refuse_existing(self._storage, checkpoint_id)
             with write_errors(self._storage.describe(checkpoint_id, METADATA_NAME)):
                 content = seal(joined.pickled, custom_metadata(), joined.tables, joined.outline)
-                await commit(self._storage, checkpoint_id, content, joined.files)
-            replaced = await find_replaced(self._storage, checkpoint_id, joined.files)
+                replaced = await commit(self._storage, checkpoint_id, content, joined.files)
             await remove_files(self._storage, checkpoint_id, replaced)
 
     async def _begin(self, operation: Operation, name: str | None, job: SaveJob) -> tuple[SaveJob, PlanRequest]:
@@ -291,10 +290,11 @@ class Saver:
                                 await write(operation, files, len(names) - 1, request)
                 await self._agree_on_end(operation)
                 parts = [written[number] for number in range(len(names))]
-                manifest = await self._commit(operation, files, parts, custom_metadata)
+                replaced = await self._commit(operation, files, parts, custom_metadata)
         finally:
             self._keep_only({None, *names})
-        return await self._finish([part.job for part in parts], manifest, save_id)
+        self._finish([part.job for part in parts])
+        return replaced
 
     async def _write_part(
         self, operation: Operation, files: UncommittedFiles, request: PartRequest, file: str
@@ -429,13 +429,13 @@ class Saver:
         files: UncommittedFiles,
         parts: Sequence[WrittenPart],
         custom_metadata: Callable[[], bytes],
-    ) -> ManifestTemplate | None:
-        """Make what is written the checkpoint; return its manifest, on the coordinator."""
+    ) -> list[str]:
+        """Make what is written the checkpoint; return the files that are to be removed now, on the coordinator."""
         path, save_id = files.checkpoint_id, files.save_id
 
-        async def commit_all() -> ManifestTemplate | None:
+        async def commit_all() -> list[str]:
             if not operation.is_coordinator:
-                return None
+                return []
             manifest = await self._plans.manifest_of([part.plan for part in parts])
             await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
             if not all(part.job.overwrite for part in parts):
@@ -445,25 +445,22 @@ class Saver:
                 tables = manifest.in_order_of_files(save_id, [part.tables for part in parts])
                 pickled, index = manifest.render(path, save_id, ranges), manifest.index(save_id, ranges)
                 content = seal(pickled, custom_metadata(), tables, index)
-                await commit(self._storage, path, content, manifest.files(save_id))
-            return manifest
+                return await commit(self._storage, path, content, manifest.files(save_id))
 
         files.may_be_committed = True
         with ExitStack() as stack:
             for part in parts:
                 part.job.log.report("commit")
                 stack.enter_context(part.job.timeline.record("commit"))
-            manifest, _ = await operation.run_phase("commit", commit_all, last=True)
-        return manifest
+            replaced, _ = await operation.run_phase("commit", commit_all, last=True)
+        return replaced
 
-    async def _finish(self, jobs: Sequence[SaveJob], manifest: ManifestTemplate | None, save_id: str) -> list[str]:
-        """Let those who wait know that it is committed; return the files that are to be removed now."""
+    @staticmethod
+    def _finish(jobs: Sequence[SaveJob]) -> None:
+        """Let those who wait know that it is committed."""
         for job in jobs:
             job.log.report("done")
             job.uploaded.reach()
-        if manifest is None:
-            return []
-        return await find_replaced(self._storage, jobs[0].checkpoint_id, manifest.files(save_id))
 
     def close(self) -> None:
         """Give all host memory back, and forget all plans."""

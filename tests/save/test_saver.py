@@ -112,6 +112,24 @@ async def test_a_later_save_of_the_same_structure_plans_nothing(monkeypatch: pyt
     assert len(plans) == 1
 
 
+async def test_a_save_lists_its_files_twice_and_not_once_more() -> None:
+    """Before the commit and after it: in an object store each is a request that is paid for."""
+
+    class Listed(MemoryStorage):
+        count = 0
+
+        async def list_files(self, checkpoint_id: str) -> list[str]:
+            self.count += 1
+            return await super().list_files(checkpoint_id)
+
+    storage = Listed()
+    async with Checkpointer(storage=storage) as checkpointer:
+        for number in (1, 2):
+            await (await checkpointer.save({"w": torch.ones(3)}, "ckpt")).uploaded
+            assert storage.count == 2 * number
+    assert len(storage.files["ckpt"]) == 2
+
+
 async def test_frozen_values_may_grow_from_save_to_save() -> None:
     async with Checkpointer(storage=MemoryStorage()) as checkpointer:
         for size in (1, 1000, 300_000, 10):
