@@ -90,9 +90,20 @@ async def measure(tensors: int, directory: Path, repeat: int) -> dict[str, Cost]
     loads = [await _load(ours, state, target, directory / "first") for _ in range(repeat)]
     rows["aiodcp, loads"] = _typical(loads)
     rows["aiodcp, leaving"] = await _cost_of(ours.close)
+    rows |= await _measure_preparing(state, directory / "prepared")
     rows["dcp.async_save"] = await _save(theirs, state, directory / "dcp")
     rows["dcp.load"] = await _load(theirs, state, target, directory / "dcp")
     rows |= await _measure_safetensors(state, target, directory / "safetensors", repeat)
+    return rows
+
+
+async def _measure_preparing(state: State, path: Path) -> dict[str, Cost]:
+    """Measure what a first save is spared that was prepared for."""
+    prepared = Aiodcp()
+    checkpointer = await prepared.open()
+    rows = {"aiodcp, preparing": await _cost_of(lambda: checkpointer.prepare(state, str(path)))}
+    rows["aiodcp, save after that"] = await _save(prepared, state, path)
+    await prepared.close()
     return rows
 
 
