@@ -1,8 +1,8 @@
 """DCP's `.metadata`, written as the opcodes of its pickle, straight from arrays: no object a chunk is made.
 
 What comes out is what `pickle` makes of the objects that `metadata_writer` builds, but for the numbers of the memo and
-the width of integers, and is of the kind that `pickle_screen` knows. Of a tensor with many chunks all records have one
-length, and are made as one array of bytes.
+the width of integers, and is of the kind that `pickle_screen` knows. The records of many chunks have one length, and
+are made as one array of bytes: of one tensor, or of tensors that are one chunk each.
 
 Source of the opcodes: Lib/pickletools.py.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .seal import CLAIM
 MANY = 8
 """Chunks of a tensor from which on their records are made as an array."""
 
-_AT_ONCE = 10_000  # pieces
+_AT_ONCE = 10_000  # pieces, or records
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 
@@ -37,18 +38,14 @@ _BUILT = b"ub"  # the dict filled, and the instance with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorLines:
-    """What is said of one tensor.
+class TensorKind:
+    """What is said of tensors that differ in their names and places only.
 
     Attributes:
         properties: as DCP keeps them.
         size: of the whole.
         offsets, sizes: of its chunks, a row each.
-        pattern: the same for tensors of equal offsets and sizes.
-        files: of each chunk, which file it lies in.
-        starts: bytes, where in the file.
-        nbytes: of its archive.
-        fields: of chunks that lie in a tail, by their number: the two fields that say where.
+        pattern: the same for equal offsets and sizes.
     """
 
     properties: TensorProperties
@@ -56,23 +53,33 @@ class TensorLines:
     offsets: Array
     sizes: Array
     pattern: Hashable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkLines:
+    """What is stored, and where: tensors in chunks, and other values, which count as one chunk each.
+
+    Attributes:
+        names: of all values.
+        kinds: of each; None if it is no tensor.
+        first: by name, its first chunk; and the end.
+        files: by chunk, which file it lies in.
+        starts: bytes, where in the file.
+        nbytes: of its archive.
+        fields: of chunks that lie in a tail: the two fields that say where.
+    """
+
+    names: Sequence[str]
+    kinds: Sequence[TensorKind | None]
+    first: Array
     files: Array
     starts: Array
     nbytes: Array
     fields: Mapping[int, tuple[int, int]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValueLines:
-    """What is said of a value that is no tensor: which file it lies in, and the two fields that say where."""
-
-    file: int
-    fields: tuple[int, int]
-
-
 def write_metadata(
-    names: Sequence[str],
-    lines: Sequence[TensorLines | ValueLines],
+    lines: ChunkLines,
     paths: Mapping[str, KeyPath],
     files: Sequence[int],
     checkpoint_id: int,
@@ -83,8 +90,7 @@ def write_metadata(
     """Return `.metadata` as a template.
 
     Args:
-        names: of all values that are stored.
-        lines: what is said of each.
+        lines: what is stored.
         paths: by name, the keys that lead to it.
         files: the field of each file's name.
         checkpoint_id, save_id: fields, which stand where DCP's `StorageMeta` has them.
@@ -94,8 +100,8 @@ def write_metadata(
     writer.begin(_METADATA, "Metadata")
     writer.text("state_dict_metadata")
     writer.add(b"}(")
-    for name, each in zip(names, lines, strict=True):
-        writer.entry(name, each)
+    for name, kind in zip(lines.names, lines.kinds, strict=True):
+        writer.entry(name, kind)
     writer.add(b"u")
     writer.text("planner_data")
     writer.add(b"}(")
@@ -105,8 +111,7 @@ def write_metadata(
     writer.add(b"u")
     writer.text("storage_data")
     writer.add(b"}(")
-    for name, each in zip(names, lines, strict=True):
-        writer.places(name, each)
+    writer.places(lines)
     writer.add(b"u")
     writer.text("storage_meta")
     writer.begin(_METADATA, "StorageMeta")
@@ -146,8 +151,7 @@ class _Writer:
         self._gets: dict[Any, bytes] = {}
         self._files = files
         self._known_files: set[int] = set()
-        self._around: dict[Any, tuple[bytes, bytes, bytes]] = {}  # the name and the numbers of a tensor in one chunk
-        self._entries: dict[Any, bytes] = {}  # of tensors that differ in nothing but their names
+        self._entries: dict[int, bytes] = {}  # by the id of their kind
         self._rows: dict[Any, tuple[Array, bytes]] = {}  # by pattern: numbers of the chunks' offsets, and their list
 
     def finish(self) -> MetadataTemplate:
@@ -239,36 +243,35 @@ class _Writer:
 
     # --- what is said of a value
 
-    def entry(self, name: str, lines: TensorLines | ValueLines) -> None:
+    def entry(self, name: str, kind: TensorKind | None) -> None:
         """Write what it is."""
         self.text(name)
-        if isinstance(lines, ValueLines):
+        if kind is None:
             self.kind(_METADATA, "BytesStorageMetadata")
             self.add(b")\x81")
             return
-        key = id(lines.properties), lines.size, lines.pattern
-        known = self._entries.get(key)
+        known = self._entries.get(id(kind))
         if known is not None:
             self.add(known)
             return
         self.begin(_METADATA, "TensorStorageMetadata")
         self.text("properties")
-        self._properties(lines.properties)
+        self._properties(kind.properties)
         self.text("size")
-        self.size(lines.size)
+        self.size(kind.size)
         self.text("chunks")
-        self._chunks(lines)
+        self._chunks(kind)
         self.add(_BUILT)
-        self._entries[key] = b"".join(
+        self._entries[id(kind)] = b"".join(
             (
                 self._gets[_METADATA, "TensorStorageMetadata"],
                 _NEW,
                 self._gets["properties"],
-                self._gets[_facts(lines.properties)],
+                self._gets[_facts(kind.properties)],
                 self._gets["size"],
-                self._gets["size", lines.size],
+                self._gets["size", kind.size],
                 self._gets["chunks"],
-                self._rows[lines.pattern][1],
+                self._rows[kind.pattern][1],
                 _BUILT,
             )
         )
@@ -294,16 +297,16 @@ class _Writer:
         self.remember(("memory format", len(self._memo)))
         self.add(b"\x88tb" if pin_memory else b"\x89tb")
 
-    def _chunks(self, lines: TensorLines) -> None:
+    def _chunks(self, kind: TensorKind) -> None:
         """Write the list of a tensor's chunks; of a pattern that has been written already, its bytes."""
-        known = self._rows.get(lines.pattern)
+        known = self._rows.get(kind.pattern)
         if known is not None:
             self.add(known[1])
             return
-        count = len(lines.offsets)
+        count = len(kind.offsets)
         self.add(b"](" if count != 1 else b"]")
         sizes, numbers = [], []
-        for offsets, lengths in zip(lines.offsets.tolist(), lines.sizes.tolist(), strict=True):
+        for offsets, lengths in zip(kind.offsets.tolist(), kind.sizes.tolist(), strict=True):
             self.begin(_METADATA, "ChunkStorageMetadata")
             self.text("offsets")
             self.size(tuple(offsets))
@@ -325,61 +328,103 @@ class _Writer:
         _put(rows, at_offsets, np.array(numbers, dtype="<u4"))
         _put(rows, at_sizes, np.array(sizes, dtype="<u4"))
         opening, closing = (b"](", b"e") if count != 1 else (b"]", b"a")
-        self._rows[lines.pattern] = np.array(numbers, dtype=np.int64), opening + rows.tobytes() + closing
+        self._rows[kind.pattern] = np.array(numbers, dtype=np.int64), opening + rows.tobytes() + closing
 
-    def places(self, name: str, lines: TensorLines | ValueLines) -> None:
-        """Write where it lies."""
-        if isinstance(lines, ValueLines):
-            self._index(name, None, None)
-            self._place(lines.file, lines.fields)
-            return
-        count = len(lines.files)
-        is_plain = count >= MANY and not lines.fields and (_METADATA, "MetadataIndex") in self._gets
-        if is_plain and self._knows(lines.files):
-            self.add(self._many_places(name, lines))
-            return
-        if count == 1 and not lines.fields and self._place_one(name, lines):
-            return
-        offsets = self._rows[lines.pattern][0].tolist()
-        for number, (file, start, nbytes) in enumerate(
-            zip(lines.files.tolist(), lines.starts.tolist(), lines.nbytes.tolist(), strict=True)
-        ):
-            self._index(name, number, offsets[number])
-            self._place(file, lines.fields.get(number), start, nbytes)
+    # --- where it lies
 
-    def _place_one(self, name: str, lines: TensorLines) -> bool:
-        """Write where a tensor lies that is one chunk; return False if its file's name has not been written yet."""
-        file = int(lines.files[0])
-        if file not in self._known_files:
-            return False
-        key = lines.pattern, file
-        around = self._around.get(key)
-        if around is None:
-            gets = self._gets
-            offset = int(self._rows[lines.pattern][0][0])
-            around = self._around[key] = (
-                gets[_METADATA, "MetadataIndex"] + _NEW + gets["fqn"],
-                gets["index"]
-                + encode_integer(0)
-                + gets["offset"]
-                + _get(offset)
-                + _BUILT
-                + gets["torch.distributed.checkpoint.filesystem", "_StorageInfo"]
-                + _NEW
-                + gets["relative_path"]
-                + gets["file", file]
-                + gets["offset"],
-                gets["length"],
-            )
-        start, nbytes = encode_integer(int(lines.starts[0])), encode_integer(int(lines.nbytes[0]))
-        self._pieces += (around[0], self._gets[name], around[1], start, around[2], nbytes, _BUILT)
-        return True
+    def places(self, lines: ChunkLines) -> None:
+        """Write where everything lies."""
+        bounds = lines.first.tolist()
+        in_one = np.diff(lines.first) == 1
+        in_one &= np.fromiter((kind is not None for kind in lines.kinds), dtype=np.bool_, count=len(lines.kinds))
+        in_tail = np.fromiter(lines.fields, dtype=np.int64, count=len(lines.fields))
+        in_one[np.searchsorted(lines.first, in_tail, side="right") - 1] = False
+        changes = np.flatnonzero(in_one[1:] != in_one[:-1]) + 1
+        for start, stop in pairwise([0, *changes.tolist(), len(in_one)]):
+            if start < stop and in_one[start]:
+                for first in range(start, stop, _AT_ONCE):
+                    self._places_in_one(lines, first, min(first + _AT_ONCE, stop), bounds)
+            else:
+                for name in range(start, stop):
+                    self._places_of(lines, name, bounds[name], bounds[name + 1])
+
+    def _places_of(self, lines: ChunkLines, name: int, start: int, stop: int) -> None:
+        """Write where the chunks of one tensor lie, or another value."""
+        kind = lines.kinds[name]
+        if kind is None:
+            self._index(lines.names[name], None, None)
+            self._place(int(lines.files[start]), lines.fields[start])
+            return
+        offsets = self._rows[kind.pattern][0]
+        files = lines.files[start:stop]
+        is_plain = stop - start >= MANY and not any(chunk in lines.fields for chunk in range(start, stop))
+        if is_plain and (_METADATA, "MetadataIndex") in self._gets and self._knows(files):
+            names = np.full(stop - start, self._memo[lines.names[name]])
+            self._add_rows(names, np.arange(stop - start), offsets, lines, slice(start, stop))
+            return
+        numbers = files.tolist(), lines.starts[start:stop].tolist(), lines.nbytes[start:stop].tolist()
+        for number, (file, first, nbytes) in enumerate(zip(*numbers, strict=True)):
+            self._index(lines.names[name], number, int(offsets[number]))
+            self._place(file, lines.fields.get(start + number), first, nbytes)
+
+    def _places_in_one(self, lines: ChunkLines, start: int, stop: int, bounds: Sequence[int]) -> None:
+        """Write where tensors lie that are one chunk each."""
+        files, at = np.unique(lines.files[bounds[start] : bounds[stop]], return_index=True)
+        unnamed = zip(files.tolist(), at.tolist(), strict=True)
+        new = sorted(start + place for file, place in unnamed if file not in self._known_files)
+        for name in new:
+            if start < name:
+                self._rows_in_one(lines, start, name, bounds[start])
+            self._places_of(lines, name, bounds[name], bounds[name + 1])
+            start = name + 1
+        self._rows_in_one(lines, start, stop, bounds[start])
+
+    def _rows_in_one(self, lines: ChunkLines, start: int, stop: int, first: int) -> None:
+        """Do it with names of files that are in the memo."""
+        if start == stop:
+            return
+        names = np.array([self._memo[name] for name in lines.names[start:stop]])
+        kinds = lines.kinds[start:stop]
+        offset_of = {id(kind): int(self._rows[kind.pattern][0][0]) for kind in kinds if kind is not None}
+        offsets = np.array([offset_of[id(kind)] for kind in kinds])
+        self._add_rows(names, np.zeros_like(names), offsets, lines, slice(first, first + stop - start))
 
     def _knows(self, files: Array) -> bool:
         """Whether the names of all of these files are in the memo."""
         if len(self._known_files) == len(self._files):
             return True
         return self._known_files.issuperset(np.unique(files).tolist())
+
+    def _add_rows(self, names: Array, numbers: Array, offsets: Array, lines: ChunkLines, chunks: slice) -> None:
+        """Write where chunks lie, all in one length, given the numbers in the memo of their names and offsets."""
+        different, of_chunk = np.unique(lines.files[chunks], return_inverse=True)
+        files = np.array([self._memo["file", file] for file in different.tolist()])[of_chunk]
+        pieces: list[bytes | npt.NDArray[Any]] = [
+            self.wide((_METADATA, "MetadataIndex")) + _NEW + self.wide("fqn") + b"j",
+            names.astype("<u4"),
+            self.wide("index"),
+            *_integers(numbers),
+            self.wide("offset") + b"j",
+            offsets.astype("<u4"),
+            _BUILT + self.wide(("torch.distributed.checkpoint.filesystem", "_StorageInfo")) + _NEW,
+            self.wide("relative_path") + b"j",
+            files.astype("<u4"),
+            self.wide("offset"),
+            *_integers(lines.starts[chunks]),
+            self.wide("length"),
+            *_integers(lines.nbytes[chunks]),
+            _BUILT,
+        ]
+        widths = [len(each) if isinstance(each, bytes) else each.itemsize for each in pieces]
+        rows = np.empty((len(names), sum(widths)), dtype=np.uint8)
+        column = 0
+        for each, width in zip(pieces, widths, strict=True):
+            if isinstance(each, bytes):
+                rows[:, column : column + width] = np.frombuffer(each, dtype=np.uint8)
+            else:
+                _put(rows, column, each)
+            column += width
+        self.add(rows.tobytes())
 
     def _index(self, name: str, number: int | None, offset: int | None) -> None:
         """Write the key of a chunk's place, given the number of its offsets in the memo; or of a value's."""
@@ -406,34 +451,6 @@ class _Writer:
         self.field(fields[1], text=False) if fields else self.integer(nbytes)
         self.add(_BUILT)
 
-    def _many_places(self, name: str, lines: TensorLines) -> bytes:
-        pieces = [
-            self.wide((_METADATA, "MetadataIndex")) + _NEW + self.wide("fqn") + self.wide(name) + self.wide("index"),
-            b"J",
-            b"____",
-            self.wide("offset"),
-            b"j",
-            b"____",
-            _BUILT + self.wide(("torch.distributed.checkpoint.filesystem", "_StorageInfo")) + _NEW,
-            self.wide("relative_path"),
-            b"j",
-            b"____",
-            self.wide("offset") + b"\x8a\x08",
-            b"________",
-            self.wide("length") + b"\x8a\x08",
-            b"________",
-            _BUILT,
-        ]
-        begins = np.cumsum([0, *map(len, pieces)]).tolist()
-        rows = np.tile(np.frombuffer(b"".join(pieces), dtype=np.uint8), (len(lines.files), 1))
-        files = np.array([self._memo["file", file] for file in lines.files.tolist()], dtype="<u4")
-        _put(rows, begins[2], np.arange(len(lines.files), dtype="<u4"))
-        _put(rows, begins[5], self._rows[lines.pattern][0].astype("<u4"))
-        _put(rows, begins[9], files)
-        _put(rows, begins[11], lines.starts.astype("<i8"))
-        _put(rows, begins[13], lines.nbytes.astype("<i8"))
-        return rows.tobytes()
-
 
 def _get(number: int) -> bytes:
     """Return the opcode that recalls an entry of the memo."""
@@ -444,6 +461,15 @@ def _put(rows: npt.NDArray[np.uint8], column: int, numbers: npt.NDArray[Any]) ->
     """Write a number into each row."""
     width = numbers.itemsize
     rows[:, column : column + width] = np.ascontiguousarray(numbers).view(np.uint8).reshape(len(rows), width)
+
+
+def _integers(numbers: Array) -> tuple[bytes, npt.NDArray[Any]]:
+    """Return an opcode, and what follows it in each row: numbers from 0 on, as wide as the largest."""
+    largest = int(numbers.max(initial=0))
+    for opcode, kind, stop in ((b"K", "<u1", 1 << 8), (b"M", "<u2", 1 << 16), (b"J", "<i4", 1 << 31)):
+        if largest < stop:
+            return opcode, numbers.astype(kind)
+    return b"\x8a\x08", numbers.astype("<i8")
 
 
 def encode_integer(number: int) -> bytes:

@@ -76,7 +76,7 @@ def encode_outline(metadata: Metadata) -> bytes:
     return encode_kinds(names, kinds)
 
 
-def encode_kinds(names: Sequence[str], kinds: Sequence[Kind | None]) -> bytes:
+def encode_kinds(names: Sequence[str], kinds: Iterable[Kind | None]) -> bytes:
     """Return the text for names, in the order of the state dict, and the kinds of the tensors among them."""
     facts: dict[int, tuple[object, ...]] = {}
     distinct: dict[tuple[object, ...], int] = {}

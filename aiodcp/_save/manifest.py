@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress
 
 import numpy as np
 
-from .._engine.gil_fairness import let_go
 from .._format.arrays import Array
 from .._format.dcp import (
     STORAGE_TYPES,
@@ -22,7 +21,7 @@ from .._format.dcp import (
 from .._format.extension import Containers
 from .._format.index_columns import ChunkPlaces, encode_columns, encode_save
 from .._format.layout import Layout
-from .._format.metadata_opcodes import TensorLines, ValueLines, write_metadata
+from .._format.metadata_opcodes import ChunkLines, TensorKind, write_metadata
 from .._format.metadata_writer import build_metadata
 from .._format.naming import data_file, piece_file
 from .._format.outline import encode_kinds, encode_outline
@@ -115,72 +114,94 @@ def _of_tables(plans: Sequence[TablePlan]) -> ManifestTemplate:
     first_field = 2 + np.cumsum([0, *(each + 1 for each in pieces)])
     next_field = int(first_field[-1])
     names: list[str] = []
-    lines: list[TensorLines | ValueLines] = []
-    columns: list[Array] = []  # of all chunks, as of `ChunkPlaces`
-    opaque: list[str] = []
+    kinds: list[TensorKind | None] = []
+    counts: list[Array] = []
+    files: list[Array] = []
+    fields: dict[int, tuple[int, int]] = {}
     paths: dict[str, KeyPath] = {}
     containers = Containers()
+    chunks = 0
     for part, plan in enumerate(plans):
         first = np.zeros(len(plan.pieces), dtype=np.int64)  # by rank, the number of its first file
         for (of_part, rank), field in zip(writers, first_field.tolist(), strict=False):
             if of_part == part:
                 first[rank] = field - 2
-        fields, next_field = _frozen_fields(plan, next_field)
-        files_of_chunks = first[plan.placed.ranks] + plan.placed.pieces
-        columns.append(np.stack((files_of_chunks, plan.placed.offsets, plan.placed.nbytes)))
-        for name, each in _lines_of(plan, files_of_chunks, fields, part):
-            names.append(name)
-            lines.append(each)
-            if isinstance(each, TensorLines) and each.fields:
-                opaque.append(name)
+        in_tail, next_field = _frozen_fields(plan, next_field)
+        fields |= {chunks + chunk: each for chunk, each in in_tail.items()}
+        files.append(first[plan.placed.ranks] + plan.placed.pieces)
+        counts.append(np.diff(plan.chunks.first))
+        names += compress(plan.held.names, counts[-1].tolist())  # those that have chunks
+        kinds += _kinds_of(plan, counts[-1])
         if twice := paths.keys() & plan.paths.keys():
             raise CaptureError(min(twice), "two participants have a value of this name")
         paths.update(plan.paths)
         containers.empty += plan.containers.empty
         containers.int_keys += plan.containers.int_keys
-    files = range(2, int(first_field[-1]))
-    template = write_metadata(names, lines, paths, files, 0, 1, opaque, containers)
-    kinds = [(each.properties, each.size) if isinstance(each, TensorLines) else None for each in lines]
+        chunks += len(plan.chunks)
+    each_count = np.concatenate(counts)
+    lines = ChunkLines(
+        names=names,
+        kinds=kinds,
+        first=np.cumsum([0, *each_count[each_count > 0].tolist()]),
+        files=np.concatenate(files),
+        starts=np.concatenate([plan.placed.offsets for plan in plans]),
+        nbytes=np.concatenate([plan.placed.nbytes for plan in plans]),
+        fields=fields,
+    )
+    in_tail_of = np.searchsorted(lines.first, np.array(sorted(fields), dtype=np.int64), side="right") - 1
+    opaque = [names[name] for name in dict.fromkeys(in_tail_of.tolist()) if kinds[name] is not None]
+    template = write_metadata(lines, paths, range(2, int(first_field[-1])), 0, 1, opaque, containers)
     numbered = [(part, rank, more) for (part, rank), more in zip(writers, pieces, strict=True)]
-    places = _places_of(lines, np.concatenate(columns, axis=1), numbered)
-    index = encode_kinds(names, kinds) + encode_columns(places, names, paths, opaque, containers)
-    let_go(lines)
+    places = _places_of(lines, numbered)
+    facts = (None if kind is None else (kind.properties, kind.size) for kind in kinds)
+    index = encode_kinds(names, facts) + encode_columns(places, names, paths, opaque, containers)
     return ManifestTemplate(template, index, writers, pieces)
 
 
-def _places_of(
-    lines: Sequence[TensorLines | ValueLines], columns: Array, writers: Sequence[tuple[int, int, int]]
-) -> ChunkPlaces:
+def _kinds_of(plan: TablePlan, counts: Array) -> Iterator[TensorKind | None]:
+    """Yield what the values of a plan are that have chunks, in the order of their names."""
+    known: dict[tuple[int, int], TensorKind] = {}
+    for spec, pattern, count in zip(plan.held.specs, plan.chunks.patterns, counts.tolist(), strict=True):
+        if not count:
+            continue
+        if spec is None or pattern is None:
+            yield None
+            continue
+        key = id(spec), id(pattern)
+        if key not in known:
+            known[key] = TensorKind(
+                properties=spec.properties,
+                size=spec.size,
+                offsets=pattern.offsets,
+                sizes=pattern.sizes,
+                pattern=id(pattern),
+            )
+        yield known[key]
+
+
+def _places_of(lines: ChunkLines, writers: Sequence[tuple[int, int, int]]) -> ChunkPlaces:
     """Return where all chunks lie, given of each writer which state and rank it is, and how many pieces it has."""
     cuts: dict[Hashable, int] = {}
     distinct: list[tuple[Array, Array]] = []
-    patterns, counts = [], []
-    fields: list[tuple[int, int]] = []
-    row = 0
-    for each in lines:
-        if isinstance(each, ValueLines):
-            patterns.append(-1)
-            counts.append(1)
-            fields.append((each.fields[0], row))
-        else:
-            if each.pattern not in cuts:
-                cuts[each.pattern] = len(distinct)
-                distinct.append((each.offsets, each.sizes))
-            patterns.append(cuts[each.pattern])
-            counts.append(len(each.offsets))
-            fields += [(first, row + chunk) for chunk, (first, _) in each.fields.items()]
-        row += counts[-1]
-    assert row == columns.shape[1], "the lines are in the order of the chunks"
-    files, starts, nbytes = columns
+    cut_of = {id(None): -1}
+    patterns = []
+    for kind in lines.kinds:
+        if id(kind) not in cut_of:
+            assert kind is not None
+            if kind.pattern not in cuts:
+                cuts[kind.pattern] = len(distinct)
+                distinct.append((kind.offsets, kind.sizes))
+            cut_of[id(kind)] = cuts[kind.pattern]
+        patterns.append(cut_of[id(kind)])
     named = [(part, rank, piece if piece < more else -1) for part, rank, more in writers for piece in range(more + 1)]
     return ChunkPlaces(
-        counts=np.array(counts, dtype=np.int64),
+        counts=np.diff(lines.first),
         patterns=np.array(patterns, dtype=np.int64),
         cuts=distinct,
-        files=Runs.of(files),
-        starts=Runs.of(starts),
-        nbytes=Runs.of(nbytes),
-        frozen=np.array([place for _, place in sorted(fields)], dtype=np.int64),
+        files=Runs.of(lines.files),
+        starts=Runs.of(lines.starts),
+        nbytes=Runs.of(lines.nbytes),
+        frozen=np.array(sorted(lines.fields, key=lines.fields.__getitem__), dtype=np.int64),
         file_parts=np.array(named, dtype=np.int64).reshape(-1, 3),
     )
 
@@ -192,37 +213,6 @@ def _frozen_fields(plan: TablePlan, first: int) -> tuple[dict[int, tuple[int, in
     in_order = frozen[np.lexsort((placed.numbers[frozen], placed.ranks[frozen]))].tolist()
     found = {chunk: (first + 2 * number, first + 2 * number + 1) for number, chunk in enumerate(in_order)}
     return found, first + 2 * len(in_order)
-
-
-def _lines_of(
-    plan: TablePlan, files: Array, fields: dict[int, tuple[int, int]], part: int
-) -> Iterator[tuple[str, TensorLines | ValueLines]]:
-    """Yield what `.metadata` says of each value of a plan, in the order of its chunks, of which `files` is known."""
-    held, chunks, placed = plan.held, plan.chunks, plan.placed
-    bounds = chunks.first.tolist()
-    for name, (start, stop) in enumerate(pairwise(bounds)):
-        spec, pattern = held.specs[name], chunks.patterns[name]
-        if start == stop:
-            continue
-        if spec is None or pattern is None:
-            yield held.names[name], ValueLines(file=int(files[start]), fields=fields[start])
-            continue
-        yield (
-            held.names[name],
-            TensorLines(
-                properties=spec.properties,
-                size=spec.size,
-                offsets=pattern.offsets,
-                sizes=pattern.sizes,
-                pattern=(part, id(pattern)),
-                files=files[start:stop],
-                starts=placed.offsets[start:stop],
-                nbytes=placed.nbytes[start:stop],
-                fields={chunk - start: fields[chunk] for chunk in range(start, stop) if chunk in fields}
-                if fields
-                else {},
-            ),
-        )
 
 
 def _of_planners(plans: Sequence[GlobalPlan]) -> ManifestTemplate:
