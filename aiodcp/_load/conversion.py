@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 
@@ -16,6 +18,16 @@ def is_lossy(stored: torch.dtype, wanted: torch.dtype) -> bool:
         return torch.promote_types(stored, wanted) is not wanted
     except RuntimeError:  # torch has no promotion for the float8 and the wider unsigned types
         return True
+
+
+@cache
+def can_convert(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether torch knows how to: not for some of its packed and quantized types."""
+    try:
+        torch.zeros(1, dtype=wanted).copy_(torch.empty(1, dtype=stored))
+    except Exception:  # of several kinds, by the type
+        return False
+    return True
 
 
 def as_number(value: object, kind: type, *, cast: bool) -> int | float | bool | None:

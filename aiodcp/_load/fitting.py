@@ -9,7 +9,7 @@ from .._format.dcp import TensorStorageMetadata
 from .._log import SafeLogger
 from .._state.plain_tensors import PLAIN_TENSORS
 from .._state.sharding import is_sharded, parts_of, shape_and_dtype
-from .conversion import as_number, holds_number, is_lossy
+from .conversion import as_number, can_convert, holds_number, is_lossy
 from .read_plan import ReadPlan
 from .targets import LoadTargets
 
@@ -30,10 +30,14 @@ def settle_values(plan: ReadPlan, targets: LoadTargets, *, cast: bool) -> list[s
             )
         loaded[index] = number
         targets.report.converted.append(targets.fqns[index])
-    for index in plan.fills:
+    fills, plan.fills = plan.fills, []
+    for index in fills:
         fqn, value, tensor = targets.fqns[index], loaded[index], targets.values[index]
         if value is None and targets.kinds.get(str(targets.paths[index][0])) == "plain":
             continue  # there was none
+        if not isinstance(value, torch.Tensor | int | float) and _is_optimizers(targets, index):
+            continue  # of its own kind, such as LBFGS before its first step
+        plan.fills.append(index)
         if isinstance(value, torch.Tensor):  # of another format: one that lies there with the values
             if value.shape != tensor.shape or (not cast and is_lossy(value.dtype, tensor.dtype)):
                 problems.append(
@@ -41,7 +45,8 @@ def settle_values(plan: ReadPlan, targets: LoadTargets, *, cast: bool) -> list[s
                     f"{tensor.dtype} of shape {tuple(tensor.shape)} in the state dict"
                 )
             continue
-        if not isinstance(value, int | float) or tensor.dim() or is_sharded(tensor):
+        is_scalar = not tensor.dim() and not is_sharded(tensor) and tensor.layout is torch.strided
+        if not isinstance(value, int | float) or not is_scalar:
             problems.append(f"{fqn} is a tensor in the state dict, but another kind of value in the checkpoint")
         elif not holds_number(tensor.dtype, value, cast=cast):
             problems.append(
@@ -60,6 +65,11 @@ def settle_values(plan: ReadPlan, targets: LoadTargets, *, cast: bool) -> list[s
     return problems
 
 
+def _is_optimizers(targets: LoadTargets, index: int) -> bool:
+    path = targets.paths[index]
+    return any(path[: len(scope.path)] == scope.path for scope in targets.optimizers)
+
+
 def fill_whole(plan: ReadPlan, targets: LoadTargets) -> None:
     """Fill, after everything is checked, the tensors that are not filled part by part."""
     with torch.no_grad():
@@ -67,7 +77,7 @@ def fill_whole(plan: ReadPlan, targets: LoadTargets) -> None:
         for index in plan.fills:
             if isinstance(targets.loaded[index], torch.Tensor):
                 opaque.append(index)
-            elif targets.loaded[index] is not None:
+            else:
                 targets.values[index].fill_(targets.loaded.pop(index))
         for index in opaque:
             target = targets.values[index]
@@ -81,7 +91,7 @@ def fill_whole(plan: ReadPlan, targets: LoadTargets) -> None:
 
 def misfit(value: torch.Tensor, entry: TensorStorageMetadata, *, cast: bool) -> str:
     """Say why a stored tensor cannot go into this one; empty when it can."""
-    return differs(value, entry, cast=cast) or next(filter(None, map(_cannot_fill, parts_of(value))), "")
+    return differs(value, entry, cast=cast) or unfillable(value)
 
 
 def differs(value: torch.Tensor, entry: TensorStorageMetadata, *, cast: bool) -> str:
@@ -92,12 +102,19 @@ def differs(value: torch.Tensor, entry: TensorStorageMetadata, *, cast: bool) ->
     if shape != entry.size:
         return f"has shape {tuple(entry.size)} in the checkpoint, {tuple(shape)} in the state dict"
     dtype = entry.properties.dtype
+    if dtype is not wanted and not can_convert(dtype, wanted):
+        return f"is {dtype} in the checkpoint, {wanted} in the state dict, to which torch cannot convert it"
     if not cast and is_lossy(dtype, wanted):
         return f"is {dtype} in the checkpoint, {wanted} in the state dict: a lossy conversion, which cast=True allows"
     if isinstance(value, DTensor) and any(isinstance(placement, Partial) for placement in value.placements):
         return f"has Partial placements {value.placements} (a pending reduction), which cannot be loaded into"
     layout = entry.properties.layout
     return f"is {layout} in the checkpoint, {value.layout} in the state dict" if layout is not value.layout else ""
+
+
+def unfillable(value: torch.Tensor) -> str:
+    """Say why nothing can be copied into a tensor, or one of its parts; empty when it can."""
+    return next(filter(None, map(_cannot_fill, parts_of(value))), "")
 
 
 def _cannot_fill(value: torch.Tensor) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._format.dcp import KeyPath
+from .._format.extension import Containers
 from .._state.name_patterns import Matcher, Names
 from ..errors import ArgumentError
 from .name_hints import did_you_mean
@@ -45,6 +46,9 @@ def leave_out(targets: LoadTargets, stored: StoredNames, is_wanted: Choice) -> K
     keeps = [is_wanted(fqn) for fqn in targets.fqns]
     _refuse_parts_of_optimizers(targets, sorted({*targets.fqns, *stored.entries}), is_wanted)
     stored.entries = {fqn: entry for fqn, entry in stored.entries.items() if is_wanted(fqn)}
+    if stored.containers is not None:
+        empty = [path for path in stored.containers.empty if is_wanted(".".join(map(str, path)))]
+        stored.containers = Containers(empty, stored.containers.int_keys)
     kept = [(path, value) for path, value, keep in zip(targets.paths, targets.values, keeps, strict=True) if not keep]
     targets.report.excluded.extend(fqn for fqn, keep in zip(targets.fqns, keeps, strict=True) if not keep)
     wanted = [number for number, keep in enumerate(keeps) if keep]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._format.dcp import Metadata
-from .._format.extension import containers_of
 from ..errors import CheckpointError, LoadError
 from .chunk_index import ChunkIndex
 from .leave_out import Choice, Kept, leave_out
@@ -102,7 +101,7 @@ class LocalPlanning:
             resolver = Resolver(
                 targets,
                 stored,
-                containers_of(metadata),
+                stored.containers,
                 values,
                 rank=self._rank,
                 cast=options.cast,

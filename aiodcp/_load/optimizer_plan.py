@@ -23,6 +23,8 @@ Entry = TensorStorageMetadata | BytesStorageMetadata
 
 SHOWN = 5  # names in one message
 
+STATE_KEYS = {"state", "param_groups"}  # of an optimizer's state dict; others are its class's own
+
 _OWN = {"params", "param_names"}  # of a group: the optimizer's own, whatever was saved
 
 
@@ -85,7 +87,9 @@ def plan_optimizer(
     for number, (mine, match) in enumerate(zip(own, matched, strict=True)):
         keys.update({str(saved): now for saved, now in match.keys.items()})
         _plan_group(plan, (*base, "param_groups"), number, mine, match.number, groups[match.number], stored)
-    _plan_states(plan, base, live["state"], parameters_of(own, optimizer), keys, stored, cast=cast)
+    parameters = parameters_of(own, optimizer)
+    is_known = type(optimizer).__module__.startswith("torch.")
+    _plan_states(plan, base, live["state"], parameters, keys, stored, cast=cast, is_known=is_known)
     return plan
 
 
@@ -207,26 +211,28 @@ def _plan_states(
     stored: Mapping[KeyPath, Entry],
     *,
     cast: bool,
+    is_known: bool,
 ) -> None:
     start = (*base, "state")
     by_parameter: dict[str, dict[KeyPath, Entry]] = {}
     for path, entry in stored.items():
-        if path[: len(start)] == start and len(path) > len(start) + 1:
+        if path[: len(start)] == start and len(path) > len(start):
             by_parameter.setdefault(str(path[len(start)]), {})[path] = entry
     for saved, entries in by_parameter.items():
         key = keys.get(saved, saved)  # of no parameter: torch keeps such a state as it is
-        own = live.get(key, {})
-        own = own if isinstance(own, Mapping) else {}
+        own = live.get(key)
         parameter = parameters.get(key)
-        if own:
+        if isinstance(own, Mapping) and own and (*start, saved) not in entries:
             plan.problems += _partial(start, key, own, entries)
-        elif parameter is not None:
-            plan.problems += _other_parameter(start, key, parameter, parameters.values(), entries, cast=cast)
+        elif own is None and parameter is not None:
+            plan.problems += _other_parameter(
+                start, key, parameter, parameters.values(), entries, cast=cast, is_known=is_known
+            )
         for path, entry in entries.items():
             now = (*start, str(key), *path[len(start) + 1 :])
             if now != path:
                 plan.paths[path] = now
-            target = _at(own, path[len(start) + 1 :]) if own else None
+            target = _at(own, path[len(start) + 1 :])
             if isinstance(entry, BytesStorageMetadata):
                 plan.targets[path] = target if isinstance(target, torch.Tensor) and not target.dim() else None
             elif isinstance(target, torch.Tensor | int | float):
@@ -256,14 +262,18 @@ def _other_parameter(
     entries: Mapping[KeyPath, Entry],
     *,
     cast: bool,
+    is_known: bool,
 ) -> Iterator[str]:
-    """Yield why a state cannot be that of a parameter which has none yet."""
+    """Yield why a state cannot be that of a parameter which has none yet, given whether the optimizer is torch's."""
     moments = {
         path: entry for path, entry in entries.items() if isinstance(entry, TensorStorageMetadata) and len(entry.size)
     }
     total = sum(each.numel() for each in parameters)  # LBFGS keeps moments of all parameters with the first
     if moments and not any(
-        _is_related(entry.size, parameter.shape) or entry.size.numel() == total for entry in moments.values()
+        _is_related(entry.size, parameter.shape)
+        or entry.size.numel() == total
+        or (not is_known and {*entry.size} & {*parameter.shape})  # of low rank, or a factor for each dimension
+        for entry in moments.values()
     ):
         path, entry = next(iter(moments.items()))
         name = ".".join(map(str, (*start, key, *path[len(start) + 1 :])))

@@ -22,7 +22,7 @@ from .._state.sharding import is_sharded, placed_parts
 from .._state.structure import Finder
 from ..errors import ArgumentError, CorruptError
 from .chunk_index import ChunkIndex
-from .fitting import differs, misfit
+from .fitting import differs, misfit, unfillable
 from .plan import TensorRead, ValueRead
 from .read_plan import ReadPlan
 from .small_reads import SmallChooser
@@ -133,6 +133,11 @@ class _Planner:
 
     def _plan_value(self, index: int, fqn: str, value: Any, source: str) -> None:
         if isinstance(value, torch.Tensor) and index not in self._targets.as_stored:
+            if value.is_meta:
+                self._make(index, _with_memory(value, self._targets.new_tensors.device_of(value)))
+            elif problem := unfillable(value):
+                self._problems.append(f"{fqn} {problem}")
+                return
             self._plan.fills.append(index)
         self._assigned.append(index)
         self._read_value(index, fqn, source, None)

@@ -23,7 +23,7 @@ from .._format.extension import Containers
 from .._state.per_rank import per_rank_key
 from .._state.sharding import memory_place
 from .._state.structure import find, int_keys_of
-from .optimizer_plan import group_fqns, has_same_parameters, plan_optimizer
+from .optimizer_plan import STATE_KEYS, group_fqns, has_same_parameters, plan_optimizer
 from .stored_names import StoredNames, unwrapped
 from .targets import LoadTargets, OptimizerScope, own_path
 
@@ -154,7 +154,7 @@ class Resolver:
         modules = {name for name, kind in targets.kinds.items() if kind == "module"}
         if kinds or modules:
             for index, path in enumerate(targets.paths):
-                if path[0] in kinds or (path[0] in modules and len(path) > 1 and _is_extra_state(path)):
+                if path[0] in kinds or (path[0] in modules and self._extra_state_of(path) is not None):
                     targets.as_stored.add(index)
 
     # --- optimizers
@@ -183,15 +183,22 @@ class Resolver:
         for fqn in below.values():
             self._extra.pop(fqn, None)
         length = len(base)
+        is_plain = self._targets.kinds.get(str(base[0])) == "plain"
         for index, path in enumerate(self._targets.paths):
             if path[:length] == base:
                 self._dropped.add(index)
-                self._missing.pop(self._targets.fqns[index], None)
+                fqn = self._targets.fqns[index]
+                if is_plain and fqn in self._missing and path[length] not in STATE_KEYS:  # not torch's to judge
+                    self._added.append((path, None, self._targets.values[index], False))
+                else:
+                    self._missing.pop(fqn, None)
         if plan.problems:
             return
         for path, fqn in below.items():
             if path in plan.targets:
                 self._added.append((plan.paths.get(path, path), fqn, plan.targets[path], plan.targets[path] is None))
+            elif path[length] not in STATE_KEYS:
+                self._added.append((path, fqn, self._value_of(fqn), True))
         self._added += [(path, None, value, False) for path, value in plan.kept.items()]
         self._targets.empty.append((*base, "state"))
         if plan.int_keys:
@@ -250,14 +257,17 @@ class Resolver:
 
     def _resolve_extra_state(self) -> None:
         modules = {name for name, kind in self._targets.kinds.items() if kind == "module"}
-        roots = {
-            path[:2]
-            for path in (*self._extra.values(), *self._missing.values())
-            if path[0] in modules and len(path) > 1 and _is_extra_state(path)
-        }
-        for root in sorted(roots):
+        changed = [path for path in (*self._extra.values(), *self._missing.values()) if path[0] in modules]
+        for root in sorted({root for root in map(self._extra_state_of, changed) if root is not None}):
             if self._is_stored_below(root):
                 self._take_as_stored(root)
+
+    def _extra_state_of(self, path: KeyPath) -> KeyPath | None:
+        """Return where a module's extra state begins that a value of the module's belongs to; None if it does not."""
+        place = 1 + any(base == path[:1] for base, _ in self._targets.per_rank)
+        if len(path) > place and str(path[place]).rpartition(".")[2] == EXTRA_STATE:
+            return path[: place + 1]
+        return None
 
     def _take_as_stored(self, root: KeyPath) -> None:
         """Have all that is stored below `root`, and nothing else."""
@@ -273,9 +283,7 @@ class Resolver:
                 continue
             kept.add(fqn)
             self._extra.pop(fqn, None)
-            index = self._at.get(fqn)
-            value = self._targets.values[index] if index is not None else None
-            self._added.append((path, fqn, value, True))
+            self._added.append((path, fqn, self._value_of(fqn), True))
         for index, path in enumerate(self._targets.paths):
             if path[:length] == root and index not in self._dropped:
                 fqn = self._targets.fqns[index]
@@ -284,6 +292,10 @@ class Resolver:
                 if self._containers is None and fqn not in kept and len(path) - 1 > length:
                     self._targets.empty.append(path[:-1])  # a container that is empty leaves no name
         self._rebuild(root)
+
+    def _value_of(self, fqn: str) -> Any:
+        index = self._at.get(fqn)
+        return self._targets.values[index] if index is not None else None
 
     # --- plain containers
 
@@ -381,10 +393,6 @@ class Resolver:
             names -= {str(path[0]) for path in self._targets.paths}
             names -= {str(path[0]) for path in self._targets.empty}
         return names
-
-
-def _is_extra_state(path: KeyPath) -> bool:
-    return str(path[1]).rpartition(".")[2] == EXTRA_STATE
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from .._format.dcp import STORAGE_TYPES, KeyPath, Metadata
+from .._format.extension import Containers, containers_of
 from .._state.stateful import COMPILED
 from ..errors import ArgumentError
 from .options import Rename
@@ -18,6 +19,7 @@ class StoredNames:
     Attributes:
         entries: by wanted name.
         paths: keys and list indices that lead to it, by wanted name.
+        containers: what the checkpoint says of mappings, by the paths under which they are wanted; None if nothing.
     """
 
     def __init__(self, metadata: Metadata, tops: Iterable[str], rename: Rename | None) -> None:
@@ -33,6 +35,7 @@ class StoredNames:
         """
         self.entries: dict[str, STORAGE_TYPES] = metadata.state_dict_metadata
         self.paths: Mapping[str, KeyPath] = metadata.planner_data or {}
+        self.containers: Containers | None = containers_of(metadata)
         self._tops = set(tops)
         self._sources: dict[str, str] | None = None
         if rename is not None:
@@ -54,9 +57,37 @@ class StoredNames:
             path = self.paths.get(stored)
             if path is not None:
                 paths[wanted] = path if wanted == stored else self._moved(path, wanted)
+        if self.containers is not None:
+            self._move_containers(self.containers, renamed, sources, paths)
         self.entries = {wanted: self.entries[stored] for wanted, stored in sources.items()}
         self.paths = paths
         self._sources = sources
+
+    def _move_containers(
+        self,
+        containers: Containers,
+        renamed: Callable[[str], str],
+        sources: Mapping[str, str],
+        paths: Mapping[str, KeyPath],
+    ) -> None:
+        """Have mappings where what lies in them is now, and empty ones where a value of their name would be."""
+        pairs = [(self.paths[stored], paths[wanted]) for wanted, stored in sources.items() if stored in self.paths]
+        empty: list[KeyPath] = []
+        for path in containers.empty:
+            try:
+                wanted = renamed(".".join(map(str, path)))
+            except Exception:  # it is no name that was promised
+                empty.append(path)
+                continue
+            empty.append(self._moved(path, wanted) if type(wanted) is str and wanted else path)
+        pairs += zip(containers.empty, empty, strict=True)
+        int_keys: list[KeyPath] = []
+        for path in containers.int_keys:
+            for before, after in pairs:
+                below = before[len(path) :]
+                if before[: len(path)] == path and below and after[-len(below) :] == below:
+                    int_keys.append(after[: -len(below)])
+        self.containers = Containers(empty, [*dict.fromkeys(int_keys)])
 
     def _moved(self, path: KeyPath, wanted: str) -> KeyPath:
         """Return the path of a renamed value: its last steps as they were, below the name that is asked for."""

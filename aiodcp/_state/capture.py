@@ -15,7 +15,7 @@ from .._format.dcp import KeyPath
 from .._format.extension import Containers
 from ..errors import CaptureError
 from .flatten import KnownNames, Leaves, Walk
-from .freeze import Frozen, freeze
+from .freeze import Frozen, freeze, ragged
 from .known_tensors import KnownTensors
 from .plain_tensors import PLAIN_TENSORS
 from .sharding import (
@@ -113,6 +113,7 @@ class Instant:
         devices: where some of the tensors are, or all, if it is small.
         versions: of some of the tensors, by index, how often they were changed.
         planned: as of `Capture`.
+        odd_keys: names of mappings whose keys a checkpoint keeps as text only.
     """
 
     values: list[Any]
@@ -122,6 +123,7 @@ class Instant:
     devices: set[torch.device]
     versions: dict[int, int]
     planned: SavePlan | None = None
+    odd_keys: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -131,6 +133,7 @@ class Instant:
         frozen: dict[int, Frozen],
         sharded: dict[int, DTensor | ShardedTensor],
         planned: SavePlan | None = None,
+        odd_keys: Sequence[str] = (),
     ) -> Instant:
         """Return what this instant is, given what is frozen of it and what is sharded."""
         some = {index: values[index] for index in range(0, len(values), len(values) // SAMPLED + 1)}
@@ -142,6 +145,7 @@ class Instant:
             devices=_devices_of(values if len(values) <= SMALL else some.values()),
             versions={index: version_of(value) for index, value in some.items() if type(value) in PLAIN_TENSORS},
             planned=planned,
+            odd_keys=odd_keys,
         )
 
     @property
@@ -176,7 +180,13 @@ class Instant:
                 parts[index] = len(values)
                 values[index] = None
                 values += held
-        seen = (known or KnownTensors()).look(values)
+        try:
+            seen = (known or KnownTensors()).look(values)
+        except RuntimeError:  # as a nested tensor does that is asked for its shape
+            for fqn, value in zip(fqns, values, strict=False):
+                if isinstance(value, torch.Tensor) and value.is_nested:
+                    raise ragged(fqn) from None
+            raise
         named = {*frozen, *parts, *range(len(fqns), len(values))}
         if odd := [index for index in seen.odd if index not in named]:
             wait_for_devices()
@@ -233,7 +243,7 @@ def take(
                 sharded[index] = value
             else:
                 frozen[index] = freeze(walk.fqn(index), value)
-    return Instant.of(values, walk.leaves, frozen, sharded)
+    return Instant.of(values, walk.leaves, frozen, sharded, odd_keys=[".".join(map(str, p)) for p in walk.odd_keys()])
 
 
 def _devices_of(values: Iterable[Any]) -> set[torch.device]:

@@ -183,6 +183,7 @@ class Walk:
         self._empty: list[Names] = []
         self._optimizers: list[Names] = []
         self._per_rank: list[tuple[Names, PerRank]] = []
+        self._odd_keys: list[Names] = []
         self._stops: list[int] = []  # where among the values the runs end
         self._last: Names | None = None
         known = known or KnownNames()
@@ -199,6 +200,10 @@ class Walk:
         run = bisect_right(self._stops, index)
         names, _, stop = self._runs[run]
         return names.all()[0][stop - (self._stops[run] - index)]
+
+    def odd_keys(self) -> list[KeyPath]:
+        """Return where mappings are whose keys are neither all texts nor all ints."""
+        return [names.path for names in self._odd_keys]
 
     def leaves(self) -> Leaves:
         """Return the leaves with their names. From any thread."""
@@ -222,10 +227,13 @@ class Walk:
     ) -> Names:
         names = Names.of(known, above, place, mapping)
         if above is not None:
+            kinds = names.kinds
             if not mapping:
                 self._empty.append(names)
-            elif names.kinds == _ONLY_INT:
+            elif kinds == _ONLY_INT:
                 self._int_keys.append(names)
+            elif not all(issubclass(kind, str) for kind in kinds) and above not in self._optimizers:
+                self._odd_keys.append(names)
             elif "param_groups" in mapping and "state" in mapping:
                 self._optimizers.append(names)
         self._through([*mapping.values()], names)

@@ -77,6 +77,8 @@ def freeze(fqn: str, value: object) -> Frozen:
             raise CaptureError(fqn, "is a parameter of a lazy module, which has no value before the first forward")
         if value.is_meta:
             raise CaptureError(fqn, "a tensor on the meta device has no data to save")
+        if value.is_nested:
+            raise ragged(fqn)
     file = io.BytesIO()
     pickler = _FreezingPickler(file)
     try:
@@ -90,6 +92,11 @@ def freeze(fqn: str, value: object) -> Frozen:
     except Exception as error:
         raise CaptureError(fqn, f"{type(value).__name__} cannot be pickled: {error!r}") from error
     return Frozen(data, True, tuple(unsafe_in_archive(data)))
+
+
+def ragged(fqn: str) -> CaptureError:
+    """Return the error for a nested tensor, which has no shape: DCP has no form for it."""
+    return CaptureError(fqn, "a nested tensor cannot be saved: save its parts, as in list(x.unbind())")
 
 
 def refuse_nested(fqn: str, value: object, found: object) -> CaptureError:

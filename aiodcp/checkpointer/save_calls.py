@@ -383,6 +383,16 @@ class SaveCalls:
                     stacklevel=2,
                 )
 
+        for fqn in taken.odd_keys:
+            if fqn not in self._unsafe:
+                self._unsafe.add(fqn)
+                warnings.warn(
+                    f"{fqn} has keys that are neither all str nor all int, which are stored as text: loading restores "
+                    "them only where the state dict has them already",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
     # --- ahead of a save, and while it is staged
 
     async def prepare(self, state_dict: Mapping[str, Any], checkpoint_id: CheckpointId | None) -> None:

@@ -314,3 +314,108 @@ def test_of_several_optimizers_that_are_alike_the_name_decides() -> None:
         assert find_optimizer(owner, "another", state) is None
     del owner.parts["critic"]
     assert find_optimizer(owner, "another", owner.parts["generator"].state_dict()) is owner.parts["generator"]
+
+
+# --- state dicts that are more, or other, than torch's own optimizers have
+
+
+class Counting(torch.optim.SGD):
+    """Has something of its own beside `state` and `param_groups`, as PostLocalSGDOptimizer does."""
+
+    def __init__(self, params: Any, steps: int = 0) -> None:
+        super().__init__(params, lr=0.1, momentum=0.9)
+        self.steps = steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self.steps, "mean": torch.tensor([float(self.steps)])}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = dict(state_dict)
+        self.steps = state_dict.pop("steps")
+        assert state_dict.pop("mean") == self.steps
+        super().load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("is_bare", [False, True])
+async def test_what_an_optimizer_has_of_its_own_comes_back_before_its_first_step(is_bare: bool) -> None:
+    def make(steps: int) -> Counting:
+        model = nn.Linear(2, 2)
+        optimizer = Counting(model.parameters(), steps)
+        if steps:
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        return optimizer
+
+    before, after = make(7), make(0)
+    if is_bare:
+        wanted = {"optim": after.state_dict()}
+        await load(await saved({"optim": before.state_dict()}), wanted)
+        after.load_state_dict(wanted["optim"])
+    else:
+        await load(await saved({"optim": before}), {"optim": after})
+    assert_equal(before.state_dict(), after.state_dict())
+    assert after.steps == 7
+
+
+async def test_what_a_bare_state_dict_has_of_its_own_and_was_not_saved_is_missing() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    stored, wanted = (torch.optim.SGD([weight], lr=0.1).state_dict() for _ in range(2))
+    wanted["steps"] = 3
+    with pytest.raises(MismatchError) as caught:
+        await load(await saved({"optim": stored}), {"optim": wanted})
+    assert caught.value.missing == ("optim.steps",)
+    target = {"optim": wanted}
+    await load(await saved({"optim": stored}), target, strict=False)
+    assert target["optim"]["steps"] == 3
+
+
+class Odd(torch.optim.Optimizer):
+    """Whose state of a parameter is no dict, and which has other keys in its state."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = torch.full_like(parameter, 3.0)
+        self.state.update({"count": 5, "history": [1, 2]})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("has_stepped", [False, True])
+async def test_a_state_that_is_no_dict_comes_back(has_stepped: bool) -> None:
+    before, after = (Odd(nn.Linear(2, 2).parameters()) for _ in range(2))
+    before.step()
+    if has_stepped:
+        after.step()
+        after.state.update({"count": 9})  # type: ignore[dict-item]
+    await load(await saved({"optim": before}), {"optim": after})
+    assert_equal(before.state_dict(), after.state_dict())
+
+
+async def test_lbfgs_goes_back_to_when_it_had_less_history() -> None:
+    models = make_model(), make_model()
+    before, after = (torch.optim.LBFGS(model.parameters(), max_iter=3) for model in models)
+    step(models[0], before, 1)
+    step(models[1], after, 4)
+    await load(await saved({"optim": before}), {"optim": after})
+    assert_equal(before.state_dict(), after.state_dict())
+
+
+class LowRank(torch.optim.Optimizer):
+    """Whose moments have other shapes than its parameters, as GaLore's and Shampoo's do."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {"exp_avg": torch.ones(2, parameter.shape[1])}
+
+
+async def test_moments_of_an_unknown_optimizer_need_not_have_the_shape_of_their_parameter() -> None:
+    before, after, other = (LowRank([nn.Parameter(torch.ones(size))]) for size in ((8, 4), (8, 4), (5, 3)))
+    before.step()
+    await load(await saved({"optim": before}), {"optim": after})
+    assert_equal(before.state_dict(), after.state_dict())
+    with pytest.raises(MismatchError, match=r"exp_avg has shape \(2, 4\) in the checkpoint, its parameter \(5, 3\)"):
+        await load(await saved({"optim": before}), {"optim": other})

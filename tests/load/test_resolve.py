@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import aiodcp
-from aiodcp import ArgumentError, Checkpointer, LoadReport, MismatchError, StatefulError
+from aiodcp import ArgumentError, Checkpointer, LoadReport, MismatchError, PerRank, StatefulError
 from aiodcp._load import loader, local_plan
 
 from ..support.in_memory import saved
@@ -373,3 +373,81 @@ async def test_nothing_but_errors_of_the_tree_leaves_a_load(monkeypatch: pytest.
                 patch.setattr(where, name, fail)
                 with pytest.raises(aiodcp.LoadError):
                     await resume({"w": torch.ones(1)}, {"w": torch.zeros(1)})
+
+
+async def test_a_number_goes_into_a_tensor_without_memory_and_not_into_one_that_cannot_be_changed() -> None:
+    wanted: dict[str, Any] = {"n": torch.zeros((), device="meta")}
+    await resume({"n": 5}, wanted)
+    assert_equal(wanted["n"], torch.tensor(5.0))
+    with torch.device("meta"):
+        model = nn.BatchNorm1d(2)
+    await resume({"model": nn.BatchNorm1d(2).state_dict() | {"num_batches_tracked": 7}}, {"model": model})
+    assert_equal(model.num_batches_tracked, torch.tensor(7))
+    with torch.inference_mode():
+        fixed = torch.zeros(())
+    for tensor, problem in ((fixed, "inference mode"), (torch.zeros(()).to_sparse(), "another kind of value")):
+        before = torch.zeros(2)
+        with pytest.raises(MismatchError, match=rf"n .*{problem}"):
+            await resume({"n": 5, "w": torch.ones(2)}, {"n": tensor, "w": before})
+        assert not before.any()
+
+
+async def test_dtypes_that_torch_cannot_convert_are_refused_before_anything_changes() -> None:
+    packed = torch.ones(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    for stored, target in ((packed, torch.zeros(2)), (torch.ones(2), packed.clone())):
+        before = torch.zeros(2)
+        with pytest.raises(MismatchError, match=r"x is torch\.\w+ in the checkpoint, .* torch cannot convert"):
+            await resume({"x": stored, "w": torch.ones(2)}, {"x": target, "w": before}, cast=True)
+        assert not before.any()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"workers": {0: {"pos": 1}, 1: {"pos": 2}}},
+        {"parts": [{}, {"a": 1}, torch.ones(1)]},
+        {"n": 1, "empty": {}},
+        {"n": 1, "by step": {3: {}, 8: {}}},
+    ],
+)
+async def test_renamed_containers_are_what_they_were(state: dict[str, Any]) -> None:
+    def by_function(name: str) -> str:
+        return {"data": "loader"}[name.partition(".")[0]] + name[len("data") :]
+
+    for rename in ({"data": "loader"}, by_function):
+        holder = Holder({})
+        await resume({"data": Holder(state)}, {"loader": holder}, rename=rename)
+        assert_equal(state, holder.state)
+        keys = [type(key) for value in holder.state.values() if isinstance(value, dict) for key in value]
+        assert keys == [type(key) for value in state.values() if isinstance(value, dict) for key in value]
+
+
+async def test_what_is_excluded_is_not_given_its_own_state() -> None:
+    class Loader(Holder):
+        def load_state_dict(self, state: Any) -> None:
+            raise AssertionError("an excluded object is left alone")
+
+    state = {"position": 1, "empty": {}}
+    wanted = {"data": Loader(state), "w": torch.zeros(1)}
+    await resume({"data": Holder(state), "w": torch.ones(1)}, wanted, exclude="data")
+    assert wanted["w"] == 1
+
+
+@pytest.mark.parametrize("extra", [torch.arange(20, dtype=torch.uint8), {"s": 2.0}, torch.ones(2).bfloat16()])
+async def test_a_modules_extra_state_is_as_stored_also_where_each_rank_has_its_own(extra: Any) -> None:
+    class Extra(nn.Module):
+        def __init__(self, extra: Any) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.extra = extra
+
+        def get_extra_state(self) -> Any:
+            return self.extra
+
+        def set_extra_state(self, state: Any) -> None:
+            self.extra = state
+
+    for wrap in (lambda module: module, PerRank):
+        wanted = Extra({} if isinstance(extra, dict) else torch.zeros(2))
+        await resume({"model": wrap(Extra(extra))}, {"model": wrap(wanted)})
+        assert_equal(wanted.extra, extra)

@@ -1,5 +1,6 @@
 import io
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from enum import Enum
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from aiodcp import ArgumentError, CaptureError
+from aiodcp import ArgumentError, CaptureError, Checkpointer, MemoryStorage
 from aiodcp._state.capture import capture, take
 from aiodcp._state.flatten import KnownNames, Walk, flatten
 
@@ -201,3 +202,25 @@ def test_each_frozen_value_is_named_where_it_lies() -> None:
     state = {"a": [T, 1], "b": {"c": 2, "d": {"e": [T, {"f": lambda: 0}]}}}
     with pytest.raises(CaptureError, match=r"^b\.d\.e\.1\.f: "):
         capture(state)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+async def test_a_nested_tensor_is_refused_by_name(layout: torch.layout) -> None:
+    with warnings.catch_warnings(action="ignore"):  # of torch's, which has two kinds
+        ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    async with Checkpointer(storage=MemoryStorage()) as checkpointer:
+        with pytest.raises(CaptureError, match=r"a\.x: a nested tensor cannot be saved"):
+            await checkpointer.save({"w": torch.ones(1), "a": {"x": ragged}}, "ckpt")
+
+
+@pytest.mark.parametrize("keys", [[(0, 1)], [0.5], [0, "a"], [True], [None]])
+async def test_keys_that_are_stored_as_text_are_named_when_saved_once(keys: list[Any]) -> None:
+    state = {"table": {key: torch.ones(1) for key in keys}}
+    async with Checkpointer(storage=MemoryStorage()) as checkpointer:
+        with pytest.warns(UserWarning, match="table has keys that are neither all str nor all int"):
+            await (await checkpointer.save(state, "ckpt")).uploaded
+        await (await checkpointer.save(state, "ckpt")).uploaded
+        state["table"] = {key: torch.zeros(1) for key in keys}
+        await checkpointer.load(state, "ckpt")
+        assert [*state["table"]] == keys
+        assert all(value == 1 for value in state["table"].values())
