@@ -107,6 +107,8 @@ def _find_targets(
         for path in leaves.optimizers
         if is_optimizer_state(state := find(states, path)[0])
     ]
+    if is_optimizer_state(states):
+        optimizers.append(OptimizerScope(path=(), state=states, optimizer=None))
     return LoadTargets(
         states=states,
         kinds={name: _kind_of(owner) for name, owner in owners.items()},

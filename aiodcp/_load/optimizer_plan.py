@@ -47,9 +47,14 @@ class OptimizerPlan:
     problems: list[str] = field(default_factory=list)
 
 
-def group_fqns(prefix: str, fqns: Iterable[str]) -> list[str]:
-    """Return the names of the options of an optimizer's groups, of those below its own name."""
-    start = f"{prefix}.param_groups"
+def prefix_of(base: KeyPath) -> str:
+    """Return how the names begin of what lies below a path; nothing is before them where it is the whole state."""
+    return "".join(f"{step}." for step in base)
+
+
+def group_fqns(base: KeyPath, fqns: Iterable[str]) -> list[str]:
+    """Return the names of the options of an optimizer's groups, given where its state dict is."""
+    start = f"{prefix_of(base)}param_groups"
     return [fqn for fqn in fqns if fqn == start or fqn.startswith(f"{start}.")]
 
 
@@ -72,7 +77,7 @@ def plan_optimizer(
         groups: the groups as saved, values read.
         cast: whether conversions that lose are allowed.
     """
-    name = ".".join(map(str, base))
+    name = ".".join(map(str, base)) or "the state dict"
     own = live["param_groups"]
     plan = OptimizerPlan(int_keys=all(type(each) is int for group in own for each in keys_of(group) or ()))
     if len(own) != len(groups):

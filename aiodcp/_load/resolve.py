@@ -22,8 +22,8 @@ from .._format.dcp import KeyPath, TensorStorageMetadata
 from .._format.extension import Containers
 from .._state.per_rank import per_rank_key
 from .._state.sharding import memory_place
-from .._state.structure import find, int_keys_of
-from .optimizer_plan import STATE_KEYS, group_fqns, has_same_parameters, plan_optimizer
+from .._state.structure import find, int_keys_of, with_int_keys
+from .optimizer_plan import STATE_KEYS, group_fqns, has_same_parameters, plan_optimizer, prefix_of
 from .stored_names import StoredNames, unwrapped
 from .targets import LoadTargets, OptimizerScope, own_path
 
@@ -58,7 +58,7 @@ def groups_needed(targets: LoadTargets, stored: StoredNames) -> list[str]:
     return [
         fqn
         for scope in targets.optimizers
-        for fqn in group_fqns(".".join(map(str, scope.path)), stored.entries)
+        for fqn in group_fqns(scope.path, stored.entries)
         if not isinstance(stored.entries[fqn], TensorStorageMetadata)
     ]
 
@@ -160,8 +160,8 @@ class Resolver:
     # --- optimizers
 
     def _resolve_optimizer(self, scope: OptimizerScope) -> None:
-        base, name = scope.path, ".".join(map(str, scope.path))
-        groups = self._groups(base, name)
+        base, prefix = scope.path, prefix_of(scope.path)
+        groups = self._groups(base)
         if groups is None:
             return  # nothing is stored, or nothing that this reader knows for an optimizer's state
         differs = any(path[: len(base)] == base for path in (*self._extra.values(), *self._missing.values()))
@@ -175,7 +175,8 @@ class Resolver:
         below = {
             path: fqn
             for fqn in self._stored.in_order()
-            if fqn.startswith(f"{name}.") and (path := self._stored.path(fqn))[: len(base)] == base
+            if fqn.startswith(prefix) and self._stored.is_below(fqn)
+            if (path := self._stored.path(fqn))[: len(base)] == base
         }
         entries = {path: self._stored.entries[fqn] for path, fqn in below.items()}
         plan = plan_optimizer(base, scope.state, scope.optimizer, entries, groups, cast=self._cast)
@@ -183,7 +184,7 @@ class Resolver:
         for fqn in below.values():
             self._extra.pop(fqn, None)
         length = len(base)
-        is_plain = self._targets.kinds.get(str(base[0])) == "plain"
+        is_plain = not base or self._targets.kinds.get(str(base[0])) == "plain"
         for index, path in enumerate(self._targets.paths):
             if path[:length] == base:
                 self._dropped.add(index)
@@ -205,11 +206,11 @@ class Resolver:
             self._targets.int_keys.add((*base, "state"))
         self._rebuild(base)
 
-    def _groups(self, scope: KeyPath, name: str) -> list[dict[str, Any]] | None:
+    def _groups(self, scope: KeyPath) -> list[dict[str, Any]] | None:
         """Return the groups as saved; of options that are tensors only that they are there."""
         base = (*scope, "param_groups")
         found: dict[int, dict[str, Any]] = {}
-        for fqn in group_fqns(name, self._stored.entries):
+        for fqn in group_fqns(scope, self._stored.entries):
             path = self._stored.path(fqn)
             if path == base:
                 whole = self._options.get(fqn)
@@ -364,6 +365,9 @@ class Resolver:
             targets.empty += self._containers.empty
         if targets.rebuilt or targets.joined:
             targets.int_keys |= int_keys_of(self._containers, map(self._stored.path, self._stored.entries))
+        if self._containers is None:  # then what is there now tells
+            for root in targets.rebuilt:
+                targets.int_keys.update(with_int_keys(find(targets.states, root)[0], root))
         if self._dropped or self._added:
             self._change()
         else:

@@ -169,7 +169,8 @@ class LoadTargets:
             _assign(container, key, self.value(index))
         for path, made in self._made.items():
             there, container, key = find(self.states, path)
-            if self.kinds.get(str(path[0])) == "plain" and type(there) is type(made) and isinstance(made, dict | list):
+            is_plain = not path or self.kinds.get(str(path[0])) == "plain"
+            if is_plain and type(there) is type(made) and isinstance(made, dict | list):
                 there.clear()  # the caller may hold it elsewhere, too
                 there.extend(made) if isinstance(made, list) else there.update(made)
             else:

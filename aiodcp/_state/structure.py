@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -15,6 +15,11 @@ _MISSING = object()
 
 class _Node(dict[str | int, Any]):
     """A container that is being rebuilt: its children, by step."""
+
+
+_EMPTY = _Node()
+
+MOST_EMPTY = 1000  # mappings in one list: more are no structure that anyone has saved
 
 
 def rebuild(
@@ -57,8 +62,8 @@ def _finish(node: Any, template: Any, path: KeyPath, int_keys: set[KeyPath]) -> 
     if node and all(type(step) is int for step in node):
         listed = template if isinstance(template, list) else []
         return [
-            _finish(node[step], listed[step] if step < len(listed) else None, (*path, step), int_keys)  # type: ignore[operator, index]
-            for step in sorted(node, key=int)
+            _finish(node.get(step, _EMPTY), listed[step] if step < len(listed) else None, (*path, step), int_keys)
+            for step in _steps_of(node)
         ]
     if isinstance(template, PerRank) and len(node) == 1:
         [(step, child)] = node.items()
@@ -73,6 +78,12 @@ def _finish(node: Any, template: Any, path: KeyPath, int_keys: set[KeyPath]) -> 
             key = int(step) if path in int_keys and str(step).lstrip("-").isdecimal() else step
         made[key] = _finish(child, below, (*path, step), int_keys)
     return made
+
+
+def _steps_of(node: _Node) -> Sequence[int]:
+    """Return the positions in a list; those between others, too, where a mapping was without a key, which DCP drops."""
+    steps = sorted(map(int, node))
+    return range(steps[-1] + 1) if steps[-1] - len(steps) < MOST_EMPTY else steps
 
 
 def like(template: Any) -> MutableMapping[Any, Any]:
@@ -118,6 +129,18 @@ class Finder:
 def find(root: Any, path: KeyPath) -> tuple[Any, Any, Any]:
     """As `Finder.find`, once."""
     return Finder().find(root, path)
+
+
+def with_int_keys(template: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """Yield where mappings are whose keys are ints, in what lies at `path`."""
+    if isinstance(template, Mapping):
+        if template and all(type(key) is int for key in template):
+            yield path
+        for key, below in template.items():
+            yield from with_int_keys(below, (*path, str(key)))
+    elif isinstance(template, list):
+        for number, below in enumerate(template):
+            yield from with_int_keys(below, (*path, number))
 
 
 def int_keys_of(containers: Containers | None, paths: Iterable[KeyPath]) -> set[KeyPath]:

@@ -419,3 +419,27 @@ async def test_moments_of_an_unknown_optimizer_need_not_have_the_shape_of_their_
     assert_equal(before.state_dict(), after.state_dict())
     with pytest.raises(MismatchError, match=r"exp_avg has shape \(2, 4\) in the checkpoint, its parameter \(5, 3\)"):
         await load(await saved({"optim": before}), {"optim": other})
+
+
+@pytest.mark.parametrize("where", ["below a name", "the whole state"])
+async def test_a_bare_state_dict_is_treated_alike_also_where_it_is_the_whole_state(where: str) -> None:
+    def stepped() -> dict[str, Any]:
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters())
+        step(model, optimizer)
+        return copy.deepcopy(optimizer.state_dict())
+
+    def put(state: dict[str, Any]) -> dict[str, Any]:
+        return state if where == "the whole state" else {"optim": state}
+
+    less, more, fewer, whole = (stepped() for _ in range(4))
+    del less["param_groups"][0]["decoupled_weight_decay"]
+    more["param_groups"][0]["initial_lr"] = 0.5
+    del fewer["state"][1]
+    for stored in (less, more, fewer, whole):
+        for wanted in (torch.optim.AdamW(make_model().parameters()).state_dict(), stepped()):
+            await load(await saved(put(stored) | {"epoch": 3}), target := put(wanted))
+            loaded = target if where == "the whole state" else target["optim"]
+            assert_equal(loaded["state"], stored["state"])
+            assert stored["param_groups"][0].items() <= loaded["param_groups"][0].items()
+            assert "epoch" not in target

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import aiodcp
 from aiodcp import ArgumentError, Checkpointer, LoadReport, MismatchError, PerRank, StatefulError
 from aiodcp._load import loader, local_plan
+from aiodcp._state.structure import rebuild
 
 from ..support.in_memory import saved
 from ..support.states import assert_equal
@@ -451,3 +454,18 @@ async def test_a_modules_extra_state_is_as_stored_also_where_each_rank_has_its_o
         wanted = Extra({} if isinstance(extra, dict) else torch.zeros(2))
         await resume({"model": wrap(Extra(extra))}, {"model": wrap(wanted)})
         assert_equal(wanted.extra, extra)
+
+
+async def test_keys_and_empty_mappings_that_dcp_does_not_note_come_of_what_is_there(tmp_path: Path) -> None:
+    """DCP keeps neither the kind of keys nor empty mappings: siblings and the numbers of list items say it."""
+    stored = {"milestones": Counter({3: 1, 8: 1}), "parts": [{}, {"a": 1}, torch.ones(1)]}
+    dcp.save({"x": Holder(stored)}, checkpoint_id=tmp_path, no_dist=True)
+    holder = Holder({"milestones": Counter({5: 1, 8: 1}), "parts": []})
+    async with Checkpointer() as checkpointer:
+        await checkpointer.load({"x": holder}, tmp_path)
+    assert holder.state["milestones"] == stored["milestones"]
+    assert_equal(holder.state["parts"], stored["parts"])
+
+
+async def test_a_list_whose_numbers_make_no_sense_is_not_filled_up() -> None:
+    assert rebuild((), [((0,), "a"), ((10**12,), "b")], [], [], set()) == ["a", "b"]
