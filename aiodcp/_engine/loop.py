@@ -57,7 +57,10 @@ class _LoopThread:
             self._thread.start()
         except RuntimeError as error:
             raise ClosedError(f"the engine's thread cannot be started: {error}") from error
-        return self._begun.result()
+        try:
+            return self._begun.result()
+        except OSError as error:  # no descriptors are left
+            raise ClosedError(f"the engine's event loop cannot be opened: {error}") from error
 
     def _run_loop(self) -> None:
         try:

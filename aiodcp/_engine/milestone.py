@@ -64,7 +64,7 @@ class MilestoneSource:
         for function in first:
             try:
                 function(error)
-            except Exception:
+            except BaseException:  # SystemExit, too: whoever waits is to wake
                 log.exception("%s: a completion callback failed", self.name)
         with self._changed:
             self._state = "settled"

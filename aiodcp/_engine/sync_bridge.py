@@ -47,7 +47,12 @@ class SyncContext(ABC):
             raise ClosedError("it is open already: use one `with` at a time")
         self._sigint = signal.getsignal(signal.SIGINT)  # a Runner that runs sets its own for as long
         self._thread, self._pid = threading.get_ident(), os.getpid()
-        self._runner = asyncio.Runner()
+        runner = asyncio.Runner()
+        try:
+            runner.get_loop()  # which is made here
+        except OSError as error:  # no descriptors are left
+            raise ClosedError(f"an event loop cannot be opened: {error}") from error
+        self._runner = runner
         entered: list[Self] = []
 
         async def enter() -> None:

@@ -14,7 +14,7 @@ import torch
 from anyio import CancelScope
 
 from .broadcast import Signal
-from .worker_threads import WorkerThreads
+from .worker_threads import WorkerThreads, call_guarded
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -65,7 +65,7 @@ async def in_thread_if_long(is_short: bool, executor: Executor, function: Callab
     """
     if is_short:
         await anyio.lowlevel.checkpoint()
-        return function(*args)
+        return call_guarded(function, *args)
     return await in_thread(executor, function, *args)
 
 

@@ -133,8 +133,18 @@ def _do(future: Future[Any], function: Callable[..., Any], args: tuple[Any, ...]
     if not future.set_running_or_notify_cancel():
         return
     try:
-        result = function(*args, **kwargs)
+        result = call_guarded(function, *args, **kwargs)
     except BaseException as error:
         future.set_exception(error)
     else:
         future.set_result(result)
+
+
+def call_guarded(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function, and make a `RuntimeError` of what would end the event loop, as `sys.exit()` in it would."""
+    try:
+        return function(*args, **kwargs)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"raised {error!r}") from error

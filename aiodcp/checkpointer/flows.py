@@ -296,6 +296,13 @@ class Flows:
             self._fail.pop(operation, None)
             ended.reach()
 
+        def fail_unsettled(flow: Future[None]) -> None:
+            error = None if flow.cancelled() else flow.exception()
+            if flow.cancelled() or error is not None:  # as nothing should end it: whoever waits is to hear of it
+                failure = SaveError(f"the save was ended: {error!r}")
+                failure.__cause__ = error
+                on_failure(failure)
+
         async def save_in_turn() -> None:
             with self.engine.activity.doing(f"saving {checkpoint_id}"):
                 async with self.slot:
@@ -309,6 +316,7 @@ class Flows:
         flow = self.engine.call_soon(save_in_turn)
         self._saves.add(flow)
         flow.add_done_callback(self._saves.discard)
+        flow.add_done_callback(fail_unsettled)
         flow.add_done_callback(end)
         return operation
 

@@ -121,14 +121,14 @@ class SaveCalls:
         """Implement `Checkpointer.save`; return None if the save is skipped."""
         flows = self._flows
         flows.check_open()
-        if on_busy == "wait":
-            flows.refuse_inside("save")
-        self.refuse_inside_snapshot()
         number = flows.count_call()
         is_skipped = on_busy in ("skip", "raise") and await flows.skips.ask()
         handshake: Handshake[FinishCapture] = Handshake()
         with flows.waiting(handshake):
             try:
+                if on_busy == "wait":
+                    flows.refuse_inside("save")
+                self.refuse_inside_snapshot()
                 path = self._storage.resolve(check_id(checkpoint_id))
                 custom_metadata = await encode_metadata()
                 _check_choices(on_busy, planner)

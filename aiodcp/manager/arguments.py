@@ -154,5 +154,5 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
         return {}
     try:
         return {str(name): float(value) for name, value in metrics.items()}
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ArgumentError("metrics", f"must map names to numbers, got {metrics!r}: {error}") from error

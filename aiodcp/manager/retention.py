@@ -101,7 +101,7 @@ class Retention:
         assert self.keep_if is not None
         try:
             return bool(self.keep_if(step))
-        except Exception:
+        except BaseException:  # SystemExit, too: it would end the engine's event loop
             log.exception("keep_if raised for step %d, which is kept", step.step)
             return True
 

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import CorruptError, LoadError, ReadError, WriteError
+
+
+@contextmanager
+def foreign_exits() -> Iterator[None]:
+    """Make an `OSError` of what would end the library's tasks or its event loop, and is a storage's own affair.
+
+    A client written in Rust may panic, which is no `Exception`; and one that cancels a request of its own, such as a
+    watchdog, raises the error by which tasks here are cancelled.
+    """
+    try:
+        yield
+    except (Exception, GeneratorExit):
+        raise
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise OSError(errno.ECANCELED, "the storage has cancelled its own call") from error
+    except BaseException as error:
+        raise OSError(f"the storage raised {error!r}") from error
 
 
 @contextmanager

@@ -120,8 +120,13 @@ def remove_tree(path: str) -> None:
                 os.unlink(os.path.join(path, name))
         os.unlink(path)
         return
-    with suppress(FileNotFoundError):
-        shutil.rmtree(path)
+    shutil.rmtree(path, onerror=_unless_missing)
+
+
+def _unless_missing(function: object, path: str, problem: tuple[type, BaseException, object]) -> None:
+    """Go on where another process has removed something first, such as its lease."""
+    if not isinstance(problem[1], FileNotFoundError):
+        raise problem[1]
 
 
 realpath: Callable[[str], Awaitable[str]] = wrap(os.path.realpath)

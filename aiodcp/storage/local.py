@@ -73,12 +73,16 @@ class LocalStorage:
         """Return the full path; `~` is the user's home.
 
         Raises:
-            ArgumentError: it is a URL.
+            ArgumentError: it is a URL; or relative, and the working directory has been removed.
         """
         if _URL.match(checkpoint_id):
             problem = f"{checkpoint_id!r} is a URL, and LocalStorage handles only directories: pass another storage="
             raise ArgumentError("checkpoint_id", problem)
-        return os.path.abspath(os.path.expanduser(checkpoint_id))
+        try:
+            return os.path.abspath(os.path.expanduser(checkpoint_id))
+        except FileNotFoundError as error:
+            problem = f"{checkpoint_id!r} is relative, and the working directory has been removed"
+            raise ArgumentError("checkpoint_id", problem) from error
 
     def describe(self, checkpoint_id: str, name: str = "") -> str:
         return os.path.join(checkpoint_id, name) if name else checkpoint_id

@@ -18,6 +18,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 
 from ..errors import ArgumentError
 from .base import ObjectLimits, Reader, Storage, Writer, file_dates, object_limits, remove_all, takes_whole_files
+from .error_mapping import foreign_exits
 
 T = TypeVar("T")
 
@@ -187,8 +188,12 @@ class RetryingStorage:
     @asynccontextmanager
     async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[Writer]:
         with self._doing(f"writing {self._storage.describe(checkpoint_id, name)}"):
-            async with self._storage.create(checkpoint_id, name) as writer:
-                yield writer
+            async with AsyncExitStack() as stack:
+                with foreign_exits():
+                    writer = await stack.enter_async_context(self._storage.create(checkpoint_id, name))
+                yield _GuardedWriter(writer)
+                with foreign_exits():
+                    await stack.aclose()
 
     @asynccontextmanager
     async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[Reader]:
@@ -249,8 +254,22 @@ class RetryingStorage:
     async def retrying(self, function: Callable[[], Awaitable[T]], checkpoint_id: str, name: str = "") -> T:
         """Call `function`, which works on this file, until it succeeds or has failed too often."""
         path = self._storage.describe(checkpoint_id, name)
+
+        async def call() -> T:
+            with foreign_exits():
+                return await function()
+
         with self._doing(f"storage: {path}"):
-            return await self._retry.call(function, lambda attempt: self._report(checkpoint_id, path, attempt))
+            return await self._retry.call(call, lambda attempt: self._report(checkpoint_id, path, attempt))
+
+
+class _GuardedWriter:
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        with foreign_exits():
+            await self._writer.write(offset, data)
 
 
 class _RetryingReader:

@@ -14,7 +14,16 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from aiodcp import Checkpoint, Checkpointer, DeadlockError, MemoryStorage, ObjectStorage, SaveError, StageError
+from aiodcp import (
+    Checkpoint,
+    Checkpointer,
+    DeadlockError,
+    MemoryStorage,
+    ObjectStorage,
+    RankError,
+    SaveError,
+    StageError,
+)
 from aiodcp._engine import host_memory
 from aiodcp._engine.host_memory import Arena
 from aiodcp.testing import FaultyStorage
@@ -235,3 +244,19 @@ async def test_each_rank_has_what_it_writes(rank: int, size: int, tmp_path: Path
             torch.distributed.all_gather_object(held, list(view))
         assert sorted(held[0] + held[1]) == ["a", "b", "w", "w"]
         await ckpt.uploaded
+
+
+@rank_test(2)
+async def test_a_save_that_one_rank_may_not_make_fails_on_all_at_once(rank: int, size: int, tmp_path: Path) -> None:
+    state = {"w": torch.ones(1000)}
+    async with Checkpointer(timeout=60) as checkpointer:
+        checkpoint = await checkpointer.save(state, tmp_path / "a")
+        await checkpoint.uploaded
+        if rank == 1:
+            async with checkpoint.snapshot():
+                with pytest.raises(DeadlockError):
+                    await checkpointer.save(state, tmp_path / "b")
+        else:
+            with pytest.raises(RankError, match="rank 1: DeadlockError"):
+                await (await checkpointer.save(state, tmp_path / "b")).uploaded
+        await (await checkpointer.save(state, tmp_path / "c")).uploaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from aiodcp import Checkpointer
+from aiodcp import Checkpointer, ClosedError
+from aiodcp._engine.loop import Engine
 from aiodcp._engine.threads import in_thread_if_long
 from aiodcp._engine.worker_threads import WorkerThreads
 from aiodcp._load import loader
@@ -80,3 +82,18 @@ async def test_what_takes_bytes_in_any_number_is_not_done_in_the_engines_loop(
             await checkpointer.load({name: torch.zeros_like(value) for name, value in state.items()}, path)
             assert where.keys() == {"fill", "fill_whole"}
             assert all((names == {"aiodcp-engine"}) is is_engine for names in where.values())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # asyncio's own, of a loop half made
+def test_without_a_descriptor_entering_is_refused_and_possible_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_descriptor(*_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socketpair", no_descriptor)  # of every event loop
+        with pytest.raises(ClosedError, match=r"an event loop cannot be opened: .*Too many open files"):
+            Checkpointer().__enter__()
+        with pytest.raises(ClosedError, match=r"the engine's event loop cannot be opened: .*Too many open files"):
+            Engine(copy_threads=1, io_threads=1).start()
+    with Checkpointer():
+        pass

@@ -265,6 +265,8 @@ async def test_a_mistake_of_the_callers_is_raised_whatever_is_said_of_errors(fau
                 await manager.save(step, make_state())  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match="metrics"):
             await manager.save(1, make_state(), metrics={"loss": "low"})  # type: ignore[dict-item]
+        with pytest.raises(ArgumentError, match="metrics"):
+            await manager.save(1, make_state(), metrics={"loss": 10**400})
         with pytest.raises(ArgumentError, match="keep_best"):
             await manager.restore({}, "best")
         with pytest.raises(ArgumentError, match="step"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +165,7 @@ def test_what_is_recent_and_one_an_interval() -> None:
 
 def test_a_predicate_that_raises_keeps_the_step(caplog: pytest.LogCaptureFixture) -> None:
     assert Retention(keep_last=1, keep_if=lambda step: 1 / 0 > 1).to_remove(steps_at(1, 2)) == []
+    assert Retention(keep_last=1, keep_if=lambda step: sys.exit(2)).to_remove(steps_at(1, 2)) == []
     assert "keep_if raised for step 1" in caplog.text
 
 

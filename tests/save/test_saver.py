@@ -715,3 +715,50 @@ async def test_a_failed_capture_leaves_the_coroutine_of_its_caller_alone() -> No
             await checkpointer.save({"app": Broken()}, "ckpt")
         await asyncio.sleep(0.05)  # here the engine lets go of the error
         await (await checkpointer.save({"n": 1}, "ckpt")).uploaded
+
+
+class Panic(BaseException):
+    """As a client written in Rust raises it: no `Exception`."""
+
+
+@pytest.mark.parametrize("call", ["create", "write", "sync", "put", "lock"])
+@pytest.mark.parametrize("error", [Panic("called unwrap() on None"), SystemExit(3), asyncio.CancelledError()], ids=repr)
+async def test_what_a_storage_ends_its_own_tasks_by_fails_the_save_and_not_the_engine(
+    call: str, error: BaseException
+) -> None:
+    storage = SlowLocks()
+
+    def fail(name: str) -> None:
+        if name == call:
+            raise error
+
+    async with Checkpointer(storage=storage) as checkpointer:
+        storage.gate = fail
+        checkpoint = await checkpointer.save({"w": torch.ones(3)}, "root/ckpt")
+        with pytest.raises(WriteError, match=r"the storage (raised|has cancelled its own call)"):
+            await checkpoint.uploaded
+        assert not storage.files.get("root/ckpt")
+        storage.gate = lambda name: None
+        await (await checkpointer.save({"w": torch.ones(3)}, "root/ckpt")).uploaded
+
+
+@pytest.mark.parametrize("elements", [3, 1 << 20], ids=["in the engine's loop", "in a thread"])
+async def test_a_checksum_that_exits_fails_the_save_and_not_the_engine(elements: int) -> None:
+    def leave(data: Any, value: int = 0) -> int:
+        raise SystemExit(3)
+
+    async with Checkpointer(storage=MemoryStorage(), checksum=leave) as checkpointer:
+        for _ in range(2):
+            checkpoint = await checkpointer.save({"w": torch.ones(elements)}, "ckpt")
+            with pytest.raises(SaveError, match="SystemExit"):
+                await checkpoint.uploaded
+
+
+async def test_whoever_waits_for_a_flow_that_is_ended_from_outside_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def end(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Saver, "save", end)
+    with pytest.raises(SaveError, match="the save was ended"):
+        async with Checkpointer(storage=MemoryStorage()) as checkpointer:
+            await (await checkpointer.save({"w": torch.ones(3)}, "ckpt")).uploaded

@@ -1,5 +1,6 @@
 """The local file system's own: O_DIRECT, durability, odd file systems, locks between processes."""
 
+import asyncio
 import errno
 import mmap
 import os
@@ -7,11 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiofiles.os import wrap
 
-from aiodcp import LocalStorage
+from aiodcp import ArgumentError, LocalStorage
 from aiodcp.storage import file_lock, local
 
 
@@ -224,3 +226,35 @@ async def test_where_the_file_system_has_no_locks_nobody_is_alone(
         assert not alone
     async with LocalStorage().lock(str(tmp_path), exclusive=False) as together:
         assert together
+
+
+def test_a_tree_of_which_another_process_removes_something_meanwhile_is_removed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = tmp_path / "step-1"
+    (step / ".aiodcp").mkdir(parents=True)
+    for name in ("data", ".aiodcp/lease", ".aiodcp/other", "z"):
+        (step / name).write_bytes(b"1")
+    unlink = os.unlink
+
+    def quicker(path: Any, **options: Any) -> None:
+        unlink(path, **options)
+        if str(path).endswith("lease"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr(os, "unlink", quicker)
+    asyncio.run(LocalStorage().remove_tree(str(step)))
+    assert not step.exists()
+    asyncio.run(LocalStorage().remove_tree(str(step)))
+
+
+def test_a_relative_path_is_refused_when_the_working_directory_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ArgumentError, match="'step-1' is relative, and the working directory has been removed"):
+        LocalStorage().resolve("step-1")
+    assert LocalStorage().resolve(str(tmp_path)) == str(tmp_path)
