@@ -229,6 +229,11 @@ def _plan_states(
         parameter = parameters.get(key)
         if isinstance(own, Mapping) and own and (*start, saved) not in entries:
             plan.problems += _partial(start, key, own, entries)
+        elif own is None and parameter is not None and parameter.is_meta:
+            plan.problems.append(
+                f"{'.'.join(map(str, (*start, key)))} is of a parameter on the meta device: load the model first, and "
+                "make the optimizer of the parameters that it has then"
+            )
         elif own is None and parameter is not None:
             plan.problems += _other_parameter(
                 start, key, parameter, parameters.values(), entries, cast=cast, is_known=is_known

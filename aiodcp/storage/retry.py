@@ -254,13 +254,8 @@ class RetryingStorage:
     async def retrying(self, function: Callable[[], Awaitable[T]], checkpoint_id: str, name: str = "") -> T:
         """Call `function`, which works on this file, until it succeeds or has failed too often."""
         path = self._storage.describe(checkpoint_id, name)
-
-        async def call() -> T:
-            with foreign_exits():
-                return await function()
-
-        with self._doing(f"storage: {path}"):
-            return await self._retry.call(call, lambda attempt: self._report(checkpoint_id, path, attempt))
+        with self._doing(f"storage: {path}"), foreign_exits():
+            return await self._retry.call(function, lambda attempt: self._report(checkpoint_id, path, attempt))
 
 
 class _GuardedWriter:

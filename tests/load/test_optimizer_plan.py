@@ -443,3 +443,19 @@ async def test_a_bare_state_dict_is_treated_alike_also_where_it_is_the_whole_sta
             assert_equal(loaded["state"], stored["state"])
             assert stored["param_groups"][0].items() <= loaded["param_groups"][0].items()
             assert "epoch" not in target
+
+
+async def test_an_optimizer_of_parameters_without_memory_is_refused() -> None:
+    """Its moments would have none either; nor are its parameters those that the model has after the load."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, optimizer)
+    with torch.device("meta"):
+        other = make_model()
+        wanted = torch.optim.AdamW(other.parameters())
+    with pytest.raises(MismatchError, match=r"optim\.state\.0 is of a parameter on the meta device"):
+        await load(await saved({"model": model, "optim": optimizer}), {"model": other, "optim": wanted})
+    await load(await saved({"model": model}), {"model": other})
+    wanted = torch.optim.AdamW(other.parameters())
+    await load(await saved({"optim": optimizer}), {"optim": wanted})
+    assert_equal(optimizer.state_dict(), wanted.state_dict())
