@@ -81,13 +81,14 @@ class StoredNames:
                 continue
             empty.append(self._moved(path, wanted) if type(wanted) is str and wanted else path)
         pairs += zip(containers.empty, empty, strict=True)
-        int_keys: list[KeyPath] = []
-        for path in containers.int_keys:
-            for before, after in pairs:
-                below = before[len(path) :]
-                if before[: len(path)] == path and below and after[-len(below) :] == below:
-                    int_keys.append(after[: -len(below)])
-        self.containers = Containers(empty, [*dict.fromkeys(int_keys)])
+        known = {tuple(path) for path in containers.int_keys}
+        int_keys: dict[KeyPath, None] = {}
+        for before, after in pairs if known else ():
+            for depth in range(1, len(before)):
+                below = tuple(before[depth:])
+                if tuple(before[:depth]) in known and after[-len(below) :] == below:
+                    int_keys[after[: -len(below)]] = None
+        self.containers = Containers(empty, [*int_keys])
 
     def _moved(self, path: KeyPath, wanted: str) -> KeyPath:
         """Return the path of a renamed value: its last steps as they were, below the name that is asked for."""
