@@ -146,7 +146,10 @@ class Saver:
             return await self._begin(operation, None, await take())
 
         def propose(begun: tuple[SaveJob, PlanRequest]) -> Row:
-            return self._propose(id_digest, begun[1].proposal, has_planner=begun[0].planner is not None)
+            job, request = begun
+            return self._propose(
+                id_digest, request.proposal, has_planner=job.planner is not None, overwrites=job.overwrite
+            )
 
         (job, request), row = await operation.run_phase(
             "capture", begin, propose=propose, agree=self._agree_on_save(operation)
@@ -229,9 +232,15 @@ class Saver:
         request = await self._plans.begin(operation, name, job.captured, job.planner, piece_nbytes=piece_nbytes)
         return job, request
 
-    def _propose(self, id_digest: int, plan: PlanProposal, *, has_planner: bool) -> Row:
+    def _propose(
+        self, id_digest: int, plan: PlanProposal, *, has_planner: bool = False, overwrites: bool = True
+    ) -> Row:
         return SaveProposal(
-            plan=plan, id_digest=id_digest, has_planner=has_planner, on_disagreement=self._on_disagreement
+            plan=plan,
+            id_digest=id_digest,
+            has_planner=has_planner,
+            overwrites=overwrites,
+            on_disagreement=self._on_disagreement,
         ).to_row()
 
     @staticmethod
@@ -267,7 +276,7 @@ class Saver:
         _, agreed = await operation.run_phase(
             "begin joint save",
             anyio.lowlevel.checkpoint,
-            propose=lambda _: self._propose(id_digest, PlanProposal(), has_planner=False),
+            propose=lambda _: self._propose(id_digest, PlanProposal()),
             agree=self._agree_on_save(operation),
         )
         save_id = SaveStart.from_row(agreed).save_id

@@ -92,17 +92,19 @@ class SaveProposal:
         plan: what it brings to the plan.
         id_digest: of the checkpoint's id.
         has_planner: whether the caller gave a planner.
+        overwrites: whether a checkpoint that is there may be replaced.
         on_disagreement: the caller's choice.
     """
 
     plan: PlanProposal
     id_digest: int
     has_planner: bool
+    overwrites: bool
     on_disagreement: OnDisagreement
 
     def to_row(self) -> Row:
         """Return it as integers."""
-        flags = int(self.has_planner) | POLICIES.index(self.on_disagreement) << 1
+        flags = int(self.has_planner) | int(self.overwrites) << 1 | POLICIES.index(self.on_disagreement) << 2
         return [*self.plan.to_row(), self.id_digest, flags]
 
     @classmethod
@@ -113,7 +115,8 @@ class SaveProposal:
             plan=PlanProposal.from_row(row),
             id_digest=id_digest,
             has_planner=bool(flags & 1),
-            on_disagreement=POLICIES[flags >> 1],
+            overwrites=bool(flags & 2),
+            on_disagreement=POLICIES[flags >> 2],
         )
 
 
@@ -151,6 +154,8 @@ def agree_on_save(table: list[Row], coordinator: int, save_id: str) -> Row:
         raise ArgumentError("checkpoint_id", "the ranks save to different checkpoints")
     if len({each.has_planner for each in proposals}) > 1:
         raise ArgumentError("planner", "passed on some ranks, not on others")
+    if len({each.overwrites for each in proposals}) > 1:
+        raise ArgumentError("overwrite", "must be the same on all ranks, got True and False")
     if len(policies := {each.on_disagreement for each in proposals}) > 1:
         named = " and ".join(repr(each) for each in POLICIES if each in policies)
         raise ArgumentError("on_disagreement", f"must be the same on all ranks, got {named}")

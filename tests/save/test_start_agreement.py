@@ -25,6 +25,7 @@ def proposal(**changes: object) -> SaveProposal:
         "plan": PlanProposal(kept=[3, 1]),
         "id_digest": -(1 << 63),
         "has_planner": False,
+        "overwrites": True,
         "on_disagreement": "warn",
     }
     return SaveProposal(**(facts | changes))  # type: ignore[arg-type]
@@ -32,9 +33,10 @@ def proposal(**changes: object) -> SaveProposal:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("has_planner", [False, True])
-def test_a_proposal_comes_back_from_its_row(policy: str, has_planner: bool) -> None:
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_a_proposal_comes_back_from_its_row(policy: str, has_planner: bool, overwrites: bool) -> None:
     plan = PlanProposal(kept=[7, 5, 2, 1], digest=-5, whole_nbytes=LONGEST_PLAN_NBYTES, rest_nbytes=LONGEST_PLAN_NBYTES)
-    mine = proposal(plan=plan, has_planner=has_planner, on_disagreement=policy)
+    mine = proposal(plan=plan, has_planner=has_planner, overwrites=overwrites, on_disagreement=policy)
     row = mine.to_row()
     assert len(row) <= PROPOSAL_LENGTH
     assert all(-(1 << 63) <= number < 1 << 63 for number in row)
@@ -65,7 +67,12 @@ def test_the_coordinators_table_is_sent_by_nobody() -> None:
 
 @pytest.mark.parametrize(
     ("change", "argument"),
-    [({"id_digest": 7}, "checkpoint_id"), ({"has_planner": True}, "planner"), ({"on_disagreement": "raise"}, "raise")],
+    [
+        ({"id_digest": 7}, "checkpoint_id"),
+        ({"has_planner": True}, "planner"),
+        ({"overwrites": False}, "overwrite"),
+        ({"on_disagreement": "raise"}, "raise"),
+    ],
 )
 def test_what_the_callers_want_differently_is_named(change: dict[str, object], argument: str) -> None:
     with pytest.raises(ArgumentError, match=argument):

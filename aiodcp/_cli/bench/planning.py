@@ -86,7 +86,9 @@ def measure(ranks: int) -> dict[str, dict[str, float]]:
     peak = _peak_nbytes() - before
     assert manifest is not None
     proposals: tuple[Row, ...] = (
-        SaveProposal(plan=PlanProposal(kept=[1]), id_digest=7, has_planner=False, on_disagreement="warn").to_row(),
+        SaveProposal(
+            plan=PlanProposal(kept=[1]), id_digest=7, has_planner=False, overwrites=True, on_disagreement="warn"
+        ).to_row(),
         WriteProposal(is_moved=False, digest=0, table_crc=7, ranges_nbytes=0).to_row(),
         [],
     )
