@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
+from types import TracebackType
 from typing import Any, Literal, Self
 
 import anyio
@@ -34,6 +35,7 @@ class MilestoneSource:
         self._changed = threading.Condition()
         self._state: Literal["pending", "settling", "settled"] = "pending"
         self._error: Exception | None = None
+        self._trace: TracebackType | None = None  # of the failure, where it was raised first
         self._abandoned: Exception | None = None
         self._first: list[Callable[[Exception | None], None]] = []
         self._on_loops: set[Signal] = set()  # one for each waiter: cancelling one leaves the rest
@@ -60,6 +62,7 @@ class MilestoneSource:
             if self._state != "pending":
                 return
             self._state, self._error = "settling", error
+            self._trace = error.__traceback__ if error is not None else None
             first, self._first = self._first, []
         for function in first:
             try:
@@ -116,9 +119,10 @@ class MilestoneSource:
         if self._state != "settled":
             assert self._abandoned is not None
             raise self._abandoned
-        if self._error is not None:
-            self._is_retrieved = True
-        return self._error
+        if self._error is None:
+            return None
+        self._is_retrieved = True
+        return self._error.with_traceback(self._trace)  # without the frames of who has raised it before
 
     async def wait_on_loop(self) -> Exception | None:
         """Wait on the running event loop; return the failure, which counts as retrieved."""

@@ -1,6 +1,7 @@
 import asyncio
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,20 @@ async def test_a_failure_is_raised_to_everyone_who_asks() -> None:
         with pytest.raises(SaveError, match="why"):
             milestone.wait()
     assert "why" in repr(milestone)
+
+
+async def test_a_failure_does_not_collect_the_frames_of_all_who_were_raised_it() -> None:
+    source = MilestoneSource("m")
+    try:
+        raise ValueError("v")
+    except ValueError as error:
+        source.fail(error)
+    depths = set()
+    for _ in range(20):
+        with pytest.raises(ValueError, match="v") as caught:
+            await source.reached()
+        depths.add(len(traceback.extract_tb(caught.value.__traceback__)))
+    assert len(depths) == 1
 
 
 def test_a_failure_is_unretrieved_until_somebody_has_seen_it() -> None:
