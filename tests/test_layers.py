@@ -209,12 +209,14 @@ def test_nobody_reaches_for_an_underscored_attribute_of_another_file() -> None:
 ONLY_IN = {
     # In `leases` for a task that renews a lease, whoever leaves its block: no task group can be left by another task.
     # In `stored_checkpoint` for one that reads ahead, whoever goes on with the iteration. In `ray` for its futures.
+    # In `error_mapping` to tell whether a task is cancelled, or its storage has raised the same error by itself.
     "asyncio": {
         "_engine",
         "checkpointer",
         "manager",
         "_cli.bench",
         "testing",
+        "storage.error_mapping",
         "storage.leases",
         "reader.stored_checkpoint",
         "integrations.ray",

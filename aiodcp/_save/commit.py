@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import anyio
 from anyio import CancelScope
@@ -15,6 +16,8 @@ from ..storage.base import Storage, remove_all
 from ..storage.error_mapping import write_errors
 
 log = SafeLogger(__name__)
+
+COMPARED_NBYTES = 4 << 20  # of metadata: what is larger is not read once more after the commit
 
 
 class UncommittedFiles:
@@ -150,6 +153,36 @@ async def may_be_committed(storage: Storage, checkpoint_id: str, save_id: str) -
         except OSError:
             committed = True  # unknown, so assume it: the next save to this path removes what is left over
     return committed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replaced:
+    """What a commit leaves to be removed.
+
+    Attributes:
+        names: files of the checkpoint that was replaced, and of saves that failed.
+        save_id: of the save that has replaced it.
+    """
+
+    names: Sequence[str] = ()
+    save_id: str = ""
+
+
+async def remove_replaced(storage: Storage, checkpoint_id: str, replaced: Replaced) -> None:
+    """Remove it, unless another process has committed there meanwhile: then it may be that one's data.
+
+    Cancellation: none.
+    """
+    if not replaced.names:
+        return
+    with CancelScope(shield=True), _errors_logged(storage, checkpoint_id):
+        async with storage.open(checkpoint_id, METADATA_NAME) as reader:
+            content = bytearray(reader.nbytes if reader.nbytes <= COMPARED_NBYTES else 0)
+            await reader.read_into(0, [memoryview(content)])
+        if content and replaced.save_id.encode() not in content:
+            log.warning("%s: another process has committed here meanwhile", storage.describe(checkpoint_id))
+            return
+        await remove_all(storage, checkpoint_id, replaced.names)
 
 
 async def remove_files(storage: Storage, checkpoint_id: str, names: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ from ..storage.base import Storage, object_limits
 from ..storage.error_mapping import write_errors
 from .bounded_staging import largest_piece
 from .commit import (
+    Replaced,
     UncommittedFiles,
     commit,
     live,
@@ -126,7 +127,7 @@ class Saver:
         id_digest: int,
         take: Callable[[], Awaitable[SaveJob]],
         part: PartExchange | None = None,
-    ) -> list[str]:
+    ) -> Replaced:
         """Save what `take` captures, and return the files that are to be removed now.
 
         Args:
@@ -146,10 +147,7 @@ class Saver:
             return await self._begin(operation, None, await take())
 
         def propose(begun: tuple[SaveJob, PlanRequest]) -> Row:
-            job, request = begun
-            return self._propose(
-                id_digest, request.proposal, has_planner=job.planner is not None, overwrites=job.overwrite
-            )
+            return self._propose(id_digest, begun[1].proposal, begun[0])
 
         (job, request), row = await operation.run_phase(
             "capture", begin, propose=propose, agree=self._agree_on_save(operation)
@@ -162,7 +160,7 @@ class Saver:
                 await self._hand_over(operation, files, written, part)
                 job.log.report("done")
                 job.uploaded.reach()
-                return []
+                return Replaced()
             replaced = await self._commit(operation, files, [written], job.custom_metadata)
         self._finish([job])
         return replaced
@@ -232,14 +230,12 @@ class Saver:
         request = await self._plans.begin(operation, name, job.captured, job.planner, piece_nbytes=piece_nbytes)
         return job, request
 
-    def _propose(
-        self, id_digest: int, plan: PlanProposal, *, has_planner: bool = False, overwrites: bool = True
-    ) -> Row:
+    def _propose(self, id_digest: int, plan: PlanProposal, job: SaveJob | None = None) -> Row:
         return SaveProposal(
             plan=plan,
             id_digest=id_digest,
-            has_planner=has_planner,
-            overwrites=overwrites,
+            has_planner=job is not None and job.planner is not None,
+            overwrites=job is None or job.overwrite,
             on_disagreement=self._on_disagreement,
         ).to_row()
 
@@ -254,7 +250,7 @@ class Saver:
         checkpoint_id: str,
         custom_metadata: Callable[[], bytes],
         next_part: Callable[[], Awaitable[PartRequest]],
-    ) -> list[str]:
+    ) -> Replaced:
         """Save several states, each when it is there, in one checkpoint; return the files that are to be removed now.
 
         Alone, the states are planned, staged and written beside each other; where they share bounded memory, one after
@@ -438,13 +434,13 @@ class Saver:
         files: UncommittedFiles,
         parts: Sequence[WrittenPart],
         custom_metadata: Callable[[], bytes],
-    ) -> list[str]:
+    ) -> Replaced:
         """Make what is written the checkpoint; return the files that are to be removed now, on the coordinator."""
         path, save_id = files.checkpoint_id, files.save_id
 
-        async def commit_all() -> list[str]:
+        async def commit_all() -> Replaced:
             if not operation.is_coordinator:
-                return []
+                return Replaced()
             manifest = await self._plans.manifest_of([part.plan for part in parts])
             await anyio.lowlevel.checkpoint()  # the last moment at which a cancelled save is not committed
             if not all(part.job.overwrite for part in parts):
@@ -454,7 +450,8 @@ class Saver:
                 tables = manifest.in_order_of_files(save_id, [part.tables for part in parts])
                 pickled, index = manifest.render(path, save_id, ranges), manifest.index(save_id, ranges)
                 content = seal(pickled, custom_metadata(), tables, index)
-                return await commit(self._storage, path, content, manifest.files(save_id))
+                names = await commit(self._storage, path, content, manifest.files(save_id))
+            return Replaced(names=names, save_id=save_id)
 
         files.may_be_committed = True
         with ExitStack() as stack:

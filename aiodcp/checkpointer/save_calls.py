@@ -18,7 +18,7 @@ from .._engine.device_copies import CopyStreams, DeviceCopies
 from .._engine.gc_pause import gc_paused
 from .._engine.gil_fairness import yield_to_engine
 from .._engine.threads import in_thread
-from .._save.commit import remove_files
+from .._save.commit import Replaced, remove_replaced
 from .._save.parts import PartExchange, PartTicket
 from .._save.pipeline import WritePipeline
 from .._save.request import PartRequest, SaveJob
@@ -205,7 +205,7 @@ class SaveCalls:
             state.captured.reach()
             return job
 
-        async def save(operation: Operation) -> list[str]:
+        async def save(operation: Operation) -> Replaced:
             try:
                 return await self._saver.save(operation, digest_of(checkpoint_id), take, part)
             finally:
@@ -262,7 +262,7 @@ class SaveCalls:
             succeed, fail: called when it is over.
         """
 
-        async def save(operation: Operation) -> list[str]:
+        async def save(operation: Operation) -> Replaced:
             replaced = await self._saver.save_several(operation, digest_of(path), path, custom_metadata, next_part)
             succeed()
             return replaced
@@ -276,10 +276,10 @@ class SaveCalls:
         number: int,
         path: str,
         give_turn: Callable[[], None],
-        save: Callable[[Operation], Awaitable[list[str]]],
+        save: Callable[[Operation], Awaitable[Replaced]],
         fail: Callable[[Exception], None],
     ) -> Operation:
-        async def save_or_fail(operation: Operation) -> list[str]:
+        async def save_or_fail(operation: Operation) -> Replaced:
             try:
                 return await save(operation)
             except CheckpointError as error:
@@ -288,10 +288,10 @@ class SaveCalls:
                 failure = SaveError(repr(error))
                 failure.__cause__ = error
                 fail(failure)
-            return []
+            return Replaced()
 
         # Removing a large file takes long (0.2 s a GiB on ext4): the next save need not wait for it.
-        remove = partial(remove_files, self._storage, path)
+        remove = partial(remove_replaced, self._storage, path)
         return self._flows.begin_save(number, path, give_turn, save_or_fail, remove, on_failure=fail)
 
     def capture(self, state: SaveState, state_dict: Mapping[str, Any]) -> SaveJob:

@@ -762,3 +762,27 @@ async def test_whoever_waits_for_a_flow_that_is_ended_from_outside_hears_of_it(m
     with pytest.raises(SaveError, match="the save was ended"):
         async with Checkpointer(storage=MemoryStorage()) as checkpointer:
             await (await checkpointer.save({"w": torch.ones(3)}, "ckpt")).uploaded
+
+
+async def test_what_another_process_has_committed_meanwhile_is_not_removed(caplog: pytest.LogCaptureFixture) -> None:
+    """It was no checkpoint's when this save listed the files that nothing names."""
+    storage = FaultyStorage()
+    async with Checkpointer(storage=storage) as checkpointer, Checkpointer(storage=storage) as other:
+        await (await checkpointer.save({"w": torch.ones(3)}, "ckpt")).uploaded
+        theirs, ours = Gate("put"), Gate("open")
+        storage.gate = theirs
+        saving = await other.save({"w": torch.full((3,), 3.0)}, "ckpt")
+        await theirs.wait_reached()  # their data is there
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(commit, "_live", set())  # as seen from another process
+            storage.gate = ours
+            await (await checkpointer.save({"w": torch.full((3,), 2.0)}, "ckpt")).uploaded
+            await ours.wait_reached()  # about to remove what it has found
+            theirs.open()
+            await saving.uploaded
+            ours.open()
+    async with Checkpointer(storage=storage) as checkpointer:
+        target = {"w": torch.zeros(3)}
+        await checkpointer.load(target, "ckpt")
+    assert_equal(target["w"], torch.full((3,), 3.0))
+    assert "another process has committed here meanwhile" in caplog.text
