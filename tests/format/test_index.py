@@ -69,6 +69,7 @@ async def test_it_is_small() -> None:
     assert len(pickled) < 200 * len(state)
 
 
+@pytest.mark.filterwarnings("ignore:optim.state has keys")
 async def test_it_says_which_keys_lead_to_each_value(tmp_path: Path) -> None:
     tensor = torch.ones(2)
     state: dict[str, Any] = {

@@ -48,6 +48,7 @@ from aiodcp.manager.steps import remove_step
 from aiodcp.storage import Writer, file_access, file_io, local
 from aiodcp.testing import FaultyStorage, Gate
 
+from ..support.commit_gate import CommitGated
 from ..support.states import blank, make_state
 
 STATE = {"w": torch.arange(12.0).view(3, 4), "n": 1}
@@ -628,11 +629,12 @@ async def test_a_manager_removes_nothing_of_a_plain_checkpointers_save(managers_
         assert manager.steps() == [6, 9]
 
 
-async def test_a_step_that_another_manager_saves_anew_outlives_its_removal(faulty: FaultyStorage) -> None:
+async def test_a_step_that_another_manager_saves_anew_outlives_its_removal() -> None:
+    faulty = CommitGated()
     async with CheckpointManager("root", checkpointer=Checkpointer(storage=faulty), keep_last=1) as one:
         await (await one.save(1, STATE))
         async with CheckpointManager("root", checkpointer=Checkpointer(storage=faulty)) as other:
-            gate = Gate("put")
+            gate = Gate("commit")
             faulty.gate = gate
             again = await other.save(1, make_state())
             await gate.wait_reached()

@@ -46,6 +46,7 @@ from aiodcp.manager.events import (
 from aiodcp.storage import file_lock
 from aiodcp.testing import FaultyStorage, Gate
 
+from ..support.commit_gate import CommitGated
 from ..support.ranks import World
 from ..support.states import assert_equal, blank, make_state
 
@@ -100,11 +101,12 @@ async def test_steps_latest_best_and_metrics_survive_the_process(faulty: FaultyS
             await manager.restore(state, 7)
 
 
-async def test_what_is_not_kept_is_removed_after_the_commit_and_not_before(faulty: FaultyStorage) -> None:
+async def test_what_is_not_kept_is_removed_after_the_commit_and_not_before() -> None:
+    faulty = CommitGated()
     async with _on(faulty, keep_last=1, keep_every=10, keep_best=("loss", "min")) as manager:
         for step, loss in ((10, 3.0), (11, 1.0), (12, 2.0)):
             await _save(manager, step, metrics={"loss": loss})
-        gate = Gate("put")
+        gate = Gate("commit")
         faulty.gate = gate
         ckpt = await manager.save(13, make_state(13), metrics={"loss": 2.0})
         await gate.wait_reached()
