@@ -8,7 +8,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from weakref import finalize
+from weakref import WeakSet, finalize
 
 import torch
 
@@ -42,10 +42,26 @@ SMALL_NBYTES = 1 << 20  # of an arena, for which it is not asked how much memory
 
 _pinned_until_exit: list[mmap.mmap] = []
 
+_mapped: WeakSet[mmap.mmap] = WeakSet()  # by this process
+
 _warned = False  # of memory that cannot be pinned: once
 
 _libc = ctypes.CDLL(None, use_errno=True)  # mmap.madvise() holds the GIL while it populates; this does not
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def _leak_inherited() -> None:
+    """In a forked child, keep what is left of the parent's arenas for ever, also when the interpreter ends.
+
+    Their memory is not here (MADV_DONTFORK), and what has been mapped at their addresses since would be unmapped with
+    them: seen as a segmentation fault in the child's own copy.
+    """
+    for mapping in list(_mapped):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))
+    _mapped.clear()
+
+
+os.register_at_fork(after_in_child=_leak_inherited)
 
 
 class Arena:
@@ -66,6 +82,7 @@ class Arena:
             mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise StageError(nbytes, f"no host memory, {free_nbytes()} bytes are free: {error}") from error
+        _mapped.add(mapping)
         self.nbytes = nbytes
         self._mapping = mapping
         self.memory = memoryview(mapping)

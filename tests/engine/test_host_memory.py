@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
+import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -51,3 +54,26 @@ def test_memory_that_is_not_there_is_an_error_and_an_old_kernel_is_none(monkeypa
     monkeypatch.setattr(host_memory, "_libc", kernel := Kernel(lambda: errno.EINVAL))
     arena.populate()
     assert len(kernel.asked) == 1
+
+
+def test_a_forked_child_that_drops_its_parents_memory_keeps_its_own() -> None:
+    """It gets the addresses of the parent's, which are free in it."""
+    garbage: list[Any] = [Arena(POPULATE_NBYTES)]
+    garbage.append(garbage)
+    gc.disable()
+    try:
+        del garbage
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                own = [Arena(POPULATE_NBYTES) for _ in range(4)]
+                gc.collect()
+                for arena in own:
+                    arena.memory[:] = bytes(arena.nbytes)
+                code = 0
+            finally:
+                os._exit(code)
+    finally:
+        gc.enable()
+    assert os.waitpid(child, 0)[1] == 0
