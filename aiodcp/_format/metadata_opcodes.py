@@ -335,10 +335,10 @@ class _Writer:
     def places(self, lines: ChunkLines) -> None:
         """Write where everything lies."""
         bounds = lines.first.tolist()
-        in_one = np.diff(lines.first) == 1
-        in_one &= np.fromiter((kind is not None for kind in lines.kinds), dtype=np.bool_, count=len(lines.kinds))
-        in_tail = np.fromiter(lines.fields, dtype=np.int64, count=len(lines.fields))
-        in_one[np.searchsorted(lines.first, in_tail, side="right") - 1] = False
+        in_rows = np.ones(len(lines.names), dtype=np.bool_)  # nothing of it lies in a tail
+        in_tails = np.fromiter(lines.fields, dtype=np.int64, count=len(lines.fields))
+        in_rows[np.searchsorted(lines.first, in_tails, side="right") - 1] = False
+        in_one = in_rows & (np.diff(lines.first) == 1)
         changes = np.flatnonzero(in_one[1:] != in_one[:-1]) + 1
         for start, stop in pairwise([0, *changes.tolist(), len(in_one)]):
             if start < stop and in_one[start]:
@@ -346,9 +346,9 @@ class _Writer:
                     self._places_in_one(lines, first, min(first + _AT_ONCE, stop), bounds)
             else:
                 for name in range(start, stop):
-                    self._places_of(lines, name, bounds[name], bounds[name + 1])
+                    self._places_of(lines, name, bounds[name], bounds[name + 1], in_rows=bool(in_rows[name]))
 
-    def _places_of(self, lines: ChunkLines, name: int, start: int, stop: int) -> None:
+    def _places_of(self, lines: ChunkLines, name: int, start: int, stop: int, *, in_rows: bool = True) -> None:
         """Write where the chunks of one tensor lie, or another value."""
         kind = lines.kinds[name]
         if kind is None:
@@ -357,8 +357,7 @@ class _Writer:
             return
         offsets = self._rows[kind.pattern][0]
         files = lines.files[start:stop]
-        is_plain = stop - start >= MANY and not any(chunk in lines.fields for chunk in range(start, stop))
-        if is_plain and (_METADATA, "MetadataIndex") in self._gets and self._knows(files):
+        if in_rows and stop - start >= MANY and (_METADATA, "MetadataIndex") in self._gets and self._knows(files):
             names = np.full(stop - start, self._memo[lines.names[name]])
             self._add_rows(names, np.arange(stop - start), offsets, lines, slice(start, stop))
             return

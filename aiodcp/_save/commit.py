@@ -10,14 +10,13 @@ import anyio
 from anyio import CancelScope
 
 from .._format.naming import METADATA_NAME, is_leftover
+from .._format.seal import FOOT_NBYTES
 from .._log import SafeLogger
 from ..errors import SaveError, WriteError
 from ..storage.base import Storage, remove_all
 from ..storage.error_mapping import write_errors
 
 log = SafeLogger(__name__)
-
-COMPARED_NBYTES = 4 << 20  # of metadata: what is larger is not read once more after the commit
 
 
 class UncommittedFiles:
@@ -81,11 +80,21 @@ async def refuse_existing(storage: Storage, checkpoint_id: str) -> None:
     raise WriteError(path, "there is a checkpoint already, and overwrite=False")
 
 
-async def commit(storage: Storage, checkpoint_id: str, content: bytes, files: set[str]) -> list[str]:
-    """Make `content`, whose data is in `files`, the checkpoint's metadata.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replaced:
+    """What a commit leaves to be removed.
 
-    Returns:
-        The files of the checkpoint that was replaced and of saves that failed, which are to be removed.
+    Attributes:
+        names: files of the checkpoint that was replaced, and of saves that failed.
+        foot: the last bytes of the metadata that has replaced it, with the checksums of all of it.
+    """
+
+    names: Sequence[str] = ()
+    foot: bytes = b""
+
+
+async def commit(storage: Storage, checkpoint_id: str, content: bytes, files: set[str]) -> Replaced:
+    """Make `content`, whose data is in `files`, the checkpoint's metadata.
 
     Raises:
         SaveError: the data is gone: another process saves to the same place, and took it for leftovers. There is no
@@ -107,7 +116,8 @@ async def commit(storage: Storage, checkpoint_id: str, content: bytes, files: se
         if missing:
             await _revert(storage, checkpoint_id, content)
             raise SaveError(_describe_missing(missing))
-    return [name for name in found if is_leftover(name) and name not in files and not is_live(name)]
+    left = [name for name in found if is_leftover(name) and name not in files and not is_live(name)]
+    return Replaced(names=left, foot=content[-FOOT_NBYTES:])
 
 
 async def _find_missing(storage: Storage, checkpoint_id: str, files: set[str], found: Sequence[str]) -> list[str]:
@@ -155,19 +165,6 @@ async def may_be_committed(storage: Storage, checkpoint_id: str, save_id: str) -
     return committed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replaced:
-    """What a commit leaves to be removed.
-
-    Attributes:
-        names: files of the checkpoint that was replaced, and of saves that failed.
-        save_id: of the save that has replaced it.
-    """
-
-    names: Sequence[str] = ()
-    save_id: str = ""
-
-
 async def remove_replaced(storage: Storage, checkpoint_id: str, replaced: Replaced) -> None:
     """Remove it, unless another process has committed there meanwhile: then it may be that one's data.
 
@@ -176,10 +173,11 @@ async def remove_replaced(storage: Storage, checkpoint_id: str, replaced: Replac
     if not replaced.names:
         return
     with CancelScope(shield=True), _errors_logged(storage, checkpoint_id):
+        foot = bytearray(len(replaced.foot))
         async with storage.open(checkpoint_id, METADATA_NAME) as reader:
-            content = bytearray(reader.nbytes if reader.nbytes <= COMPARED_NBYTES else 0)
-            await reader.read_into(0, [memoryview(content)])
-        if content and replaced.save_id.encode() not in content:
+            if reader.nbytes >= len(foot):
+                await reader.read_into(reader.nbytes - len(foot), [memoryview(foot)])
+        if foot != replaced.foot:
             log.warning("%s: another process has committed here meanwhile", storage.describe(checkpoint_id))
             return
         await remove_all(storage, checkpoint_id, replaced.names)

@@ -148,6 +148,7 @@ def _of_tables(plans: Sequence[TablePlan]) -> ManifestTemplate:
         nbytes=np.concatenate([plan.placed.nbytes for plan in plans]),
         fields=fields,
     )
+    assert int(lines.first[-1]) == len(lines.files) == chunks, "the lines are in the order of the chunks"
     in_tail_of = np.searchsorted(lines.first, np.array(sorted(fields), dtype=np.int64), side="right") - 1
     opaque = [names[name] for name in dict.fromkeys(in_tail_of.tolist()) if kinds[name] is not None]
     template = write_metadata(lines, paths, range(2, int(first_field[-1])), 0, 1, opaque, containers)

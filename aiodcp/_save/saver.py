@@ -35,6 +35,7 @@ from .commit import (
     refuse_existing,
     remove_files,
     remove_if_empty,
+    remove_replaced,
 )
 from .manifest import names_of
 from .parts import PartExchange, PartTicket, join
@@ -223,7 +224,7 @@ class Saver:
             with write_errors(self._storage.describe(checkpoint_id, METADATA_NAME)):
                 content = seal(joined.pickled, custom_metadata(), joined.tables, joined.outline)
                 replaced = await commit(self._storage, checkpoint_id, content, joined.files)
-            await remove_files(self._storage, checkpoint_id, replaced)
+            await remove_replaced(self._storage, checkpoint_id, replaced)
 
     async def _begin(self, operation: Operation, name: str | None, job: SaveJob) -> tuple[SaveJob, PlanRequest]:
         piece_nbytes = self._piece_nbytes(job.checkpoint_id)
@@ -450,8 +451,7 @@ class Saver:
                 tables = manifest.in_order_of_files(save_id, [part.tables for part in parts])
                 pickled, index = manifest.render(path, save_id, ranges), manifest.index(save_id, ranges)
                 content = seal(pickled, custom_metadata(), tables, index)
-                names = await commit(self._storage, path, content, manifest.files(save_id))
-            return Replaced(names=names, save_id=save_id)
+                return await commit(self._storage, path, content, manifest.files(save_id))
 
         files.may_be_committed = True
         with ExitStack() as stack:

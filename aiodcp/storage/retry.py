@@ -187,13 +187,9 @@ class RetryingStorage:
 
     @asynccontextmanager
     async def create(self, checkpoint_id: str, name: str) -> AsyncIterator[Writer]:
-        with self._doing(f"writing {self._storage.describe(checkpoint_id, name)}"):
-            async with AsyncExitStack() as stack:
-                with foreign_exits():
-                    writer = await stack.enter_async_context(self._storage.create(checkpoint_id, name))
+        with self._doing(f"writing {self._storage.describe(checkpoint_id, name)}"), foreign_exits():
+            async with self._storage.create(checkpoint_id, name) as writer:
                 yield _GuardedWriter(writer)
-                with foreign_exits():
-                    await stack.aclose()
 
     @asynccontextmanager
     async def open(self, checkpoint_id: str, name: str) -> AsyncIterator[Reader]:
