@@ -3,13 +3,10 @@
 What comes out is what `pickle` makes of the objects that `metadata_writer` builds, but for the numbers of the memo and
 the width of integers, and is of the kind that `pickle_screen` knows. The records of many chunks have one length, and
 are made as one array of bytes: of one tensor, or of tensors that are one chunk each.
-
-Source of the opcodes: Lib/pickletools.py.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,19 +19,16 @@ from .arrays import Array
 from .dcp import KeyPath, TensorProperties
 from .extension import Containers
 from .metadata_writer import FORMAT_VERSION
+from .pickle_opcodes import BUILT, NEW, PickleWriter, encode_integer, get_opcode
 from .pickle_template import MetadataTemplate
 from .seal import CLAIM
 
 MANY = 8
 """Chunks of a tensor from which on their records are made as an array."""
 
-_AT_ONCE = 10_000  # pieces, or records
+_AT_ONCE = 10_000  # records
 
 _METADATA = "torch.distributed.checkpoint.metadata"
-
-_NEW = b")\x81}("  # an instance without arguments, and the dict of its state
-
-_BUILT = b"ub"  # the dict filled, and the instance with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +116,7 @@ def write_metadata(
     writer.text("load_id")
     writer.add(b"N")
     writer.text("modules")
-    writer.add(b"]" + _BUILT)
+    writer.add(b"]" + BUILT)
     writer.text("version")
     writer.text(FORMAT_VERSION)
     writer.text("aiodcp")
@@ -136,110 +130,19 @@ def write_metadata(
     writer.text("int_keys")
     writer.each(containers.int_keys, writer.keys)
     writer.text(CLAIM)  # the last: it is looked for in the last bytes
-    writer.add(b"\x88u" + _BUILT + b".")
+    writer.add(b"\x88u" + BUILT + b".")
     return writer.finish()
 
 
-class _Writer:
-    """Appends opcodes, and knows what is in the pickle's memo."""
+class _Writer(PickleWriter):
+    """Appends what `.metadata` says."""
 
     def __init__(self, files: Sequence[int]) -> None:
-        self._fields: list[tuple[int, bool]] = []  # those that stand between the finished parts
-        self._parts: list[bytes] = []
-        self._pieces: list[bytes] = [b"\x80\x02"]
-        self._memo: dict[Any, int] = {}
-        self._gets: dict[Any, bytes] = {}
+        super().__init__()
         self._files = files
         self._known_files: set[int] = set()
         self._entries: dict[int, bytes] = {}  # by the id of their kind
         self._rows: dict[Any, tuple[Array, bytes]] = {}  # by pattern: numbers of the chunks' offsets, and their list
-
-    def finish(self) -> MetadataTemplate:
-        return MetadataTemplate(self._parts, self._fields, self._joined())
-
-    def _joined(self) -> bytes:
-        """Take all pieces, some at a time: in one go, 1,000,000 of them would hold the GIL for tens of milliseconds."""
-        pieces, self._pieces = self._pieces, []
-        blocks = []
-        for start in range(0, len(pieces), _AT_ONCE):
-            block = pieces[start : start + _AT_ONCE]
-            pieces[start : start + _AT_ONCE] = [b""] * len(block)
-            blocks.append(b"".join(block))
-        return b"".join(blocks)
-
-    def add(self, opcodes: bytes) -> None:
-        self._pieces.append(opcodes)
-
-    def field(self, number: int, *, text: bool = True) -> None:
-        """Leave a place for what differs from save to save."""
-        self._parts.append(self._joined())
-        self._fields.append((number, text))
-
-    def remember(self, key: Any) -> None:
-        """Put what stands last into the memo."""
-        number = self._memo[key] = len(self._memo)
-        small = number < 256
-        self._pieces.append(struct.pack("<cB", b"q", number) if small else struct.pack("<cI", b"r", number))
-        self._gets[key] = _get(number)
-
-    def recall(self, key: Any) -> bool:
-        """Write what is in the memo; return False if it is not there."""
-        known = self._gets.get(key)
-        if known is None:
-            return False
-        self._pieces.append(known)
-        return True
-
-    def wide(self, key: Any) -> bytes:
-        """Return the opcode that recalls something, in five bytes whatever its number."""
-        return struct.pack("<cI", b"j", self._memo[key])
-
-    def text(self, text: str) -> None:
-        if not self.recall(text):
-            encoded = text.encode("utf-8", "surrogatepass")
-            self._pieces.append(struct.pack("<cI", b"X", len(encoded)) + encoded)
-            self.remember(text)
-
-    def kind(self, module: str, name: str) -> None:
-        """Write a class or function."""
-        if not self.recall((module, name)):
-            self._pieces.append(f"c{module}\n{name}\n".encode())
-            self.remember((module, name))
-
-    def begin(self, module: str, name: str) -> None:
-        """Begin an instance and the dict of its state, which `_BUILT` ends."""
-        self.kind(module, name)
-        self._pieces.append(_NEW)
-
-    def integer(self, number: int) -> None:
-        self._pieces.append(encode_integer(number))
-
-    def keys(self, values: Sequence[str | int]) -> None:
-        """Write a tuple."""
-        if len(values) > 3:
-            self._pieces.append(b"(")
-        for each in values:
-            if isinstance(each, str):
-                self.text(each)
-            else:
-                self.integer(each)
-        self._pieces.append((b")", b"\x85", b"\x86", b"\x87")[len(values)] if len(values) <= 3 else b"t")
-
-    def each(self, values: Sequence[Any], write: Any) -> None:
-        """Write a list."""
-        self._pieces.append(b"](" if values else b"]")
-        for each in values:
-            write(each)
-        if values:
-            self._pieces.append(b"e")
-
-    def size(self, size: tuple[int, ...]) -> None:
-        """Write a `torch.Size`."""
-        if not self.recall(("size", size)):
-            self.kind("torch", "Size")
-            self.keys(size)
-            self._pieces.append(b"\x85R")
-            self.remember(("size", size))
 
     # --- what is said of a value
 
@@ -261,20 +164,28 @@ class _Writer:
         self.size(kind.size)
         self.text("chunks")
         self._chunks(kind)
-        self.add(_BUILT)
+        self.add(BUILT)
         self._entries[id(kind)] = b"".join(
             (
                 self._gets[_METADATA, "TensorStorageMetadata"],
-                _NEW,
+                NEW,
                 self._gets["properties"],
                 self._gets[_facts(kind.properties)],
                 self._gets["size"],
                 self._gets["size", kind.size],
                 self._gets["chunks"],
                 self._rows[kind.pattern][1],
-                _BUILT,
+                BUILT,
             )
         )
+
+    def size(self, size: tuple[int, ...]) -> None:
+        """Write a `torch.Size`."""
+        if not self.recall(("size", size)):
+            self.kind("torch", "Size")
+            self.keys(size)
+            self._pieces.append(b"\x85R")
+            self.remember(("size", size))
 
     def _properties(self, properties: TensorProperties) -> None:
         facts = _facts(properties)
@@ -312,15 +223,15 @@ class _Writer:
             self.size(tuple(offsets))
             self.text("sizes")
             self.size(tuple(lengths))
-            self.add(_BUILT)
+            self.add(BUILT)
             numbers.append(self._memo["size", tuple(offsets)])
             sizes.append(self._memo["size", tuple(lengths)])
         self.add(b"e" if count != 1 else b"a")
         record = b"".join(
             (
-                self.wide((_METADATA, "ChunkStorageMetadata")) + _NEW,
+                self.wide((_METADATA, "ChunkStorageMetadata")) + NEW,
                 self.wide("offsets") + b"j____",
-                self.wide("sizes") + b"j____" + _BUILT,
+                self.wide("sizes") + b"j____" + BUILT,
             )
         )
         at_offsets, at_sizes = (record.index(b"____"), record.rindex(b"____"))
@@ -399,20 +310,20 @@ class _Writer:
         different, of_chunk = np.unique(lines.files[chunks], return_inverse=True)
         files = np.array([self._memo["file", file] for file in different.tolist()])[of_chunk]
         pieces: list[bytes | npt.NDArray[Any]] = [
-            self.wide((_METADATA, "MetadataIndex")) + _NEW + self.wide("fqn") + b"j",
+            self.wide((_METADATA, "MetadataIndex")) + NEW + self.wide("fqn") + b"j",
             names.astype("<u4"),
             self.wide("index"),
             *_integers(numbers),
             self.wide("offset") + b"j",
             offsets.astype("<u4"),
-            _BUILT + self.wide(("torch.distributed.checkpoint.filesystem", "_StorageInfo")) + _NEW,
+            BUILT + self.wide(("torch.distributed.checkpoint.filesystem", "_StorageInfo")) + NEW,
             self.wide("relative_path") + b"j",
             files.astype("<u4"),
             self.wide("offset"),
             *_integers(lines.starts[chunks]),
             self.wide("length"),
             *_integers(lines.nbytes[chunks]),
-            _BUILT,
+            BUILT,
         ]
         widths = [len(each) if isinstance(each, bytes) else each.itemsize for each in pieces]
         rows = np.empty((len(names), sum(widths)), dtype=np.uint8)
@@ -434,8 +345,8 @@ class _Writer:
         self.add(b"N" if number is None else encode_integer(number))
         if offset is not None:
             self.text("offset")
-            self.add(_get(offset))
-        self.add(_BUILT)
+            self.add(get_opcode(offset))
+        self.add(BUILT)
 
     def _place(self, file: int, fields: tuple[int, int] | None, start: int = 0, nbytes: int = 0) -> None:
         self.begin("torch.distributed.checkpoint.filesystem", "_StorageInfo")
@@ -448,12 +359,7 @@ class _Writer:
         self.field(fields[0], text=False) if fields else self.integer(start)
         self.text("length")
         self.field(fields[1], text=False) if fields else self.integer(nbytes)
-        self.add(_BUILT)
-
-
-def _get(number: int) -> bytes:
-    """Return the opcode that recalls an entry of the memo."""
-    return struct.pack("<cB", b"h", number) if number < 256 else struct.pack("<cI", b"j", number)
+        self.add(BUILT)
 
 
 def _put(rows: npt.NDArray[np.uint8], column: int, numbers: npt.NDArray[Any]) -> None:
@@ -469,18 +375,6 @@ def _integers(numbers: Array) -> tuple[bytes, npt.NDArray[Any]]:
         if largest < stop:
             return opcode, numbers.astype(kind)
     return b"\x8a\x08", numbers.astype("<i8")
-
-
-def encode_integer(number: int) -> bytes:
-    """Return the opcode for an integer, as `pickle` writes it."""
-    if 0 <= number < 1 << 8:
-        return struct.pack("<cB", b"K", number)
-    if 0 <= number < 1 << 16:
-        return struct.pack("<cH", b"M", number)
-    if -(1 << 31) <= number < 1 << 31:
-        return struct.pack("<ci", b"J", number)
-    nbytes = number.bit_length() // 8 + 1
-    return b"\x8a" + bytes([nbytes]) + number.to_bytes(nbytes, "little", signed=True)
 
 
 def _facts(properties: TensorProperties) -> tuple[str, str, bool, int, bool]:
