@@ -182,10 +182,10 @@ class Instant:
                 values += held
         try:
             seen = (known or KnownTensors()).look(values)
-        except RuntimeError:  # as a nested tensor does that is asked for its shape
+        except RuntimeError as error:  # as a nested tensor does that is asked for its shape
             for fqn, value in zip(fqns, values, strict=False):
                 if isinstance(value, torch.Tensor) and value.is_nested:
-                    raise ragged(fqn) from None
+                    raise ragged(fqn) from error
             raise
         named = {*frozen, *parts, *range(len(fqns), len(values))}
         if odd := [index for index in seen.odd if index not in named]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from contextvars import ContextVar
 from itertools import count
@@ -297,8 +297,8 @@ class Flows:
             ended.reach()
 
         def fail_unsettled(flow: Future[None]) -> None:
-            error = None if flow.cancelled() else flow.exception()
-            if flow.cancelled() or error is not None:  # as nothing should end it: whoever waits is to hear of it
+            error = CancelledError() if flow.cancelled() else flow.exception()
+            if error is not None:  # as nothing should end it: whoever waits is to hear of it
                 failure = SaveError(f"the save was ended: {error!r}")
                 failure.__cause__ = error
                 on_failure(failure)
