@@ -438,18 +438,6 @@ async def test_what_is_excluded_is_not_given_its_own_state() -> None:
 
 @pytest.mark.parametrize("extra", [torch.arange(20, dtype=torch.uint8), {"s": 2.0}, torch.ones(2).bfloat16()])
 async def test_a_modules_extra_state_is_as_stored_also_where_each_rank_has_its_own(extra: Any) -> None:
-    class Extra(nn.Module):
-        def __init__(self, extra: Any) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(2))
-            self.extra = extra
-
-        def get_extra_state(self) -> Any:
-            return self.extra
-
-        def set_extra_state(self, state: Any) -> None:
-            self.extra = state
-
     for wrap in (lambda module: module, PerRank):
         wanted = Extra({} if isinstance(extra, dict) else torch.zeros(2))
         await resume({"model": wrap(Extra(extra))}, {"model": wrap(wanted)})
